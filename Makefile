@@ -1,0 +1,80 @@
+# Every target does its own set-up, once. `make` alone lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+# cpu or cuda: which pinned list under requirements/ is installed.
+DEVICE ?= cpu
+BIN := $(VENV)/bin
+REQUIREMENTS := requirements/$(DEVICE).txt
+INSTALLED := $(VENV)/.installed-$(DEVICE)
+STUBS := protos/reranker/v1/reranker_pb2.py
+PACKAGES := reranker_service loss_client protos/reranker
+SOURCES := reranker_service loss_client tests examples hatch_build.py
+
+# For `make serve`. Empty: the server's own default (RERANKER_* variables count too).
+MODEL ?=
+ENGINE ?=
+HOST ?=
+PORT ?=
+# For `make demo`. Empty: the demo's own default.
+STEPS ?=
+# For `make test`: more arguments for pytest, such as ARGS="-k stream -x".
+ARGS ?=
+
+.PHONY: help install proto serve demo test lint lock clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): $(REQUIREMENTS) | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet --no-deps -r $(REQUIREMENTS)
+	touch $@
+
+# The build hook generates the stubs, for an editable installation as for any other.
+$(STUBS): protos/reranker/v1/reranker.proto pyproject.toml hatch_build.py $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet --no-deps --editable .
+	touch $@
+
+install: $(STUBS) ## Make the virtual environment and install everything, pinned (DEVICE=cpu|cuda)
+
+proto: $(STUBS) ## Generate the Python stubs from protos/
+
+serve: $(STUBS) ## Serve a reranker (MODEL=... ENGINE=torch|vllm HOST=... PORT=...)
+	exec $(BIN)/python -m reranker_service $(if $(MODEL),--model "$(MODEL)") $(if $(ENGINE),--engine $(ENGINE)) \
+	    $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT))
+
+demo: $(STUBS) ## Train with and without the reranker and compare (STEPS=...)
+	$(BIN)/python -m examples.demo $(if $(STEPS),--steps $(STEPS))
+
+test: $(STUBS) ## Run the tests (ARGS="..." for pytest)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STUBS) ## Check style and types: ruff, mypy, buf
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	mkdir -p build/buf/google/rpc
+	cp "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/google/rpc/status.proto" build/buf/google/rpc/
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code protos
+
+# Only what was asked for is resolved; the choice of a package index is the machine's own.
+lock: $(INSTALLED) ## Resolve the pinned lists under requirements/ anew
+	$(BIN)/uv pip compile pyproject.toml requirements/cpu.in --extra dev --python-version 3.11 \
+	    --overrides requirements/cpu-overrides.txt --excludes requirements/cpu-excludes.txt \
+	    --no-emit-index-url --no-emit-find-links --no-annotate --upgrade --quiet \
+	    --custom-compile-command "make lock" --output-file requirements/cpu.txt
+	$(BIN)/uv pip compile pyproject.toml requirements/cuda.in --extra dev --python-version 3.11 \
+	    --no-emit-index-url --no-emit-find-links --no-annotate --upgrade --quiet \
+	    --custom-compile-command "make lock" --output-file requirements/cuda.txt
+
+clean: ## Remove everything that was generated, the virtual environment included
+	rm -rf $(VENV) build dist *-results .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f protos/reranker/v1/*_pb2*
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

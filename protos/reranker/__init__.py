@@ -1,0 +1,1 @@
+"""The reranker contract as Python stubs; generated from ``protos/`` by the build."""

@@ -1,0 +1,1 @@
+"""Engines: token sequences in, one number (or one vector) a sequence out."""

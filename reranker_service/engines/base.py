@@ -1,0 +1,74 @@
+"""What an engine is: token sequences in, one number or one vector a sequence out.
+
+An engine knows nothing of texts, queries, templates, caches or clients. It runs what it is given, as fast as it can;
+who comes first is the scheduler's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSequence:
+    """One input of the model.
+
+    Attributes:
+        ids: Token ids with all special and template tokens, int32, shape ``(length,)``.
+        first_segment: How many leading tokens are of segment 0; the rest are of segment 1. The whole length for
+            models that know one segment only.
+    """
+
+    ids: NDArray[np.int32]
+    first_segment: int
+
+
+class EngineDeadError(RuntimeError):
+    """The engine can no longer answer; the process has to end."""
+
+
+class Engine(Protocol):
+    """Computes raw scores or embeddings.
+
+    Attributes:
+        name: ``"torch"`` or ``"vllm"``.
+        dtype: Number format of the computation, such as ``"float32"``.
+        pads: Whether a batch costs as much as its longest sequence (then give it sequences of like length).
+        max_in_flight: How many sequences it wants at a time to be kept busy; more only wait inside it.
+        max_batch: How many sequences one call of ``run`` should hold at most.
+        versions: Distribution name to version of the libraries that compute.
+    """
+
+    name: str
+    dtype: str
+    pads: bool
+    max_in_flight: int
+    max_batch: int
+    versions: dict[str, str]
+
+    async def start(self) -> None:
+        """Load the model. Raises what loading raised."""
+
+    async def run(self, sequences: Sequence[TokenSequence]) -> NDArray[np.float32]:
+        """Compute the model's number for each sequence.
+
+        Returns:
+            Raw scores, shape ``(len(sequences),)``, or for a bi-encoder unit-norm embeddings, shape
+            ``(len(sequences), dim)``, in the order of ``sequences``.
+
+        Raises:
+            EngineDeadError: The engine is gone.
+
+        Cancelling the call frees the engine of the work as far as it can be freed.
+        """
+
+    async def wait_dead(self) -> EngineDeadError:
+        """Return once the engine has died by itself; never after ``close``."""
+
+    async def close(self) -> None:
+        """End the engine and every process and thread it started."""
