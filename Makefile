@@ -11,8 +11,7 @@ BIN := $(VENV)/bin
 REQUIREMENTS := requirements/$(DEVICE).txt
 INSTALLED := $(VENV)/.installed-$(DEVICE)
 STUBS := protos/reranker/v1/reranker_pb2.py
-PACKAGES := reranker_service loss_client protos/reranker
-SOURCES := reranker_service loss_client tests examples hatch_build.py
+SOURCES := reranker_service loss_client tests examples tools hatch_build.py
 
 # For `make serve`. Empty: the server's own default (RERANKER_* variables count too).
 MODEL ?=
@@ -24,7 +23,7 @@ STEPS ?=
 # For `make test`: more arguments for pytest, such as ARGS="-k stream -x".
 ARGS ?=
 
-.PHONY: help install proto serve demo test lint lock clean
+.PHONY: help install proto serve demo test lint compat lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +62,9 @@ lint: $(STUBS) ## Check style and types: ruff, mypy, buf
 	cp "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/google/rpc/status.proto" build/buf/google/rpc/
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code protos
+
+compat: $(STUBS) ## Try the package with the lowest and the newest versions of what it needs
+	$(BIN)/python tools/compat.py
 
 # Only what was asked for is resolved; the choice of a package index is the machine's own.
 lock: $(INSTALLED) ## Resolve the pinned lists under requirements/ anew

@@ -1,0 +1,215 @@
+"""A retrieval data set that every machine has: the docstrings of installed packages.
+
+The anchor of a pair is a docstring's summary (its first paragraph), the positive is the rest of it. Documentation
+repeats itself through aliases, overloads and copied interfaces, so a share of the pairs stands elsewhere
+too: natural false negatives, and the reason to keep them. Source files are parsed, never imported, so
+reading is safe, fast and the same on every run.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import re
+import sysconfig
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+STANDARD_LIBRARY = "stdlib"
+
+#: Where docstrings are taken from, the poor in docstrings first: what they leave of their share goes to the rich.
+PACKAGES: tuple[str, ...] = (
+    "numpy",
+    "networkx",
+    "matplotlib",
+    "sklearn",
+    "pandas",
+    STANDARD_LIBRARY,
+    "scipy",
+    "transformers",
+    "torch",
+    "sympy",
+)
+
+# Folders of test suites, of copies of other packages, and of everything that is installed into the standard library.
+_SKIPPED_FOLDERS = {"tests", "test", "testing", "_vendor", "_vendored_packages", "lib2to3", "site-packages"}
+
+_SUMMARY_CHARACTERS = range(20, 201)
+_BODY_LEAST = 60
+# About what a student of 64 tokens can see.
+_BODY_MOST = 320
+_UNDERLINE = re.compile(r"^\s*([-=~^*#])\1{2,}\s*$", re.MULTILINE)
+# An interpreter's session is code, not text.
+_SESSION = re.compile(r"^\s*>>>.*\Z", re.MULTILINE | re.DOTALL)
+_VERSION_NOTE = re.compile(r"^\s*\.\. (versionadded|versionchanged|deprecated)::.*$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One docstring.
+
+    Attributes:
+        summary: Its first paragraph on one line, 20 to 200 characters: the anchor, or the query.
+        body: The rest on one line, 60 to 320 characters: the positive, or the document.
+        module: The file it is from, as ``package/path/to/file.py``.
+    """
+
+    summary: str
+    body: str
+    module: str
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Pairs for training and pairs of other modules for evaluation, without a text in common.
+
+    Attributes:
+        train: Pairs for training.
+        held_out: Pairs for evaluation.
+    """
+
+    train: list[Pair]
+    held_out: list[Pair]
+
+
+def text_key(text: str) -> str:
+    """What makes two texts the same: all but the case of their letters, which the uncased student does not see."""
+    return text.casefold()
+
+
+def pairs_of_source(source: bytes, module: str) -> list[Pair]:
+    """Take the pairs out of one file.
+
+    Args:
+        source: The file's bytes; an encoding that it declares is respected.
+        module: Becomes :attr:`Pair.module`.
+
+    Returns:
+        One pair for each module, class and function whose docstring has a summary and a body of fitting lengths, in
+        the order of the file.
+
+    Raises:
+        SyntaxError, ValueError: The file is not valid Python.
+    """
+    with warnings.catch_warnings():
+        # Invalid escapes in other people's strings.
+        warnings.simplefilter("ignore")
+        tree = ast.parse(source)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = sorted(
+        (node for node in ast.walk(tree) if isinstance(node, documented)), key=lambda node: getattr(node, "lineno", 0)
+    )
+    docstrings = (ast.get_docstring(node) for node in nodes)
+    pairs = (_pair_of_docstring(docstring, module) for docstring in docstrings if docstring)
+    return [pair for pair in pairs if pair is not None]
+
+
+def collect(limit: int, packages: Sequence[str] = PACKAGES) -> list[Pair]:
+    """Read pairs from installed packages.
+
+    Args:
+        limit: At most how many pairs. No package gives more than an equal share of what is still missing when its
+            turn comes.
+        packages: Import names; ``"stdlib"`` is the standard library. Those that are not installed are left out.
+
+    Returns:
+        The pairs, equal ones included, package by package.
+
+    Raises:
+        ValueError: ``limit`` is not positive, or none of the packages is installed.
+    """
+    if limit < 1:
+        raise ValueError(f"limit must be at least 1, not {limit}")
+    roots = {name: root for name in packages if (root := _package_root(name)) is not None}
+    if not roots:
+        raise ValueError(f"none of these packages is installed: {', '.join(packages)}")
+    pairs: list[Pair] = []
+    for position, (name, root) in enumerate(roots.items()):
+        share = -(-(limit - len(pairs)) // (len(roots) - position))
+        pairs += _package_pairs(name, root, share)
+    return pairs[:limit]
+
+
+def split_by_module(pairs: Sequence[Pair], held_out_share: float, seed: int) -> Split:
+    """Hold out whole modules, about ``held_out_share`` (between 0 and 1) of them, and keep their texts out of training.
+
+    A pair of another module whose summary or body also stands in a held-out module is in neither part.
+
+    Raises:
+        ValueError: The share is not between 0 and 1.
+    """
+    if not 0 < held_out_share < 1:
+        raise ValueError(f"held_out_share must be between 0 and 1, not {held_out_share}")
+    held_out = [pair for pair in pairs if _unit_hash(f"{seed}:{pair.module}") < held_out_share]
+    seen = {text_key(text) for pair in held_out for text in (pair.summary, pair.body)}
+    modules = {pair.module for pair in held_out}
+    train = [
+        pair
+        for pair in pairs
+        if pair.module not in modules and text_key(pair.summary) not in seen and text_key(pair.body) not in seen
+    ]
+    return Split(train=train, held_out=held_out)
+
+
+def repeated_share(pairs: Collection[Pair]) -> float:
+    """Share of the pairs, in [0, 1], with a summary or a body that another pair has too; 0 for no pairs."""
+    summaries = Counter(text_key(pair.summary) for pair in pairs)
+    bodies = Counter(text_key(pair.body) for pair in pairs)
+    repeated = sum(summaries[text_key(pair.summary)] > 1 or bodies[text_key(pair.body)] > 1 for pair in pairs)
+    return repeated / max(len(pairs), 1)
+
+
+def _pair_of_docstring(docstring: str, module: str) -> Pair | None:
+    summary, _, rest = docstring.partition("\n\n")
+    summary = _one_line(summary)
+    paragraphs = (_SESSION.sub("", part) for part in re.split(r"\n\s*\n", rest))
+    body = _shortened(_one_line(_VERSION_NOTE.sub("", _UNDERLINE.sub("", "\n".join(paragraphs)))))
+    if len(summary) not in _SUMMARY_CHARACTERS or len(body) < _BODY_LEAST:
+        return None
+    return Pair(summary, body, module)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= _BODY_MOST:
+        return text
+    return text[: _BODY_MOST + 1].rpartition(" ")[0] or text[:_BODY_MOST]
+
+
+def _package_root(name: str) -> Path | None:
+    if name == STANDARD_LIBRARY:
+        return Path(sysconfig.get_path("stdlib"))
+    spec = importlib.util.find_spec(name)
+    return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
+
+
+def _package_pairs(name: str, root: Path, limit: int) -> list[Pair]:
+    pairs: list[Pair] = []
+    for path, module in _source_files(name, root):
+        try:
+            pairs += pairs_of_source(path.read_bytes(), module)
+        except (SyntaxError, ValueError):
+            # Templates and samples of broken code lie among the sources.
+            continue
+        if len(pairs) >= limit:
+            break
+    return pairs[:limit]
+
+
+def _source_files(name: str, root: Path) -> Iterator[tuple[Path, str]]:
+    """The files of a package in an order that only their names decide, and that favours no part of it."""
+    files: Iterable[tuple[Path, Path]] = ((path, path.relative_to(root)) for path in root.rglob("*.py"))
+    named = [(path, f"{name}/{below.as_posix()}") for path, below in files if not _SKIPPED_FOLDERS & set(below.parts)]
+    return iter(sorted(named, key=lambda item: (_unit_hash(item[1]), item[1])))
+
+
+def _unit_hash(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64

@@ -1,0 +1,65 @@
+"""Training with a reranker that is served elsewhere: a client, and a sentence-transformers loss built on it.
+
+Importing this package needs neither torch nor sentence-transformers; the loss and the collator import them when first
+named.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from loss_client.client import Priority, RankedDocument, RerankerClient
+from loss_client.errors import (
+    ClientClosedError,
+    FieldViolation,
+    IncompatibleServerError,
+    JobCancelledError,
+    ModelChangedError,
+    RerankerError,
+    RerankerRequestError,
+    RerankerTimeoutError,
+    RerankerUnavailableError,
+    ScoreError,
+)
+from loss_client.scores import ScoreMatrix, ScoreType, ScoreUsage
+
+if TYPE_CHECKING:
+    from loss_client.collator import RerankerDataCollator
+    from loss_client.loss import RerankerCachedGISTEmbedLoss
+
+_LAZY = {
+    "RerankerCachedGISTEmbedLoss": "loss_client.loss",
+    "RerankerDataCollator": "loss_client.collator",
+}
+
+__all__ = [
+    "ClientClosedError",
+    "FieldViolation",
+    "IncompatibleServerError",
+    "JobCancelledError",
+    "ModelChangedError",
+    "Priority",
+    "RankedDocument",
+    "RerankerCachedGISTEmbedLoss",
+    "RerankerClient",
+    "RerankerDataCollator",
+    "RerankerError",
+    "RerankerRequestError",
+    "RerankerTimeoutError",
+    "RerankerUnavailableError",
+    "ScoreError",
+    "ScoreMatrix",
+    "ScoreType",
+    "ScoreUsage",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,148 @@
+"""The one thread and event loop of a client: made at first use, ended with the client or the process, safe to fork.
+
+gRPC does not survive a fork: a child that uses what its parent began hangs or crashes. So right before a fork every
+client of the process ends its calls and channels, which ends gRPC's own threads; right after it, jobs of the parent
+go on where they were, over new channels, and clients in the child begin with nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import os
+import threading
+import weakref
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from loss_client.channels import Channels, ChannelSettings
+from loss_client.errors import ClientClosedError, RerankerError
+
+T = TypeVar("T")
+
+_SUSPEND_SECONDS = 10.0
+_STOP_SECONDS = 10.0
+
+_backgrounds: weakref.WeakSet[Background] = weakref.WeakSet()
+# Loops of the parent share its file descriptors: a child must neither use nor close (so: nor forget) them.
+_inherited: list[object] = []
+# Whether gRPC was still running, outside of this package, when this process was forked from its parent.
+_grpc_is_broken = False
+_grpc_runs_at_fork = False
+
+
+class Background:
+    """Runs coroutines for callers of other threads, over the channels that it owns."""
+
+    def __init__(self, settings: ChannelSettings) -> None:
+        self._settings = settings
+        self._lock = threading.RLock()  # a finalizer may run on a thread that holds it
+        self._closed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._channels: Channels | None = None
+        _backgrounds.add(self)
+
+    def submit(self, work: Callable[[Channels], Coroutine[Any, Any, T]]) -> concurrent.futures.Future[T]:
+        """Start a coroutine over the channels; the future may be waited for and cancelled from any thread.
+
+        Raises:
+            ClientClosedError: ``close`` was called.
+        """
+        with self._lock:
+            if self._closed:
+                raise ClientClosedError("the client is closed")
+            loop, channels = self._start()
+            return asyncio.run_coroutine_threadsafe(work(channels), loop)
+
+    def close(self) -> None:
+        """Cancel everything, close the channels and end the thread. Does nothing the second time."""
+        with self._lock:
+            self._closed = True
+            loop, thread, channels = self._loop, self._thread, self._channels
+            self._loop = self._thread = self._channels = None
+        if loop is None or thread is None or channels is None:
+            return
+        asyncio.run_coroutine_threadsafe(_stop(loop, channels), loop)
+        if thread is not threading.current_thread():  # the last reference may be dropped on the loop's own thread
+            thread.join(_STOP_SECONDS)
+
+    def _start(self) -> tuple[asyncio.AbstractEventLoop, Channels]:
+        if self._loop is None or self._channels is None:
+            if _grpc_is_broken:
+                raise RerankerError(
+                    "this process was forked from one in which gRPC was running, so gRPC cannot work here: start it "
+                    "with the 'spawn' or 'forkserver' method instead"
+                )
+            self._loop = asyncio.new_event_loop()
+            self._channels = Channels(self._settings)
+            self._thread = threading.Thread(target=_run, args=(self._loop,), name="reranker-client", daemon=True)
+            self._thread.start()
+        return self._loop, self._channels
+
+    def before_fork(self) -> None:
+        """End calls and channels; holds the lock until ``after_fork``."""
+        self._lock.acquire()
+        if self._loop is not None and self._channels is not None:
+            done = asyncio.run_coroutine_threadsafe(self._channels.suspend(), self._loop)
+            concurrent.futures.wait([done], timeout=_SUSPEND_SECONDS)
+
+    def after_fork(self, in_child: bool) -> None:
+        """Go on, or in the child begin with nothing."""
+        if in_child:
+            _inherited.extend((self._loop, self._thread, self._channels))
+            self._loop = self._thread = self._channels = None
+        elif self._loop is not None and self._channels is not None:
+            self._loop.call_soon_threadsafe(self._channels.resume)
+        self._lock.release()
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    loop.set_exception_handler(_on_loop_error)
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
+
+
+def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    # Older versions of gRPC wake every loop of a process for the news of one, and all but one find nothing to read.
+    if not isinstance(context.get("exception"), BlockingIOError):
+        loop.default_exception_handler(context)
+
+
+async def _stop(loop: asyncio.AbstractEventLoop, channels: Channels) -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await channels.close()
+    loop.stop()
+
+
+_forking: list[Background] = []
+
+
+def _before_fork() -> None:
+    global _grpc_runs_at_fork
+    _forking[:] = list(_backgrounds)
+    for background in _forking:
+        background.before_fork()
+    # The thread by which gRPC's asyncio engine learns of events; it lives as long as any channel or server does.
+    _grpc_runs_at_fork = any("_poll_wrapper" in thread.name for thread in threading.enumerate())
+
+
+def _after_fork(in_child: bool) -> None:
+    global _grpc_is_broken
+    _grpc_is_broken = _grpc_is_broken or (in_child and _grpc_runs_at_fork)
+    for background in _forking:
+        background.after_fork(in_child)
+    _forking.clear()
+
+
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=lambda: _after_fork(in_child=False),
+    after_in_child=lambda: _after_fork(in_child=True),
+)

@@ -1,0 +1,303 @@
+"""Channels to the servers of one client, and how a failed attempt is made again: elsewhere, later, until a deadline.
+
+Everything here runs on the client's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import grpc
+from grpc import aio
+
+from loss_client.errors import (
+    ConnectionLostError,
+    IncompatibleServerError,
+    RerankerRequestError,
+    RerankerTimeoutError,
+    RerankerUnavailableError,
+    from_rpc_error,
+)
+from loss_client.targets import Target
+from reranker.v1 import reranker_pb2, reranker_pb2_grpc
+
+if TYPE_CHECKING:
+    from reranker.v1.reranker_pb2_grpc import RerankerServiceAsyncStub
+
+T = TypeVar("T")
+
+_logger = logging.getLogger(__name__)
+
+CONTRACT_MAJOR = 1
+# A server that is back is found again within seconds, and one that is not is not hammered.
+_FIRST_BACKOFF_SECONDS = 0.1
+_LONGEST_BACKOFF_SECONDS = 5.0
+_CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # The attempts are made here, where it is known what is left to send.
+    ("grpc.enable_retries", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 5000),
+    # Servers that were not told otherwise put up with one ping in five minutes.
+    ("grpc.keepalive_time_ms", 330_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # Behind one name there may be many servers; streams spread over them.
+    ("grpc.lb_policy_name", "round_robin"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelSettings:
+    """What a client's channels have in common.
+
+    Attributes:
+        targets: The servers, at least one.
+        metadata: Sent along with every call.
+        root_certificates: PEM bytes that TLS trusts; None for gRPC's own choice.
+    """
+
+    targets: tuple[Target, ...]
+    metadata: tuple[tuple[str, str], ...] = ()
+    root_certificates: bytes | None = None
+
+
+class Patience:
+    """How long a job may go without progress, in seconds; it begins when the first attempt does."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.last_progress = asyncio.get_running_loop().time()
+
+    def progress(self) -> None:
+        """Begin anew: something arrived."""
+        self.last_progress = asyncio.get_running_loop().time()
+
+    def remaining(self) -> float:
+        """Seconds left; 0 or less: none."""
+        return self.last_progress + self.seconds - asyncio.get_running_loop().time()
+
+
+class Endpoint:
+    """One target with its channel, which is made at first use, and what is known of its health."""
+
+    def __init__(self, target: Target, settings: ChannelSettings) -> None:
+        self.target = target
+        self.metadata = aio.Metadata(*settings.metadata)
+        self.failures = 0
+        self.ready_at = 0.0  # loop time before which it is left alone
+        self._root_certificates = settings.root_certificates
+        self._channel: aio.Channel | None = None
+        self._stub: RerankerServiceAsyncStub | None = None
+        self._checked = False
+
+    async def stub(self, timeout: float) -> RerankerServiceAsyncStub:
+        """Return the stub, once per connection after asking the server which contract it speaks.
+
+        Raises:
+            IncompatibleServerError: It speaks another one.
+            grpc.aio.AioRpcError: It did not answer.
+        """
+        if self._channel is None:
+            if self.target.secure:
+                credentials = grpc.ssl_channel_credentials(self._root_certificates)
+                self._channel = aio.secure_channel(self.target.address, credentials, options=_CHANNEL_OPTIONS)
+            else:
+                self._channel = aio.insecure_channel(self.target.address, options=_CHANNEL_OPTIONS)
+            self._stub = reranker_pb2_grpc.RerankerServiceStub(self._channel)
+        stub = self._stub
+        assert stub is not None  # made with the channel
+        if not self._checked:
+            await self._check(stub, timeout)
+            self._checked = True
+        return stub
+
+    async def _check(self, stub: RerankerServiceAsyncStub, timeout: float) -> None:
+        try:
+            request = reranker_pb2.GetModelInfoRequest()
+            info = await stub.GetModelInfo(request, timeout=timeout, metadata=self.metadata)
+        except aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                raise IncompatibleServerError(f"{self.target} does not serve reranker.v1.RerankerService") from None
+            raise
+        if info.contract.major != CONTRACT_MAJOR:
+            raise IncompatibleServerError(
+                f"{self.target} speaks contract {info.contract.major}.{info.contract.minor}; this client needs "
+                f"{CONTRACT_MAJOR}.x: use a server and a client of the same major version"
+            )
+
+    def succeeded(self) -> None:
+        """Note that it answered."""
+        self.failures = 0
+        self.ready_at = 0.0
+
+    def failed(self, now: float) -> None:
+        """Leave it alone for a while: exponential backoff with full jitter."""
+        longest = min(_LONGEST_BACKOFF_SECONDS, _FIRST_BACKOFF_SECONDS * 2**self.failures)
+        self.failures = min(self.failures + 1, 16)
+        self.ready_at = now + random.uniform(0, longest)
+        self._checked = False  # what comes back may be another version
+
+    async def close(self) -> None:
+        """Close the channel, if there is one; the next call makes another."""
+        channel, self._channel, self._stub = self._channel, None, None
+        if channel is not None:
+            await channel.close()
+
+
+Attempt = Callable[[Endpoint, Patience], Coroutine[Any, Any, T]]
+
+
+class Channels:
+    """All endpoints of a client, used in turn."""
+
+    def __init__(self, settings: ChannelSettings) -> None:
+        self._endpoints = [Endpoint(target, settings) for target in settings.targets]
+        self._next = random.randrange(len(self._endpoints))  # many clients with one list spread at once
+        self._attempts: set[asyncio.Task[Any]] = set()
+        self._open = asyncio.Event()
+        self._open.set()
+        self._warned = False
+
+    async def run(self, attempt: Attempt[T], patience: Patience, left: Callable[[], str] = lambda: "") -> T:
+        """Make attempts, each at one endpoint, until one succeeds or fails for good.
+
+        Args:
+            attempt: Makes one attempt. ``ConnectionLostError``, and what gRPC raises for a lost connection, ask for
+                another.
+            patience: When to give up.
+            left: What to add to the message then, such as the work that was left.
+
+        Raises:
+            RerankerUnavailableError: Attempts failed until patience ran out.
+            RerankerTimeoutError: The last attempt got no answer and patience ran out.
+            RerankerError: What the attempt failed with.
+        """
+        tried, last = 0, "none was made"
+        while True:
+            await self._open.wait()
+            endpoint, delay = self._choose()
+            if delay > patience.remaining():
+                raise self._unavailable(tried, patience, last, left())
+            if delay > 0:
+                await asyncio.sleep(delay)
+                continue
+            tried += 1
+            begun = patience.last_progress
+            task = asyncio.get_running_loop().create_task(attempt(endpoint, patience))
+            if not await self._finish(task, patience):
+                stalled = f"{endpoint.target} sent nothing for {patience.seconds:g} s"
+                if tried == 1 or patience.last_progress > begun:
+                    raise RerankerTimeoutError(f"{stalled}{left()}")
+                raise self._unavailable(tried, patience, stalled, left())
+            if task.cancelled():
+                continue  # suspended: that says nothing about the endpoint
+            error = task.exception()
+            if error is None:
+                endpoint.succeeded()
+                return task.result()
+            if isinstance(error, aio.AioRpcError):
+                error = from_rpc_error(error, str(endpoint.target))
+            if not isinstance(error, ConnectionLostError):
+                raise error
+            if patience.last_progress > begun:
+                endpoint.succeeded()
+                tried = 1
+            last = str(error)
+            endpoint.failed(asyncio.get_running_loop().time())
+
+    async def call(
+        self,
+        rpc: Callable[[RerankerServiceAsyncStub], Any],
+        request: Any,
+        patience: Patience,
+        read: Callable[[Any], T] = lambda response: response,
+    ) -> T:
+        """Make a unary call, again where that may help.
+
+        Args:
+            rpc: Picks the method of a stub.
+            request: The request message.
+            patience: When to give up.
+            read: Turns the response into what is returned; may ask for another attempt by ``ConnectionLostError``.
+        """
+
+        async def attempt(endpoint: Endpoint, patience: Patience) -> T:
+            stub = await endpoint.stub(patience.remaining())
+            # The server is told the deadline, too: it need not score what nobody waits for.
+            timeout = max(patience.remaining(), 0.001)
+            return read(await rpc(stub)(request, timeout=timeout, metadata=endpoint.metadata))
+
+        return await self.run(attempt, patience)
+
+    def warn_of_fallback(self) -> None:
+        """Say, once a client, that there are no streams."""
+        if not self._warned:
+            self._warned = True
+            _logger.warning(
+                "The server, or something in front of it, does not have RerankStream: scoring by RerankBatch, which is "
+                "slower and sends every text with every pair."
+            )
+
+    async def suspend(self) -> None:
+        """End all attempts and close all channels, so that nothing of gRPC is alive; ``resume`` begins them again."""
+        self._open.clear()
+        for task in self._attempts:
+            task.cancel()
+        if self._attempts:
+            await asyncio.wait(self._attempts)
+        await self.close()
+
+    def resume(self) -> None:
+        """Let attempts be made again."""
+        self._open.set()
+
+    async def close(self) -> None:
+        """Close all channels."""
+        for endpoint in self._endpoints:
+            await endpoint.close()
+
+    async def _finish(self, task: asyncio.Task[Any], patience: Patience) -> bool:
+        """Wait for an attempt; end it and return False where patience runs out first."""
+        self._attempts.add(task)
+        try:
+            while not task.done():
+                remaining = patience.remaining()
+                if remaining <= 0:
+                    return False
+                await asyncio.wait({task}, timeout=remaining)
+            return True
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
+            self._attempts.discard(task)
+
+    def _choose(self) -> tuple[Endpoint, float]:
+        """Return the next endpoint in turn that did not just fail and 0, or the first to be ready again and seconds."""
+        now = asyncio.get_running_loop().time()
+        count = len(self._endpoints)
+        for step in range(count):
+            endpoint = self._endpoints[(self._next + step) % count]
+            if endpoint.ready_at <= now:
+                self._next = (self._next + step + 1) % count
+                return endpoint, 0.0
+        first = min(self._endpoints, key=lambda endpoint: endpoint.ready_at)
+        return first, first.ready_at - now
+
+    def _unavailable(self, tried: int, patience: Patience, last: str, left: str) -> RerankerUnavailableError:
+        targets = [str(endpoint.target) for endpoint in self._endpoints]
+        return RerankerUnavailableError(
+            f"no progress for {patience.seconds:g} s with {', '.join(targets)}: {tried} attempts; "
+            f"the last error: {last}{left}"
+        )
+
+
+def is_unimplemented(error: BaseException) -> bool:
+    """Whether the server does not have the method that was called."""
+    return isinstance(error, RerankerRequestError) and error.code is grpc.StatusCode.UNIMPLEMENTED

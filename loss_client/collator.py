@@ -1,0 +1,92 @@
+"""The data collator that hands the dataset's own texts to the loss, beside the tokenized ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+from sentence_transformers.sentence_transformer.modules import Router
+
+from loss_client.texts import RAW_TEXT
+
+
+@dataclass
+class RerankerDataCollator(SentenceTransformerDataCollator):
+    """Collates like sentence-transformers' own collator, and adds each column's raw texts.
+
+    The texts, before any prompt, are in the batch as a list of strings under ``"{column}_raw_text"``, from where the
+    trainer passes them to the loss. They travel from loader workers as they are.
+
+    A trainer fills in prompts, router mapping and lengths for its own collator only, so that one made by hand must be
+    given those of the training arguments. :meth:`for_training` does that.
+
+    Args:
+        preprocess_fn: The model's ``preprocess``.
+        valid_label_columns: Names of columns that hold labels, not texts; the first that the dataset has is used.
+        router_mapping: As in the training arguments.
+        prompts: As in the training arguments. They go before what the model reads, not what the reranker reads.
+        max_length: As in the training arguments, where they have one.
+    """
+
+    @classmethod
+    def for_training(
+        cls, model: SentenceTransformer, args: SentenceTransformerTrainingArguments | None = None
+    ) -> RerankerDataCollator:
+        """Make the collator that a trainer with this model and these arguments needs.
+
+        Args:
+            model: The model to train.
+            args: The trainer's arguments; ``None`` if the trainer gets none.
+
+        Raises:
+            ValueError: The model has a Router, but the arguments have no ``router_mapping``.
+        """
+        router_mapping = getattr(args, "router_mapping", None)
+        if any(isinstance(module, Router) for module in model.children()) and not router_mapping:
+            raise ValueError(
+                "A model with a Router needs router_mapping in the training arguments, from column names to routes, "
+                "such as {'anchor': 'query', 'positive': 'document'}."
+            )
+        return cls(
+            preprocess_fn=model.preprocess,
+            router_mapping=router_mapping,
+            prompts=getattr(args, "prompts", None),
+            max_length=getattr(args, "max_length", None),
+        )
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate rows of the dataset.
+
+        Args:
+            features: The rows, each a dict by column name.
+
+        Returns:
+            The batch: what the base class makes of it, and the texts of each column.
+
+        Raises:
+            TypeError: A column that is not a label holds something else than strings.
+        """
+        texts = {name: self._texts(name, features) for name in self._text_columns(features)}
+        batch: dict[str, Any] = super().__call__(features)
+        batch.update({f"{name}_{RAW_TEXT}": column for name, column in texts.items()})
+        return batch
+
+    def _text_columns(self, features: list[dict[str, Any]]) -> list[str]:
+        names = [name for name in features[0] if name != "dataset_name"] if features else []
+        label = next((name for name in self.valid_label_columns if name in names), None)
+        return [name for name in names if name != label]
+
+    @staticmethod
+    def _texts(name: str, features: list[dict[str, Any]]) -> list[str]:
+        texts = []
+        for position, row in enumerate(features):
+            text = row[name]
+            if not isinstance(text, str):
+                raise TypeError(
+                    f"A reranker reads texts, but column {name!r} holds a {type(text).__name__} in row {position} of "
+                    "the batch. Turn the column into strings, or remove it from the dataset."
+                )
+            texts.append(text)
+        return texts

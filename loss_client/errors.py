@@ -1,0 +1,119 @@
+"""What can go wrong between a client and a reranker, as exceptions, and how gRPC's errors become them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+from grpc import aio
+
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+_DETAILS_KEY = "grpc-status-details-bin"
+# A broken connection is mostly UNAVAILABLE; resets by peers and proxies arrive as one of these, told by their text.
+_RESET_CODES = frozenset({grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED})
+_RESET_MARKS = ("rst_stream", "goaway", "stream removed", "socket closed", "connection reset", "broken pipe")
+
+
+@dataclass(frozen=True, slots=True)
+class FieldViolation:
+    """One broken rule of a request.
+
+    Attributes:
+        field: Path of the field in the request message.
+        description: The offending value and the rule.
+    """
+
+    field: str
+    description: str
+
+
+class RerankerError(Exception):
+    """Base of all errors of this package's client."""
+
+
+class RerankerUnavailableError(RerankerError):
+    """No server could be reached, or kept, until the deadline. Says which were tried and what was left to do."""
+
+
+class RerankerTimeoutError(RerankerError, TimeoutError):
+    """A server was reached but did not answer in time, or scores were not there within the time a caller allowed."""
+
+
+class RerankerRequestError(RerankerError):
+    """The server refused or failed a request; sending it again is of no use.
+
+    Attributes:
+        code: The gRPC status code.
+        message: The server's message.
+        violations: The rules that the request broke, where the server named them.
+    """
+
+    def __init__(self, code: grpc.StatusCode, message: str, violations: tuple[FieldViolation, ...] = ()) -> None:
+        super().__init__(code, message, violations)
+        self.code = code
+        self.message = message
+        self.violations = violations
+
+    def __str__(self) -> str:
+        named = "".join(f"\n  {violation.field}: {violation.description}" for violation in self.violations)
+        return f"{self.code.name}: {self.message}{named}"
+
+
+class IncompatibleServerError(RerankerError):
+    """The server speaks another contract, or none."""
+
+
+class ModelChangedError(RerankerError):
+    """A job that was resumed met a server with another model; the scores of two models must not be mixed."""
+
+
+class ScoreError(RerankerError):
+    """A server's answer cannot be scores: wrong count, not finite, or for no question."""
+
+
+class JobCancelledError(RerankerError):
+    """The job was cancelled before these scores arrived."""
+
+
+class ClientClosedError(RerankerError):
+    """The client was closed, before the call or while it waited."""
+
+
+class ConnectionLostError(RerankerError):
+    """One attempt failed in a way that another may not. Callers of the client never see it."""
+
+
+def from_status(status: status_pb2.Status) -> RerankerError:
+    """Return the exception for a ``google.rpc.Status``; ``ConnectionLostError`` where another attempt may succeed."""
+    code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return ConnectionLostError(f"UNAVAILABLE: {status.message}")
+    return RerankerRequestError(code, status.message, _violations(status))
+
+
+def from_rpc_error(error: aio.AioRpcError, server: str) -> RerankerError:
+    """Return the exception for a failed call to ``server``; ``ConnectionLostError`` where another try may succeed."""
+    code, message = error.code(), error.details() or ""
+    reset = code in _RESET_CODES and any(mark in message.lower() for mark in _RESET_MARKS)
+    if code is grpc.StatusCode.UNAVAILABLE or reset:
+        return ConnectionLostError(f"{server}: {code.name}: {message}")
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return RerankerTimeoutError(f"{server} did not answer in time: {message}")
+    for key, value in error.trailing_metadata() or ():
+        if key == _DETAILS_KEY and isinstance(value, bytes):
+            try:
+                return RerankerRequestError(code, message, _violations(status_pb2.Status.FromString(value)))
+            except DecodeError:
+                break  # the code and the message still say what is known
+    return RerankerRequestError(code, message)
+
+
+def _violations(status: status_pb2.Status) -> tuple[FieldViolation, ...]:
+    found = []
+    for detail in status.details:
+        bad_request = error_details_pb2.BadRequest()
+        if detail.Unpack(bad_request):
+            found += [FieldViolation(each.field, each.description) for each in bad_request.field_violations]
+    return tuple(found)

@@ -1,0 +1,111 @@
+"""What the ranks of a distributed run tell each other: their texts, their embeddings, what is relevant to what.
+
+Everything comes in rank order, so that row i of rank r is row ``sum(sizes[:r]) + i`` of all rows. Ranks may have
+different numbers of rows, as in the last batch of an epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from sentence_transformers.util import all_gather_with_grad, get_rank, get_world_size
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Whose rows are where among the rows of all ranks.
+
+    Attributes:
+        sizes: Number of rows of each rank, in rank order; a single one where nothing is gathered.
+        rank: Position of this process in ``sizes``.
+    """
+
+    sizes: tuple[int, ...]
+    rank: int
+
+    @property
+    def offset(self) -> int:
+        """Position of this rank's first row among all rows."""
+        return sum(self.sizes[: self.rank])
+
+    @property
+    def mean_size(self) -> float:
+        """Rows of a rank, on average; this rank's own number where nothing is gathered."""
+        return sum(self.sizes) / len(self.sizes)
+
+
+def gather_columns(columns: Sequence[Sequence[str]]) -> tuple[list[list[str]], Rows]:
+    """The texts of all ranks.
+
+    Args:
+        columns: This rank's columns of texts, all of one length.
+
+    Returns:
+        The same columns with the texts of all ranks one after the other, and where each rank's rows are in them.
+
+    Raises:
+        ValueError: The ranks have different numbers of columns.
+    """
+    gathered = _gather_objects([list(column) for column in columns])
+    counts = [len(rank_columns) for rank_columns in gathered]
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"gather_across_devices needs batches with the same columns on every rank, but the ranks have {counts} "
+            "columns."
+        )
+    merged = [[text for part in parts for text in part] for parts in zip(*gathered, strict=True)]
+    return merged, Rows(tuple(len(rank_columns[0]) for rank_columns in gathered), get_rank())
+
+
+def gather_embeddings(embeddings: Tensor, rows: Rows) -> Tensor:
+    """The embeddings of all ranks, with gradients that flow back to the rank that each row came from.
+
+    Args:
+        embeddings: This rank's embeddings, shape ``(rows.sizes[rows.rank], dim)``.
+        rows: Where each rank's rows are.
+
+    Returns:
+        Shape ``(sum(rows.sizes), dim)``; ``embeddings`` itself where nothing is gathered.
+    """
+    if len(rows.sizes) == 1:
+        return embeddings
+    # The collective takes tensors of one shape only.
+    longest = max(rows.sizes)
+    padded = torch.nn.functional.pad(embeddings, (0, 0, 0, longest - len(embeddings)))
+    gathered: Tensor = all_gather_with_grad(padded)  # (ranks * longest, dim)
+    if all(size == longest for size in rows.sizes):
+        return gathered
+    parts = torch.split(gathered, longest)
+    return torch.cat([part[:size] for part, size in zip(parts, rows.sizes, strict=True)])
+
+
+def gather_flags(flags: NDArray[np.bool_], rows: Rows) -> NDArray[np.bool_]:
+    """The rows of a matrix of flags from all ranks.
+
+    Args:
+        flags: This rank's rows, shape ``(rows.sizes[rows.rank], columns)``.
+        rows: Where each rank's rows are.
+
+    Returns:
+        Shape ``(sum(rows.sizes), columns)``; ``flags`` itself where nothing is gathered.
+    """
+    if len(rows.sizes) == 1:
+        return flags
+    packed = _gather_objects(np.packbits(flags, axis=1))
+    return np.unpackbits(np.concatenate(packed), axis=1, count=flags.shape[1]).astype(np.bool_)
+
+
+def _gather_objects(value: Any) -> list[Any]:
+    """One picklable object of each rank, in rank order."""
+    if get_world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered

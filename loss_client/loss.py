@@ -1,0 +1,398 @@
+"""RerankerCachedGISTEmbedLoss: in-batch negatives filtered by a remote reranker, with gradient caching.
+
+One step:
+
+    (1) the texts of the batch go to the reranker, which begins to score every anchor with every document;
+    (2) meanwhile the model embeds the batch without gradients;
+    (3) the loss goes through the anchors mini-batch by mini-batch, waiting for no more than their rows of scores,
+        masks what is no negative, and back-propagates to the embeddings;
+    (4) ``loss.backward()`` embeds again with gradients and hands the cached ones on.
+
+Steps (2) and (4) are ``CachedLossMixin``'s; the scores travel through it as ``labels``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any, get_args
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses.gradcache import CachedLossMixin, has_static_embedding_input
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import trange  # type: ignore[import-untyped]
+
+from loss_client.gather import gather_embeddings
+from loss_client.masking import MarginStrategy, check_margin
+from loss_client.scorer import GridClient, SharedClient
+from loss_client.scores import ScoreType
+from loss_client.step import ContrastFilter, FilterSettings, LossStatistics, ScoreRows, ScoringStep
+from loss_client.texts import RAW_TEXT, decode, tokenizer_of
+
+logger = logging.getLogger(__name__)
+
+
+class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
+    """Contrastive loss over in-batch negatives, less those that a reranker finds relevant to the anchor.
+
+    In-batch and mined negatives are often false: relevant to the anchor, though not labelled so. Like
+    :class:`CachedGISTEmbedLoss`, this loss drops a negative where a guide scores it above the anchor's own positive,
+    less a margin, and like it caches gradients, so that the batch size is not bound by memory. Here the guide is a
+    reranker behind a gRPC service, on another GPU or machine: a cross-encoder or an instructed causal reranker, which
+    reads query and document together and judges better than an embedding model can. Scores stream in while the model
+    embeds the batch.
+
+    Two strategies decide what is dropped:
+
+        - "absolute": negatives that score above ``positive_score - margin``.
+        - "relative": negatives that score above ``positive_score - abs(positive_score) * margin``.
+
+    A document with the same text as the positive is always dropped. The anchor's own positive never is.
+
+    Args:
+        model: The SentenceTransformer to train.
+        reranker_url: Address of the reranker, such as ``"localhost:50051"`` or ``"grpcs://rerank.example:443"``,
+            several of them, or a ``RerankerClient`` that is shared and stays the caller's to close.
+        temperature: Cosine similarities are divided by it.
+        mini_batch_size: How many texts are embedded at a time, and how many anchors the loss is computed for at a
+            time. The larger, the faster, and the more memory is used. It has no influence on the result.
+        mini_batch_num_tokens: If set, texts are embedded in mini-batches of at most so many tokens instead.
+        show_progress_bar: Whether to show progress bars over mini-batches.
+        margin_strategy: ``"absolute"`` or ``"relative"``.
+        margin: The margin: in units of the score (absolute) or as a share of the positive's score (relative). The
+            larger, the more negatives are dropped.
+        reranker_batch_size: Pairs of one message to the reranker. Smaller: the first scores are there sooner; larger:
+            less work for each pair. It has no influence on the result.
+        instruction: The task in words, for rerankers that take an instruction. Default: the served model's own.
+        max_length: Longest input of the reranker, in its tokens. Default: the server's.
+        score_type: ``"probability"``: scores in [0, 1]. ``"raw"``: the reranker's own number, a logit or, from a
+            bi-encoder, a cosine. Margins are in units of these.
+        timeout: Seconds until the scores of one batch must be there; ``None`` for no limit.
+        contrast_anchors: Whether the other anchors stand as negatives too.
+        contrast_positives: Whether the positive is pushed away from the other positives too.
+        contrast_filter: Which pairs of anchors, and of positives, are dropped. ``"known"``: those of rows i and j where
+            the positive of one is relevant to the anchor of the other, which costs no scores. ``"scores"``: those whose
+            own score, the text of row i as query, is above row i's threshold, as in :class:`CachedGISTEmbedLoss`.
+            A row's pair with itself or with an equal text is dropped in any case.
+        gather_across_devices: Whether the documents of all devices are candidates for each device's anchors. Texts and
+            embeddings are gathered; each device has its own anchors scored.
+
+    Raises:
+        ValueError: An argument, or a batch, that cannot work. The message says why.
+
+    References:
+        - GISTEmbed: Guided In-sample Selection of Training Negatives for Text Embedding Fine-tuning:
+          https://huggingface.co/papers/2402.16829
+        - Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup:
+          https://huggingface.co/papers/2101.06983
+
+    Requirements:
+        1. A running reranker service.
+        2. A :class:`RerankerDataCollator` in the trainer, so that the reranker reads the dataset's own texts. Without
+           it they are decoded from token ids, which loses some of them.
+        3. Large batches, for the best results.
+
+    Inputs:
+        +-------------------------------------------------+--------+
+        | Inputs                                          | Labels |
+        +=================================================+========+
+        | (anchor, positive) pairs                        | none   |
+        +-------------------------------------------------+--------+
+        | (anchor, positive, negative) triplets           | none   |
+        +-------------------------------------------------+--------+
+        | (anchor, positive, negative_1, ..., negative_n) | none   |
+        +-------------------------------------------------+--------+
+
+    Recommendations:
+        - Use it with hard negatives, mined without a margin: there most false negatives are.
+        - Use ``BatchSamplers.NO_DUPLICATES``
+          (:class:`docs <sentence_transformers.base.sampler.BatchSamplers>`) to fill batches with distinct texts.
+
+    Relations:
+        - With a bi-encoder behind the service, ``score_type="raw"`` and distinct texts it equals
+          :class:`CachedGISTEmbedLoss` with that model as guide and both contrast terms off.
+        - Without any negative above its threshold it equals :class:`CachedMultipleNegativesRankingLoss`.
+
+    Example:
+        ::
+
+            from datasets import Dataset
+            from sentence_transformers import (
+                SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+            )
+            from loss_client import RerankerCachedGISTEmbedLoss, RerankerDataCollator
+
+            model = SentenceTransformer("microsoft/mpnet-base")
+            train_dataset = Dataset.from_dict({
+                "anchor": ["It's nice weather outside today.", "He drove to work."],
+                "positive": ["It's so sunny.", "He took the car to the office."],
+            })
+            loss = RerankerCachedGISTEmbedLoss(model, "localhost:50051", mini_batch_size=64, margin=0.05)
+
+            args = SentenceTransformerTrainingArguments("output", per_device_train_batch_size=512)
+            trainer = SentenceTransformerTrainer(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                loss=loss,
+                data_collator=RerankerDataCollator.for_training(model, args),
+            )
+            trainer.train()
+
+    Attributes:
+        statistics: What the filter did since the last ``statistics.reset()``.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        reranker_url: str | Sequence[str] | GridClient,
+        temperature: float = 0.01,
+        mini_batch_size: int = 32,
+        mini_batch_num_tokens: int | None = None,
+        show_progress_bar: bool = False,
+        margin_strategy: MarginStrategy = "absolute",
+        margin: float = 0.0,
+        reranker_batch_size: int = 128,
+        instruction: str | None = None,
+        max_length: int | None = None,
+        score_type: ScoreType = "probability",
+        timeout: float | None = 600.0,
+        contrast_anchors: bool = False,
+        contrast_positives: bool = False,
+        contrast_filter: ContrastFilter = "known",
+        gather_across_devices: bool = False,
+    ) -> None:
+        super().__init__()
+        if has_static_embedding_input(model):
+            raise ValueError(
+                f"{type(self).__name__} does not work with a model based on StaticEmbedding, whose inputs cannot be "
+                "split into mini-batches. Use a model with a Transformer."
+            )
+        _check_choice("margin_strategy", margin_strategy, get_args(MarginStrategy))
+        _check_choice("score_type", score_type, get_args(ScoreType))
+        _check_choice("contrast_filter", contrast_filter, get_args(ContrastFilter))
+        check_margin(margin, margin_strategy, score_type)
+        _check_positive(
+            temperature=temperature,
+            mini_batch_size=mini_batch_size,
+            mini_batch_num_tokens=mini_batch_num_tokens,
+            reranker_batch_size=reranker_batch_size,
+            max_length=max_length,
+            timeout=timeout,
+        )
+        self.model = model
+        self.temperature = temperature
+        self.mini_batch_size = mini_batch_size
+        self.mini_batch_num_tokens = mini_batch_num_tokens
+        self.show_progress_bar = show_progress_bar
+        self.margin_strategy = margin_strategy
+        self.margin = margin
+        self.reranker_batch_size = reranker_batch_size
+        self.instruction = instruction
+        self.max_length = max_length
+        self.score_type = score_type
+        self.timeout = timeout
+        self.contrast_anchors = contrast_anchors
+        self.contrast_positives = contrast_positives
+        self.contrast_filter = contrast_filter
+        self.gather_across_devices = gather_across_devices
+        self.statistics = LossStatistics()
+        self._reranker = SharedClient(reranker_url)
+        self._warned_of_decoding = False
+
+    def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
+        """Compute the loss of one batch.
+
+        Args:
+            sentence_features: Features by column: anchors, positives, then any number of columns of negatives. Each
+                with the column's texts under ``"raw_text"``, as ``RerankerDataCollator`` puts them.
+            labels: Not used.
+
+        Returns:
+            The mean loss over the anchors, a float32 scalar.
+
+        Raises:
+            ValueError: Fewer than two columns, columns of different lengths, or columns without text.
+            RerankerError: The scores could not be had, or one of them is not a finite number.
+        """
+        # Copies, because texts do not go into the model, and the batch stays the caller's.
+        features = [dict(column) for column in sentence_features]
+        columns = self._take_texts(features)
+        step = self._begin(columns)
+        try:
+            loss: Tensor = self.forward_cached(features, step)  # type: ignore[arg-type]
+        except BaseException:
+            step.cancel()
+            raise
+        self.statistics.add(step.statistics())
+        return loss
+
+    def calculate_loss(self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False) -> Tensor:
+        """Compute the loss from the embeddings, mini-batch by mini-batch as the scores arrive.
+
+        Args:
+            reps: Embeddings by column and mini-batch, each of shape ``(mini_batch_size, dim)``.
+            labels: The step's :class:`ScoringStep`.
+            with_backward: Whether to back-propagate to ``reps`` right away and return the loss detached.
+
+        Returns:
+            The mean loss over the anchors, a scalar. With ``gather_across_devices`` the mean is scaled so that the
+            average over devices is the mean over all anchors, also where devices have different numbers of them.
+        """
+        step = labels
+        if not isinstance(step, ScoringStep):
+            raise TypeError(f"calculate_loss needs the ScoringStep that forward made, not {type(step).__name__}.")
+        size, device = step.rows.sizes[step.rows.rank], reps[0][0].device
+        # Cosines are divided by a small temperature: bfloat16 has too few digits for that.
+        with torch.autocast(device.type, enabled=False):
+            embeddings = [_normalized(column) for column in reps]  # columns of (size, dim)
+            gathered = [gather_embeddings(column, step.rows) for column in embeddings[1:]]
+            if self.contrast_anchors:
+                gathered.append(gather_embeddings(embeddings[0], step.rows))
+            roots = [embeddings[0], *gathered]
+            # Each mini-batch goes back to these only; the rest of the way, collectives included, is gone once.
+            leaves = [root.detach().requires_grad_() for root in roots] if with_backward else roots
+
+            total = torch.zeros((), device=device)
+            for begin in trange(
+                0, size, self.mini_batch_size, desc="Calculating loss", disable=not self.show_progress_bar
+            ):
+                end = min(begin + self.mini_batch_size, size)
+                loss = self._rows_loss(leaves, step, begin, end) / step.rows.mean_size
+                if with_backward:
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    loss = loss.detach()
+                total = total + loss
+            if with_backward:
+                torch.autograd.backward(roots, [leaf.grad for leaf in leaves])
+        return total
+
+    def _rows_loss(self, embeddings: list[Tensor], step: ScoringStep, begin: int, end: int) -> Tensor:
+        """The summed loss of the anchors from ``begin`` to ``end``; ``embeddings`` as ``calculate_loss`` lists them."""
+        anchors, positives, *others = embeddings
+        own = torch.arange(begin, end, device=anchors.device) + step.rows.offset
+        rows = anchors[begin:end]  # (mini_batch_size, dim)
+        blocks = [rows @ positives.T]
+        if self.contrast_anchors:
+            blocks.append(rows @ others.pop().T)
+        if self.contrast_positives:
+            blocks.append(positives[own] @ positives.T)
+        blocks.extend(rows @ negatives.T for negatives in others)
+        logits = torch.cat(blocks, dim=1) / self.temperature  # (mini_batch_size, candidates)
+        mask = torch.from_numpy(step.mask(begin, end)).to(anchors.device)
+        return functional.cross_entropy(logits.masked_fill(mask, -torch.inf), own, reduction="sum")
+
+    def _begin(self, columns: list[list[str]]) -> ScoringStep:
+        settings = FilterSettings(
+            margin_strategy=self.margin_strategy,
+            margin=self.margin,
+            contrast_anchors=self.contrast_anchors,
+            contrast_positives=self.contrast_positives,
+            contrast_filter=self.contrast_filter,
+        )
+        return ScoringStep(columns, settings, self._ask, gather=self.gather_across_devices)
+
+    def _ask(self, queries: Sequence[str], documents: Sequence[str]) -> ScoreRows:
+        return self._reranker.get().stream_grid(
+            queries,
+            documents,
+            instruction=self.instruction,
+            max_length=self.max_length,
+            score_type=self.score_type,
+            chunk_pairs=self.reranker_batch_size,
+            timeout=self.timeout,
+        )
+
+    def _take_texts(self, features: list[dict[str, Any]]) -> list[list[str]]:
+        """Remove each column's texts from its features, or decode them, and check that the columns fit together."""
+        if len(features) < 2:
+            raise ValueError(
+                f"{type(self).__name__} needs at least two columns of texts, anchor and positive, but the batch has "
+                f"{len(features)}."
+            )
+        columns = []
+        for column in features:
+            texts = column.pop(RAW_TEXT, None)
+            if texts is None:
+                texts = decode(column, tokenizer_of(self.model, column.get("task")))
+                self._warn_of_decoding(texts)
+            columns.append(list(texts))
+        sizes = [len(column) for column in columns]
+        if len(set(sizes)) > 1 or not sizes[0]:
+            raise ValueError(
+                f"Every column needs the same number of texts, at least one, but the columns have {sizes}."
+            )
+        return columns
+
+    def _warn_of_decoding(self, texts: list[str]) -> None:
+        if self._warned_of_decoding:
+            return
+        self._warned_of_decoding = True
+        logger.warning(
+            "The batch comes without its raw texts, so they are decoded from token ids for the reranker. This loses "
+            "what the tokenizer drops (letter case and accents with an uncased model, spaces around punctuation), "
+            "everything beyond the model's maximum length, and leaves prompts in the texts. The first text that the "
+            "reranker gets is %r. Pass data_collator=RerankerDataCollator.for_training(model, args) to the trainer.",
+            texts[0][:200],
+        )
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The loss's settings for the model card; addresses without credentials."""
+        return {
+            "reranker_url": self._reranker.describe(),
+            "temperature": self.temperature,
+            "mini_batch_size": self.mini_batch_size,
+            "mini_batch_num_tokens": self.mini_batch_num_tokens,
+            "margin_strategy": self.margin_strategy,
+            "margin": self.margin,
+            "reranker_batch_size": self.reranker_batch_size,
+            "instruction": self.instruction,
+            "max_length": self.max_length,
+            "score_type": self.score_type,
+            "contrast_anchors": self.contrast_anchors,
+            "contrast_positives": self.contrast_positives,
+            "contrast_filter": self.contrast_filter,
+            "gather_across_devices": self.gather_across_devices,
+        }
+
+    @property
+    def citation(self) -> str:
+        """BibTeX entries of the papers that the loss builds on."""
+        return """
+@misc{solatorio2024gistembed,
+    title={GISTEmbed: Guided In-sample Selection of Training Negatives for Text Embedding Fine-tuning},
+    author={Aivin V. Solatorio},
+    year={2024},
+    eprint={2402.16829},
+    archivePrefix={arXiv},
+    primaryClass={cs.LG}
+}
+@misc{gao2021scaling,
+    title={Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup},
+    author={Luyu Gao and Yunyi Zhang and Jiawei Han and Jamie Callan},
+    year={2021},
+    eprint={2101.06983},
+    archivePrefix={arXiv},
+    primaryClass={cs.LG}
+}
+"""
+
+
+def _normalized(mini_batches: list[Tensor]) -> Tensor:
+    """One column's embeddings at unit length, in float32 or wider, shape ``(batch, dim)``."""
+    embeddings = torch.cat(mini_batches)
+    return functional.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, not {value!r}.")
+
+
+def _check_positive(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be greater than 0, not {value!r}.")

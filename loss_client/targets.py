@@ -1,0 +1,70 @@
+"""Where a reranker is: the forms of address that users write, and what gRPC makes of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_FORMS = (
+    "right forms are 'host:port', '[IPv6]:port', 'grpc://host:port', 'grpcs://host:port' (TLS), "
+    "gRPC's own ('dns:///host:port', 'ipv4:1.2.3.4:port', 'ipv6:[::1]:port', 'unix:/path', 'unix-abstract:name', "
+    "'xds:///service'), or a list of these"
+)
+_NATIVE_SCHEMES = frozenset({"dns", "ipv4", "ipv6", "unix", "unix-abstract", "vsock", "xds"})
+_SCHEME = re.compile(r"([a-z][a-z0-9+.\-]*):", re.IGNORECASE)
+_HOST_AND_PORT = re.compile(r"(?P<host>\[[0-9a-f:.%a-z]+\]|[^\s:/\[\]@?#,]+):(?P<port>[0-9]{1,5})", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One server, or one name behind which there are several.
+
+    Attributes:
+        address: What gRPC is given.
+        secure: Whether the connection uses TLS.
+    """
+
+    address: str
+    secure: bool
+
+    def __str__(self) -> str:
+        return f"grpcs://{self.address}" if self.secure else self.address
+
+
+def parse_targets(target: str | Sequence[str]) -> tuple[Target, ...]:
+    """Read one address or a list of them.
+
+    Raises:
+        ValueError: An address has none of the right forms, or the list is empty.
+        TypeError: An address is not a string.
+    """
+    addresses = [target] if isinstance(target, str) else list(target)
+    if not addresses:
+        raise ValueError(f"the list of targets is empty: {_FORMS}")
+    return tuple(_parse(address) for address in addresses)
+
+
+def _parse(address: str) -> Target:
+    if not isinstance(address, str):
+        raise TypeError(f"a target is a string, not {address!r}: {_FORMS}")
+    scheme, separator, rest = address.partition("://")
+    if separator and scheme.lower() in ("grpc", "grpcs"):
+        return Target(_host_and_port(rest.removesuffix("/"), address), secure=scheme.lower() == "grpcs")
+    named = _SCHEME.match(address)
+    if named and named[1].lower() in _NATIVE_SCHEMES and not _is_host_and_port(address):
+        if len(address.strip(":/ ")) <= len(named[1]) or any(character.isspace() for character in address):
+            raise ValueError(f"target {address!r} names no server: {_FORMS}")
+        return Target(address, secure=False)
+    return Target(_host_and_port(address, address), secure=False)
+
+
+def _is_host_and_port(text: str) -> bool:
+    found = _HOST_AND_PORT.fullmatch(text)
+    return found is not None and 0 < int(found["port"]) < 65536
+
+
+def _host_and_port(text: str, address: str) -> str:
+    if not _is_host_and_port(text):
+        raise ValueError(f"target {address!r} is not understood: {_FORMS}")
+    return text

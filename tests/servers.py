@@ -1,0 +1,186 @@
+"""Servers for tests: the real program in a process of its own, and the real servicer around a controlled engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import grpc
+import numpy as np
+from grpc import aio
+from numpy.typing import NDArray
+
+from reranker.v1 import reranker_pb2 as pb
+from reranker_service.encoding import Encoder
+from reranker_service.engines.base import EngineDeadError, TokenSequence
+from reranker_service.limits import Limits
+from reranker_service.model import read_model
+from reranker_service.scoring import Scorer
+from reranker_service.servicer import RerankerServicer
+from reranker_service.validation import Validator
+
+START_SECONDS = 180
+
+
+class ServerProcess:
+    """``python -m reranker_service`` with given flags on a free loopback port; ended with the ``with`` block."""
+
+    def __init__(self, *flags: str, ready: bool = True) -> None:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "reranker_service", "--host", "127.0.0.1", "--port", "0", *flags],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        self.lines: list[str] = []
+        self._changed = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        if ready:
+            line = self.wait_for("event=ready")
+            self.address = re.search(r"address=(\S+)", line)[1]
+
+    def _read(self) -> None:
+        for line in self.process.stderr:
+            with self._changed:
+                self.lines.append(line.rstrip("\n"))
+                self._changed.notify_all()
+        with self._changed:
+            self.lines.append("<end of log>")
+            self._changed.notify_all()
+
+    def wait_for(self, text: str) -> str:
+        """The first log line that holds ``text``; fails with the log if the process ends or takes too long."""
+
+        def found() -> bool:
+            return any(text in line for line in self.lines) or self.lines[-1:] == ["<end of log>"]
+
+        with self._changed:
+            in_time = self._changed.wait_for(found, START_SECONDS)
+            lines = [line for line in self.lines if text in line]
+        if not in_time or not lines:
+            self.close()
+            raise AssertionError(f"no {text!r} in the server's log:\n" + "\n".join(self.lines[-40:]))
+        return lines[0]
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def wait(self) -> int:
+        """Exit status."""
+        return self.process.wait(60)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(45)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait(10)
+        self._reader.join(10)
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class ControlledEngine:
+    """An engine whose numbers are the lengths of its sequences, and which waits where a test says so."""
+
+    name = "torch"
+    dtype = "float32"
+    pads = False
+    versions: dict[str, str]
+
+    def __init__(self, *, max_in_flight: int = 64, max_batch: int = 16, open_gate: bool = True) -> None:
+        self.max_in_flight = max_in_flight
+        self.max_batch = max_batch
+        self.versions = {}
+        self.gate = asyncio.Event()
+        if open_gate:
+            self.gate.set()
+        self.batches: list[list[TokenSequence]] = []
+        self.cancelled = 0
+        self.arrived = asyncio.Condition()
+        self.failure: Exception | None = None
+
+    async def start(self) -> None:
+        return None
+
+    async def run(self, sequences: Sequence[TokenSequence]) -> NDArray[np.float32]:
+        self.batches.append(list(sequences))
+        async with self.arrived:
+            self.arrived.notify_all()
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled += len(sequences)
+            raise
+        if self.failure is not None:
+            raise self.failure
+        return np.array([len(sequence.ids) for sequence in sequences], dtype=np.float32)
+
+    async def wait_for_sequences(self, count: int) -> None:
+        """Return once ``count`` sequences have been given to the engine."""
+        async with self.arrived:
+            await self.arrived.wait_for(lambda: sum(map(len, self.batches)) >= count)
+
+    async def wait_dead(self) -> EngineDeadError:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def close(self) -> None:
+        return None
+
+
+@contextlib.asynccontextmanager
+async def serve_in_process(
+    model: Path, engine: ControlledEngine, limits: Limits | None = None
+) -> AsyncIterator[aio.Channel]:
+    """The real servicer, scorer and encoder around ``engine``, over a real socket; gives a channel to it."""
+    spec = read_model(str(model))
+    limits = limits or Limits()
+    scorer = Scorer(spec, Encoder(spec), engine)
+    servicer = RerankerServicer()
+    servicer.open(scorer, Validator(limits, scorer.facts), pb.GetModelInfoResponse(model=spec.name, fingerprint="f"))
+    server = aio.server()
+    server.add_generic_rpc_handlers((servicer.handler(),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            yield channel
+    finally:
+        await server.stop(None)
+        scorer.close()
+
+
+def violations(error: grpc.RpcError) -> dict[str, str]:
+    """Field to description, from the rich details of a failed call."""
+    from grpc_status import rpc_status
+
+    status = rpc_status.from_call(error)
+    assert status is not None, error
+    return violations_of(status)
+
+
+def violations_of(status: object) -> dict[str, str]:
+    """Field to description, from a status."""
+    from google.rpc import error_details_pb2
+
+    detail = error_details_pb2.BadRequest()
+    assert status.details[0].Unpack(detail)
+    return {one.field: one.description for one in detail.field_violations}

@@ -1,0 +1,405 @@
+"""A server without a model for tests of what calls one: scores that anybody can compute, everything received on record,
+and failures at a script's command.
+
+    with StubServer() as server, RerankerClient(server.target) as client:
+        scores = client.score_grid(queries, documents)
+    assert np.array_equal(scores, hash_scores(queries, documents))
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import grpc
+import numpy as np
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc import aio
+from numpy.typing import NDArray
+
+from reranker.v1 import reranker_pb2 as pb
+from reranker.v1 import reranker_pb2_grpc
+
+T = TypeVar("T")
+WAIT_SECONDS = 30.0
+
+_hash = lru_cache(maxsize=None)(lambda text: zlib.crc32(text.encode()))
+
+
+def hash_scores(
+    queries: Sequence[str], documents: Sequence[str], options: pb.RerankOptions | None = None
+) -> NDArray[np.float32]:
+    """Scores that depend on both texts, their roles, the instruction and the length limit; shape (Q, D).
+
+    Probabilities are multiples of 1/10007 in [0, 1); a raw score is 20 times that, less 10.
+    """
+    options = options or pb.RerankOptions()
+    seed = _hash(options.instruction) + 3 * options.max_length
+    left = np.array([_hash(text) for text in queries], dtype=np.int64)[:, None]
+    right = np.array([_hash(text) for text in documents], dtype=np.int64)[None, :]
+    scores = ((31 * left + 7 * right + seed) % 10007) / np.float64(10007)
+    if options.score_type == pb.SCORE_TYPE_RAW:
+        scores = 20 * scores - 10
+    return scores.astype(np.float32)
+
+
+ScoreFunction = Callable[[Sequence[str], Sequence[str], pb.RerankOptions], NDArray[np.float32]]
+
+
+class Gate:
+    """Opened by any thread, once; coroutines of any loop wait for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open = False
+        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+
+    def open(self) -> None:
+        with self._lock:
+            self._open = True
+            for loop, event in self._waiting:
+                loop.call_soon_threadsafe(event.set)
+
+    async def wait(self) -> None:
+        event = asyncio.Event()
+        with self._lock:
+            if self._open:
+                return
+            self._waiting.append((asyncio.get_running_loop(), event))
+        await event.wait()
+
+
+class Abort(Exception):
+    """Raised by a script: ends the call with this status."""
+
+    def __init__(self, code: grpc.StatusCode, message: str, violations: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(code, message)
+        self.status = status_of(code, message, violations)
+        self.code = code
+
+
+def status_of(code: grpc.StatusCode, message: str, violations: Sequence[tuple[str, str]] = ()) -> status_pb2.Status:
+    """A google.rpc.Status, with (field, description) pairs as its google.rpc.BadRequest."""
+    status = status_pb2.Status(code=code.value[0], message=message)
+    if violations:
+        fields = [
+            error_details_pb2.BadRequest.FieldViolation(field=name, description=rule) for name, rule in violations
+        ]
+        packed = any_pb2.Any()
+        packed.Pack(error_details_pb2.BadRequest(field_violations=fields))
+        status.details.append(packed)
+    return status
+
+
+@dataclass
+class ReceivedChunk:
+    """A chunk as it came, and the texts that it names."""
+
+    number: int  # position among the chunks of its stream
+    message: pb.StreamChunk
+    queries: list[str]
+    documents: list[str]
+
+    @property
+    def grid(self) -> bool:
+        return self.message.WhichOneof("pairs") == "grid"
+
+    def pairs(self) -> list[tuple[str, str]]:
+        if self.grid:
+            return list(itertools.product(self.queries, self.documents))
+        return list(zip(self.queries, self.documents, strict=True))
+
+
+@dataclass
+class ReceivedStream:
+    """What one stream brought, and how it ended."""
+
+    number: int  # position among the streams of its server
+    metadata: dict[str, str | bytes]
+    open: pb.StreamOpen = field(default_factory=pb.StreamOpen)
+    texts: list[str] = field(default_factory=list)
+    text_messages: list[int] = field(default_factory=list)  # bytes of each
+    chunks: list[ReceivedChunk] = field(default_factory=list)
+    half_closed: bool = False
+    cancelled: bool = False
+    answered: list[int] = field(default_factory=list)  # numbers of chunks, in order of reply
+
+    def pairs(self) -> list[tuple[str, str]]:
+        return [pair for chunk in self.chunks for pair in chunk.pairs()]
+
+
+ChunkScript = Callable[[ReceivedStream, ReceivedChunk], Awaitable[pb.ChunkResult | None]]
+UnaryScript = Callable[[Any], Awaitable[Any]]
+
+
+def default_limits() -> pb.Limits:
+    return pb.Limits(
+        max_text_bytes=1 << 20,
+        max_documents_per_request=1000,
+        max_requests_per_batch=100,
+        max_pairs_per_batch=10_000,
+        max_pairs_per_chunk=1 << 14,
+        max_pairs_in_flight=1 << 17,
+        max_texts_per_stream=1 << 17,
+        max_text_bytes_per_stream=1 << 28,
+        max_message_bytes=4 << 20,
+    )
+
+
+class StubServer:
+    """A real server on a loopback port, in a thread of this process.
+
+    Args:
+        score: Gives the scores of queries x documents.
+        on_chunk: Awaited for each chunk, each in a task of its own; may wait, raise ``Abort``, return another result
+            (its id is filled in), or None for the right one. Without it chunks are answered in order, at once.
+        on_request: The same for unary requests; None for the right response.
+        limits: What the server says its limits are; it does not enforce them.
+        fingerprint: The model's.
+        contract: Major and minor version.
+        without: Names of RPCs that answer UNIMPLEMENTED.
+        port: 0 for a free one; ``restart`` uses the same again.
+        credentials: For TLS.
+    """
+
+    def __init__(
+        self,
+        score: ScoreFunction = hash_scores,
+        *,
+        on_chunk: ChunkScript | None = None,
+        on_request: UnaryScript | None = None,
+        limits: pb.Limits | None = None,
+        fingerprint: str = "stub",
+        contract: tuple[int, int] = (1, 0),
+        without: frozenset[str] | set[str] = frozenset(),
+        port: int = 0,
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> None:
+        self.score = score
+        self.on_chunk = on_chunk
+        self.on_request = on_request
+        self.limits = limits or default_limits()
+        self.fingerprint = fingerprint
+        self.contract = contract
+        self.without = without
+        self.port = port
+        self.streams: list[ReceivedStream] = []
+        self.requests: list[Any] = []  # unary requests but GetModelInfo
+        self._credentials = credentials
+        self._changed = threading.Condition()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="stub-server", daemon=True)
+        self._server: aio.Server | None = None
+
+    @property
+    def target(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(WAIT_SECONDS)
+        self._loop.close()
+
+    def start(self) -> None:
+        """Listen; after ``stop`` on the same port again."""
+        self._run(self._start())
+
+    def stop(self) -> None:
+        """Break all calls and listen no more."""
+        server, self._server = self._server, None
+        if server is not None:
+            self._run(server.stop(None))
+
+    def wait_for(self, condition: Callable[[], T], what: str = "the server to see it") -> T:
+        """Wait until a condition on what was received holds; returns its value."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: bool(condition()), WAIT_SECONDS):
+                raise TimeoutError(f"waited {WAIT_SECONDS} s for {what}")
+            return condition()
+
+    def note(self) -> None:
+        """Wake those who wait for a condition."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(WAIT_SECONDS)
+
+    async def _start(self) -> None:
+        server = aio.server(options=[("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0)])
+        reranker_pb2_grpc.add_RerankerServiceServicer_to_server(_Servicer(self), server)
+        address = f"127.0.0.1:{self.port}"
+        if self._credentials is None:
+            self.port = server.add_insecure_port(address)
+        else:
+            self.port = server.add_secure_port(address, self._credentials)
+        await server.start()
+        self._server = server
+
+
+class _Servicer(reranker_pb2_grpc.RerankerServiceServicer):
+    def __init__(self, stub: StubServer) -> None:
+        self._stub = stub
+
+    async def GetModelInfo(self, request: Any, context: Any) -> Any:
+        await self._refuse_if_without("GetModelInfo", context)
+        major, minor = self._stub.contract
+        return pb.GetModelInfoResponse(
+            model="stub",
+            kind=pb.MODEL_KIND_CROSS_ENCODER,
+            fingerprint=self._stub.fingerprint,
+            min_length=8,
+            max_length=512,
+            default_length=512,
+            supports_instruction=True,
+            default_instruction="",
+            limits=self._stub.limits,
+            engine="stub",
+            dtype="float32",
+            contract=pb.ContractVersion(major=major, minor=minor),
+        )
+
+    async def Rerank(self, request: Any, context: Any) -> Any:
+        return await self._unary("Rerank", request, context, self._rank)
+
+    async def RerankBatch(self, request: Any, context: Any) -> Any:
+        def answer(batch: Any) -> Any:
+            return pb.RerankBatchResponse(
+                items=[pb.RerankBatchItem(response=self._rank(each)) for each in batch.requests]
+            )
+
+        return await self._unary("RerankBatch", request, context, answer)
+
+    async def RerankStream(self, request_iterator: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        await self._refuse_if_without("RerankStream", context)
+        stub = self._stub
+        stream = ReceivedStream(len(stub.streams), dict(context.invocation_metadata()))
+        stub.streams.append(stream)
+        replies: asyncio.Queue[Any] = asyncio.Queue()
+        reader = asyncio.create_task(self._read(stream, request_iterator, replies))
+        try:
+            while (reply := await replies.get()) is not None:
+                if isinstance(reply, Abort):
+                    await _abort(context, reply)
+                yield reply
+                if reply.HasField("result"):
+                    stub.note()
+        except asyncio.CancelledError:
+            stream.cancelled = True
+            raise
+        finally:
+            reader.cancel()
+            await asyncio.wait({reader})
+            stub.note()
+
+    async def _read(self, stream: ReceivedStream, requests: AsyncIterator[Any], replies: asyncio.Queue[Any]) -> None:
+        stub, tasks = self._stub, set()
+        try:
+            async for request in requests:
+                kind = request.WhichOneof("message")
+                if kind == "chunk":
+                    chunk = _received(stream, request.chunk)
+                    stream.chunks.append(chunk)
+                    if stub.on_chunk is None:
+                        replies.put_nowait(self._result(stream, chunk, None))
+                    else:
+                        tasks.add(asyncio.create_task(self._scripted(stream, chunk, replies)))
+                        stub.note()
+                elif kind == "texts":
+                    stream.texts.extend(request.texts.texts)
+                    stream.text_messages.append(request.ByteSize())
+                else:
+                    stream.open = request.open
+                    opened = pb.StreamOpened(fingerprint=stub.fingerprint, limits=stub.limits)
+                    replies.put_nowait(pb.RerankStreamResponse(opened=opened))
+            stream.half_closed = True
+            stub.note()
+            await asyncio.gather(*tasks)
+            replies.put_nowait(None)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            replies.put_nowait(Abort(grpc.StatusCode.INTERNAL, f"the stub failed: {error!r}"))
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _scripted(self, stream: ReceivedStream, chunk: ReceivedChunk, replies: asyncio.Queue[Any]) -> None:
+        assert self._stub.on_chunk is not None
+        try:
+            replies.put_nowait(self._result(stream, chunk, await self._stub.on_chunk(stream, chunk)))
+        except Abort as abort:
+            replies.put_nowait(abort)
+
+    def _result(self, stream: ReceivedStream, chunk: ReceivedChunk, result: pb.ChunkResult | None) -> Any:
+        if result is None:
+            options, queries, documents = stream.open.options, chunk.queries, chunk.documents
+            if chunk.grid:
+                scores = self._stub.score(queries, documents, options).ravel()
+            else:
+                scores = np.concatenate(
+                    [self._stub.score([query], [document], options)[0] for query, document in chunk.pairs()]
+                )
+            usage = pb.Usage(pairs=len(scores), tokens=10 * len(scores))
+            result = pb.ChunkResult(scores=pb.Scores(values=scores.tolist()), usage=usage)
+        if not result.HasField("id"):
+            result.id = chunk.message.id
+        stream.answered.append(chunk.number)
+        return pb.RerankStreamResponse(result=result)
+
+    async def _unary(self, name: str, request: Any, context: Any, answer: Callable[[Any], Any]) -> Any:
+        await self._refuse_if_without(name, context)
+        self._stub.requests.append(request)
+        self._stub.note()
+        response = None
+        if self._stub.on_request is not None:
+            try:
+                response = await self._stub.on_request(request)
+            except Abort as abort:
+                await _abort(context, abort)
+        return response or answer(request)
+
+    def _rank(self, request: Any) -> Any:
+        scores = self._stub.score([request.query], list(request.documents), request.options)[0]
+        order = np.argsort(-scores, kind="stable")[: request.top_n if request.HasField("top_n") else None]
+        results = [
+            pb.RerankResult(
+                index=int(index),
+                score=float(scores[index]),
+                document=request.documents[index] if request.return_documents else None,
+            )
+            for index in order
+        ]
+        return pb.RerankResponse(results=results, usage=pb.Usage(pairs=len(scores), tokens=10 * len(scores)))
+
+    async def _refuse_if_without(self, name: str, context: Any) -> None:
+        if name in self._stub.without:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"no method {name}")
+
+
+def _received(stream: ReceivedStream, message: pb.StreamChunk) -> ReceivedChunk:
+    ids = message.grid if message.WhichOneof("pairs") == "grid" else message.list
+    texts = stream.texts
+    queries, documents = [texts[i] for i in ids.query_ids], [texts[i] for i in ids.document_ids]
+    return ReceivedChunk(len(stream.chunks), message, queries, documents)
+
+
+async def _abort(context: Any, abort: Abort) -> None:
+    details = (("grpc-status-details-bin", abort.status.SerializeToString()),)
+    await context.abort(abort.code, abort.status.message, details)

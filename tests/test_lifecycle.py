@@ -1,0 +1,179 @@
+"""The program from start to end: readiness, health, reflection, signals, a dead engine, wrong settings."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from reranker.v1 import reranker_pb2 as pb
+from reranker.v1 import reranker_pb2_grpc as rpc
+
+from .servers import ServerProcess
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def check(address: str, service: str = "") -> int:
+    with grpc.insecure_channel(address) as channel:
+        request = health_pb2.HealthCheckRequest(service=service)
+        return health_pb2_grpc.HealthStub(channel).Check(request, timeout=10).status
+
+
+def flags(model: Path) -> list[str]:
+    return ["--model", str(model), "--engine", "torch", "--threads", "1"]
+
+
+def test_a_ready_server_is_serving_under_both_names(cross_encoder_server: ServerProcess) -> None:
+    assert check(cross_encoder_server.address) == SERVING
+    assert check(cross_encoder_server.address, "reranker.v1.RerankerService") == SERVING
+
+
+def test_the_ready_line_names_address_and_model(cross_encoder_server: ServerProcess, cross_encoder: Path) -> None:
+    line = cross_encoder_server.wait_for("event=ready")
+    assert f"address={cross_encoder_server.address}" in line
+    assert f"model={cross_encoder.name}" in line
+    assert len([one for one in cross_encoder_server.lines if "event=ready" in one]) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_calls_in_flight_finish(cross_encoder: Path, number: signal.Signals) -> None:
+    with ServerProcess(*flags(cross_encoder)) as server, grpc.insecure_channel(server.address) as channel:
+        stub = rpc.RerankerServiceStub(channel)
+        health = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(health).status == SERVING
+        request = pb.RerankRequest(query="a query", documents=[f"document {i} " * 20 for i in range(2000)])
+        call = stub.Rerank.future(request, timeout=60)
+        # Another call's answer shows that the server has begun with the first.
+        stub.GetModelInfo(pb.GetModelInfoRequest())
+        server.signal(number)
+        assert next(health).status == NOT_SERVING
+        assert not call.done()
+        assert len(call.result().results) == 2000
+        health.cancel()
+        assert server.wait() == 0
+    assert any("event=stopped" in line for line in server.lines)
+
+
+def test_a_call_longer_than_the_grace_period_is_ended(cross_encoder: Path) -> None:
+    with ServerProcess(*flags(cross_encoder), "--grace", "0.2") as server:
+        with grpc.insecure_channel(server.address) as channel:
+            stub = rpc.RerankerServiceStub(channel)
+            request = pb.RerankRequest(query="a query", documents=[f"document {i} " * 50 for i in range(4000)])
+            call = stub.Rerank.future(request, timeout=60)
+            stub.GetModelInfo(pb.GetModelInfoRequest())
+            server.signal(signal.SIGTERM)
+            assert call.exception().code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+        assert server.wait() == 0
+
+
+def test_the_vllm_engine_leaves_no_process_behind_and_its_death_ends_the_server(bi_encoder: Path) -> None:
+    with ServerProcess("--model", str(bi_encoder), "--engine", "vllm") as server:
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        engines = [child for child in children if "tracker" not in " ".join(child.cmdline())]
+        assert engines
+        for child in engines:
+            child.kill()
+        assert server.wait() == 1
+        server.wait_for("engine died")
+        assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+
+
+def test_the_default_server_ends_in_order(bi_encoder: Path) -> None:
+    with ServerProcess("--model", str(bi_encoder), "--engine", "vllm") as server:
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        assert children
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+        assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+
+
+def test_a_signal_while_the_model_loads_ends_the_server(bi_encoder: Path) -> None:
+    with ServerProcess("--model", str(bi_encoder), "--engine", "vllm", ready=False) as server:
+        address = server.wait_for("event=listening").split("address=")[1].split()[0]
+        assert check(address) == NOT_SERVING
+        with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as caught:
+            rpc.RerankerServiceStub(channel).Rerank(pb.RerankRequest(query="a", documents=["b"]), timeout=10)
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert "still loading" in caught.value.details()
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+
+
+def test_a_taken_port_is_an_error_at_once(cross_encoder: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with ServerProcess(*flags(cross_encoder), "--port", str(taken.getsockname()[1]), ready=False) as server:
+            server.wait_for("cannot listen")
+            assert server.wait() == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "config.json"),
+        ('{"architectures": ["BertForMaskedLM"], "model_type": "bert"}', "BertForMaskedLM"),
+    ],
+)
+def test_a_model_that_cannot_be_served(tmp_path: Path, content: str | None, words: str) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with ServerProcess(*flags(tmp_path), ready=False) as server:
+        assert words in server.wait_for("cannot serve the model")
+        assert server.wait() == 1
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "reranker_service", *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "words"),
+    [
+        (["--port", "70000"], {}, "port"),
+        (["--engine", "magic"], {}, "'auto', 'torch' or 'vllm'"),
+        ([], {"RERANKER_GRACE": "soon"}, "grace"),
+        (["--limits.max-text-bytes", "0"], {}, "limits.max_text_bytes"),
+        (["--no-such-flag", "1"], {}, "no-such-flag"),
+    ],
+)
+def test_wrong_settings_exit_with_2_and_a_reason(arguments: list[str], environment: dict[str, str], words: str) -> None:
+    result = run(*arguments, **environment)
+    assert result.returncode == 2
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_help_lists_every_flag() -> None:
+    result = run("--help")
+    assert result.returncode == 0
+    for flag in ("--model", "--engine", "--host", "--port", "--max-length", "--limits.max-text-bytes", "--grace"):
+        assert flag in result.stdout
+
+
+def test_every_flag_is_also_a_variable(cross_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RERANKER_MODEL", str(cross_encoder))
+    monkeypatch.setenv("RERANKER_ENGINE", "torch")
+    monkeypatch.setenv("RERANKER_MAX_LENGTH", "17")
+    monkeypatch.setenv("RERANKER_LIMITS__MAX_PAIRS_PER_CHUNK", "33")
+    with ServerProcess() as server, grpc.insecure_channel(server.address) as channel:
+        info = rpc.RerankerServiceStub(channel).GetModelInfo(pb.GetModelInfoRequest())
+    assert (info.model, info.engine, info.default_length) == (cross_encoder.name, "torch", 17)
+    assert info.limits.max_pairs_per_chunk == 33

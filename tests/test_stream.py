@@ -1,0 +1,227 @@
+"""A stream's life: backpressure, cancellation, failures; with an engine that the test holds by a gate."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from grpc import aio
+
+from reranker.v1 import reranker_pb2 as pb
+from reranker.v1 import reranker_pb2_grpc as rpc
+from reranker_service.engines.base import EngineDeadError
+from reranker_service.limits import Limits
+
+from .servers import ControlledEngine, serve_in_process
+
+OPEN = pb.RerankStreamRequest(open=pb.StreamOpen(options=pb.RerankOptions(score_type=pb.SCORE_TYPE_RAW)))
+TEXTS = pb.RerankStreamRequest(texts=pb.StreamTexts(texts=["query", *(f"document {i}" for i in range(8))]))
+
+
+def chunk(number: int, documents: int = 8) -> pb.RerankStreamRequest:
+    grid = pb.PairGrid(query_ids=[0], document_ids=range(1, documents + 1))
+    return pb.RerankStreamRequest(chunk=pb.StreamChunk(id=number, grid=grid))
+
+
+async def send(*messages: pb.RerankStreamRequest) -> AsyncIterator[pb.RerankStreamRequest]:
+    for message in messages:
+        yield message
+
+
+def test_a_client_that_does_not_read_is_not_read_from(cross_encoder: Path) -> None:
+    """With replies unread the server takes in a bounded number of pairs, and all of them once reading begins."""
+
+    async def scenario() -> tuple[int, int]:
+        engine = ControlledEngine(max_in_flight=1000)
+        limits = Limits(max_pairs_in_flight=64)
+        async with serve_in_process(cross_encoder, engine, limits) as channel:
+            written = 0
+            # Wide id lists make a message large, so that flow control, not a buffer, holds the client.
+            wide = pb.PairList(query_ids=[0] * 64, document_ids=[1] * 64)
+            call = rpc.RerankerServiceStub(channel).RerankStream()
+            await call.write(OPEN)
+            await call.write(TEXTS)
+
+            async def write_all() -> None:
+                nonlocal written
+                for number in range(4000):
+                    await call.write(pb.RerankStreamRequest(chunk=pb.StreamChunk(id=number, list=wide)))
+                    written += 1
+                await call.done_writing()
+
+            writer = asyncio.create_task(write_all())
+            # The writer stands still once every buffer on the way is full.
+            before = -1
+            while written != before:
+                before = written
+                await asyncio.wait({writer}, timeout=0.5)
+            held = sum(map(len, engine.batches)) // 64
+            replies = [reply async for reply in call]
+            await writer
+            return held, len([one for one in replies if one.HasField("result")])
+
+    held, answered = asyncio.run(scenario())
+    assert answered == 4000
+    assert held < 2000
+
+
+def test_pairs_in_flight_stay_under_the_limit(cross_encoder: Path) -> None:
+    async def scenario() -> int:
+        engine = ControlledEngine(max_in_flight=1000, open_gate=False)
+        async with serve_in_process(cross_encoder, engine, Limits(max_pairs_in_flight=20)) as channel:
+            call = rpc.RerankerServiceStub(channel).RerankStream(send(OPEN, TEXTS, *map(chunk, range(10))))
+            await engine.wait_for_sequences(16)
+            # A later call is served completely meanwhile: the stream's third chunk had its chance to come in.
+            info = await rpc.RerankerServiceStub(channel).GetModelInfo(pb.GetModelInfoRequest())
+            assert info.fingerprint == "f"
+            held = sum(map(len, engine.batches))
+            engine.gate.set()
+            replies = [reply async for reply in call]
+            assert len(replies) == 11
+            return held
+
+    assert asyncio.run(scenario()) == 16
+
+
+def test_a_cancelled_stream_withdraws_its_pairs(cross_encoder: Path) -> None:
+    async def scenario() -> tuple[int, int]:
+        engine = ControlledEngine(max_in_flight=16, max_batch=8, open_gate=False)
+        async with serve_in_process(cross_encoder, engine) as channel:
+            stub = rpc.RerankerServiceStub(channel)
+            call = stub.RerankStream(send(OPEN, TEXTS, *map(chunk, range(20))))
+            await engine.wait_for_sequences(16)
+            call.cancel()
+            # Only the withdrawal of the stream's pairs makes room for this one.
+            other = asyncio.ensure_future(stub.Rerank(pb.RerankRequest(query="a", documents=["b"])))
+            await engine.wait_for_sequences(17)
+            engine.gate.set()
+            await other
+            return engine.cancelled, sum(map(len, engine.batches))
+
+    assert asyncio.run(scenario()) == (16, 17)
+
+
+def test_a_client_that_goes_away_withdraws_its_call(cross_encoder: Path) -> None:
+    async def scenario() -> int:
+        engine = ControlledEngine(max_in_flight=2, max_batch=2, open_gate=False)
+        async with serve_in_process(cross_encoder, engine) as channel:
+            stub = rpc.RerankerServiceStub(channel)
+            call = stub.Rerank(pb.RerankRequest(query="a", documents=["b"] * 100))
+            await engine.wait_for_sequences(2)
+            call.cancel()
+            other = asyncio.ensure_future(stub.Rerank(pb.RerankRequest(query="a", documents=["b"])))
+            await engine.wait_for_sequences(3)
+            engine.gate.set()
+            await other
+            return engine.cancelled
+
+    assert asyncio.run(scenario()) == 2
+
+
+def test_the_servers_work_ends_with_a_deadline(cross_encoder: Path) -> None:
+    async def scenario() -> int:
+        engine = ControlledEngine(max_in_flight=2, max_batch=2, open_gate=False)
+        async with serve_in_process(cross_encoder, engine) as channel:
+            stub = rpc.RerankerServiceStub(channel)
+            with pytest.raises(aio.AioRpcError) as caught:
+                await stub.Rerank(pb.RerankRequest(query="a", documents=["b"] * 100), timeout=0.5)
+            assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+            other = asyncio.ensure_future(stub.Rerank(pb.RerankRequest(query="a", documents=["b"])))
+            await engine.wait_for_sequences(3)
+            engine.gate.set()
+            await other
+            return engine.cancelled
+
+    assert asyncio.run(scenario()) == 2
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "words"),
+    [
+        (EngineDeadError("killed"), grpc.StatusCode.UNAVAILABLE, "the engine has died: killed"),
+        (ValueError("odd"), grpc.StatusCode.INTERNAL, "scoring failed: ValueError: odd"),
+    ],
+)
+def test_an_engines_failure_reaches_every_client(
+    cross_encoder: Path, failure: Exception, code: grpc.StatusCode, words: str
+) -> None:
+    async def scenario() -> tuple[aio.AioRpcError, pb.ChunkResult, pb.RerankBatchItem]:
+        engine = ControlledEngine()
+        engine.failure = failure
+        async with serve_in_process(cross_encoder, engine) as channel:
+            stub = rpc.RerankerServiceStub(channel)
+            request = pb.RerankRequest(query="a", documents=["b"])
+            with pytest.raises(aio.AioRpcError) as caught:
+                await stub.Rerank(request)
+            batch = await stub.RerankBatch(pb.RerankBatchRequest(requests=[request]))
+            replies = [reply async for reply in stub.RerankStream(send(OPEN, TEXTS, chunk(1)))]
+            return caught.value, replies[1].result, batch.items[0]
+
+    error, result, item = asyncio.run(scenario())
+    assert (error.code(), error.details()) == (code, words)
+    assert (result.error.code, result.error.message) == (code.value[0], words)
+    assert (item.error.code, item.error.message) == (code.value[0], words)
+
+
+def test_a_score_that_is_not_finite_never_leaves_the_server(cross_encoder: Path) -> None:
+    class BrokenEngine(ControlledEngine):
+        async def run(self, sequences: object) -> np.ndarray:
+            scores = await super().run(sequences)
+            scores[0] = np.nan
+            return scores
+
+    async def scenario() -> tuple[aio.AioRpcError, pb.ChunkResult]:
+        async with serve_in_process(cross_encoder, BrokenEngine()) as channel:
+            stub = rpc.RerankerServiceStub(channel)
+            with pytest.raises(aio.AioRpcError) as caught:
+                await stub.Rerank(pb.RerankRequest(query="a", documents=["b"]))
+            replies = [reply async for reply in stub.RerankStream(send(OPEN, TEXTS, chunk(1)))]
+            return caught.value, replies[1].result
+
+    error, result = asyncio.run(scenario())
+    assert error.code() == grpc.StatusCode.INTERNAL
+    assert "not finite" in error.details()
+    assert not result.HasField("scores")
+
+
+def test_each_text_of_a_stream_is_encoded_once(cross_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from reranker_service.encoding import Encoder
+
+    encoded: list[str] = []
+    for name in ("encode_queries", "encode_documents"):
+        original = getattr(Encoder, name)
+
+        def counting(self: Encoder, texts: list[str], *rest: object, original: object = original) -> object:
+            encoded.extend(texts)
+            return original(self, texts, *rest)
+
+        monkeypatch.setattr(Encoder, name, counting)
+
+    async def scenario() -> None:
+        async with serve_in_process(cross_encoder, ControlledEngine()) as channel:
+            call = rpc.RerankerServiceStub(channel).RerankStream(send(OPEN, TEXTS, *map(chunk, range(20))))
+            assert len([reply async for reply in call]) == 21
+
+    asyncio.run(scenario())
+    assert sorted(encoded) == sorted(TEXTS.texts.texts)
+
+
+def test_each_text_is_embedded_once(bi_encoder: Path) -> None:
+    class Embedder(ControlledEngine):
+        async def run(self, sequences: object) -> np.ndarray:
+            await super().run(sequences)
+            return np.tile(np.float32([0.6, 0.8]), (len(sequences), 1))
+
+    async def scenario() -> int:
+        engine = Embedder()
+        async with serve_in_process(bi_encoder, engine) as channel:
+            call = rpc.RerankerServiceStub(channel).RerankStream(send(OPEN, TEXTS, *map(chunk, range(20))))
+            replies = [reply async for reply in call]
+        assert all(one.result.scores.values == [1.0] * 8 for one in replies[1:])
+        return sum(map(len, engine.batches))
+
+    assert asyncio.run(scenario()) == 9
