@@ -197,7 +197,7 @@ class TorchEngine:
         tokens: torch.Tensor = self._model(**inputs).last_hidden_state.float()  # (batch, longest, hidden)
         last = lengths.to(self._device) - 1
         if self._head is not None:
-            return cast(torch.Tensor, tokens[torch.arange(len(tokens)), last] @ self._head)  # (batch,)
+            return tokens[torch.arange(len(tokens)), last] @ self._head  # (batch,)
         assert self._spec.pooling is not None
         pooled = _pool(tokens, inputs["attention_mask"], last, self._spec.pooling)
         return functional.normalize(pooled[:, : self._spec.dimensions], dim=1)  # (batch, dim)

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
 import numpy as np
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _ENCODERS = frozenset({"bert", "modernbert", "roberta", "xlm-roberta"})
-_POOLINGS: Mapping[Pooling, str] = {"mean": "MEAN", "cls": "CLS", "lasttoken": "LAST"}
+_POOLINGS: Mapping[Pooling, Literal["MEAN", "CLS", "LAST"]] = {"mean": "MEAN", "cls": "CLS", "lasttoken": "LAST"}
 _FEW_CORES = 4
+_SHUTDOWN_SECONDS = 20.0
 _GIB = 1 << 30
 
 
@@ -105,8 +106,9 @@ class VllmEngine:
                 task.cancel()
         if self._spec.kind != "bi-encoder":
             return finite(self._spec.name, self.dtype, values[:, 0])
-        values = finite(self._spec.name, self.dtype, values[:, : self._spec.dimensions])
-        return values / np.linalg.norm(values, axis=1, keepdims=True).clip(min=1e-12)
+        vectors = finite(self._spec.name, self.dtype, values[:, : self._spec.dimensions])
+        unit: NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
+        return unit
 
     async def wait_dead(self) -> EngineDeadError:
         """Return once vLLM's processes have ended by themselves."""
@@ -123,16 +125,15 @@ class VllmEngine:
     async def close(self) -> None:
         """End vLLM's processes, also those of a start that is still under way."""
         self._closed.set()
-        if self._loading is None:
+        loading, self._loading, self._engine = self._loading, None, None
+        if loading is None:
             return
-        if not self._loading.done():
-            for child in multiprocessing.active_children():
-                if child.name.startswith("EngineCore"):
-                    child.terminate()
-        await asyncio.wait({self._loading})
-        if self._loading.exception() is None:
-            await asyncio.to_thread(self._loading.result().shutdown)
-        self._engine = None
+        while not loading.done():
+            # A process that is still loading heeds no polite signal; without it the loading thread gives up.
+            await asyncio.to_thread(_kill_loading)
+            await asyncio.wait({loading}, timeout=0.2)
+        if loading.exception() is None:
+            await asyncio.to_thread(loading.result().shutdown, _SHUTDOWN_SECONDS)
 
     async def _encode(self, engine: AsyncLLM, sequence: TokenSequence) -> NDArray[np.float32]:
         from vllm import PoolingParams
@@ -206,6 +207,17 @@ class VllmEngine:
                 # Only whole blocks are shared; the CPU's default of 128 tokens wastes most of a prefix.
                 arguments["block_size"] = 32
         return arguments
+
+
+def _kill_loading() -> None:
+    """End every engine process of ours and its workers."""
+    engines = [child for child in multiprocessing.active_children() if child.name.startswith("EngineCore")]
+    if engines:
+        from vllm.utils.system_utils import kill_process_tree
+
+        for child in engines:
+            if child.pid is not None:
+                kill_process_tree(child.pid)
 
 
 def _versions() -> dict[str, str]:
