@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import gc
 import os
 import threading
 import weakref
@@ -107,8 +108,9 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    # Older versions of gRPC wake every loop of a process for the news of one, and all but one find nothing to read.
-    if not isinstance(context.get("exception"), BlockingIOError):
+    # gRPC wakes every loop of a process for the news of one, and all but one find nothing to read; after the last
+    # channel of the process they find the socket closed.
+    if not (isinstance(context.get("exception"), OSError) and "_handle_events" in repr(context.get("handle"))):
         loop.default_exception_handler(context)
 
 
@@ -129,8 +131,14 @@ def _before_fork() -> None:
     _forking[:] = list(_backgrounds)
     for background in _forking:
         background.before_fork()
-    # The thread by which gRPC's asyncio engine learns of events; it lives as long as any channel or server does.
-    _grpc_runs_at_fork = any("_poll_wrapper" in thread.name for thread in threading.enumerate())
+    if _grpc_runs():
+        gc.collect()  # a call that failed may be part of a circle
+    _grpc_runs_at_fork = _grpc_runs()
+
+
+def _grpc_runs() -> bool:
+    # The thread by which gRPC's asyncio layer learns of events lives as long as any channel, call or server does.
+    return any("_poll_wrapper" in thread.name for thread in threading.enumerate())
 
 
 def _after_fork(in_child: bool) -> None:

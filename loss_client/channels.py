@@ -18,6 +18,7 @@ from grpc import aio
 from loss_client.errors import (
     ConnectionLostError,
     IncompatibleServerError,
+    RerankerError,
     RerankerRequestError,
     RerankerTimeoutError,
     RerankerUnavailableError,
@@ -150,6 +151,14 @@ class Endpoint:
             await channel.close()
 
 
+class _SuspendedError(Exception):
+    """The attempt was ended for a fork, and is to be made again."""
+
+
+class _StalledError(Exception):
+    """The attempt was ended because patience ran out."""
+
+
 Attempt = Callable[[Endpoint, Patience], Coroutine[Any, Any, T]]
 
 
@@ -162,6 +171,7 @@ class Channels:
         self._attempts: set[asyncio.Task[Any]] = set()
         self._open = asyncio.Event()
         self._open.set()
+        self._idle = asyncio.Event()
         self._warned = False
 
     async def run(self, attempt: Attempt[T], patience: Patience, left: Callable[[], str] = lambda: "") -> T:
@@ -189,26 +199,31 @@ class Channels:
                 continue
             tried += 1
             begun = patience.last_progress
-            task = asyncio.get_running_loop().create_task(attempt(endpoint, patience))
-            if not await self._finish(task, patience):
+            failure: RerankerError
+            # Nothing of an attempt may stay behind in variables or exceptions: it would keep gRPC alive over a fork.
+            try:
+                result = await self._make(attempt, endpoint, patience)
+            except _SuspendedError:
+                continue
+            except _StalledError:
                 stalled = f"{endpoint.target} sent nothing for {patience.seconds:g} s"
                 if tried == 1 or patience.last_progress > begun:
-                    raise RerankerTimeoutError(f"{stalled}{left()}")
-                raise self._unavailable(tried, patience, stalled, left())
-            if task.cancelled():
-                continue  # suspended: that says nothing about the endpoint
-            error = task.exception()
-            if error is None:
+                    failure = RerankerTimeoutError(f"{stalled}{left()}")
+                else:
+                    failure = self._unavailable(tried, patience, stalled, left())
+            except aio.AioRpcError as error:
+                failure = from_rpc_error(error, str(endpoint.target))
+            except ConnectionLostError as error:
+                failure = ConnectionLostError(str(error))
+            else:
                 endpoint.succeeded()
-                return task.result()
-            if isinstance(error, aio.AioRpcError):
-                error = from_rpc_error(error, str(endpoint.target))
-            if not isinstance(error, ConnectionLostError):
-                raise error
+                return result
+            if not isinstance(failure, ConnectionLostError):
+                raise failure
             if patience.last_progress > begun:
                 endpoint.succeeded()
                 tried = 1
-            last = str(error)
+            last = str(failure)
             endpoint.failed(asyncio.get_running_loop().time())
 
     async def call(
@@ -250,7 +265,8 @@ class Channels:
         for task in self._attempts:
             task.cancel()
         if self._attempts:
-            await asyncio.wait(self._attempts)
+            self._idle.clear()
+            await self._idle.wait()
         await self.close()
 
     def resume(self) -> None:
@@ -262,21 +278,33 @@ class Channels:
         for endpoint in self._endpoints:
             await endpoint.close()
 
-    async def _finish(self, task: asyncio.Task[Any], patience: Patience) -> bool:
-        """Wait for an attempt; end it and return False where patience runs out first."""
+    async def _make(self, attempt: Attempt[T], endpoint: Endpoint, patience: Patience) -> T:
+        """Make one attempt, as long as patience lasts.
+
+        Raises:
+            _StalledError: Patience ran out; the attempt was ended.
+            _SuspendedError: ``suspend`` ended the attempt.
+            Exception: What the attempt raised.
+        """
+        task = asyncio.get_running_loop().create_task(attempt(endpoint, patience))
         self._attempts.add(task)
         try:
             while not task.done():
                 remaining = patience.remaining()
                 if remaining <= 0:
-                    return False
+                    raise _StalledError
                 await asyncio.wait({task}, timeout=remaining)
-            return True
+            if task.cancelled():
+                raise _SuspendedError
+            return task.result()
         finally:
             if not task.done():
                 task.cancel()
                 await asyncio.wait({task})
             self._attempts.discard(task)
+            if not self._attempts:
+                self._idle.set()
+            del task  # breaks the circle of an exception, its traceback, this frame and the task
 
     def _choose(self) -> tuple[Endpoint, float]:
         """Return the next endpoint in turn that did not just fail and 0, or the first to be ready again and seconds."""

@@ -13,7 +13,17 @@ _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _DETAILS_KEY = "grpc-status-details-bin"
 # A broken connection is mostly UNAVAILABLE; resets by peers and proxies arrive as one of these, told by their text.
 _RESET_CODES = frozenset({grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED})
-_RESET_MARKS = ("rst_stream", "goaway", "stream removed", "socket closed", "connection reset", "broken pipe")
+_RESET_MARKS = (
+    "rst_stream",
+    "goaway",
+    "stream removed",
+    "socket closed",
+    "connection reset",
+    "broken pipe",
+    # What gRPC's asyncio layer says itself where the connection went away between two of its steps.
+    "internal error from core",
+    'failed "execute_batch"',
+)
 
 
 @dataclass(frozen=True, slots=True)

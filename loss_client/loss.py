@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import trange  # type: ignore[import-untyped]
 
+from loss_client.arguments import check_choice, check_margin, check_positive, describe_reranker
+from loss_client.client import RerankerClient
 from loss_client.gather import gather_embeddings
-from loss_client.masking import MarginStrategy, check_margin
-from loss_client.scorer import GridClient, SharedClient
+from loss_client.masking import MarginStrategy
 from loss_client.scores import ScoreType
-from loss_client.step import ContrastFilter, FilterSettings, LossStatistics, ScoreRows, ScoringStep
+from loss_client.step import ContrastFilter, FilterSettings, GridClient, LossStatistics, ScoreRows, ScoringStep
 from loss_client.texts import RAW_TEXT, decode, tokenizer_of
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
     Args:
         model: The SentenceTransformer to train.
         reranker_url: Address of the reranker, such as ``"localhost:50051"`` or ``"grpcs://rerank.example:443"``,
-            several of them, or a ``RerankerClient`` that is shared and stays the caller's to close.
+            several of them, or a ``RerankerClient``, which losses may share.
         temperature: Cosine similarities are divided by it.
         mini_batch_size: How many texts are embedded at a time, and how many anchors the loss is computed for at a
             time. The larger, the faster, and the more memory is used. It has no influence on the result.
@@ -69,7 +70,8 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         max_length: Longest input of the reranker, in its tokens. Default: the server's.
         score_type: ``"probability"``: scores in [0, 1]. ``"raw"``: the reranker's own number, a logit or, from a
             bi-encoder, a cosine. Margins are in units of these.
-        timeout: Seconds until the scores of one batch must be there; ``None`` for no limit.
+        timeout: Seconds that a batch may go without a score, reconnecting included, before the step fails. Default:
+            the client's, 60.
         contrast_anchors: Whether the other anchors stand as negatives too.
         contrast_positives: Whether the positive is pushed away from the other positives too.
         contrast_filter: Which pairs of anchors, and of positives, are dropped. ``"known"``: those of rows i and j where
@@ -159,7 +161,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         instruction: str | None = None,
         max_length: int | None = None,
         score_type: ScoreType = "probability",
-        timeout: float | None = 600.0,
+        timeout: float | None = None,
         contrast_anchors: bool = False,
         contrast_positives: bool = False,
         contrast_filter: ContrastFilter = "known",
@@ -171,11 +173,11 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
                 f"{type(self).__name__} does not work with a model based on StaticEmbedding, whose inputs cannot be "
                 "split into mini-batches. Use a model with a Transformer."
             )
-        _check_choice("margin_strategy", margin_strategy, get_args(MarginStrategy))
-        _check_choice("score_type", score_type, get_args(ScoreType))
-        _check_choice("contrast_filter", contrast_filter, get_args(ContrastFilter))
+        check_choice("margin_strategy", margin_strategy, get_args(MarginStrategy))
+        check_choice("score_type", score_type, get_args(ScoreType))
+        check_choice("contrast_filter", contrast_filter, get_args(ContrastFilter))
         check_margin(margin, margin_strategy, score_type)
-        _check_positive(
+        check_positive(
             temperature=temperature,
             mini_batch_size=mini_batch_size,
             mini_batch_num_tokens=mini_batch_num_tokens,
@@ -200,7 +202,9 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         self.contrast_filter = contrast_filter
         self.gather_across_devices = gather_across_devices
         self.statistics = LossStatistics()
-        self._reranker = SharedClient(reranker_url)
+        # Connects at first use; a copy of it, or a pickle, connects by itself.
+        self._client = reranker_url if isinstance(reranker_url, GridClient) else RerankerClient(reranker_url)
+        self._described = describe_reranker(reranker_url)
         self._warned_of_decoding = False
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
@@ -296,7 +300,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         return ScoringStep(columns, settings, self._ask, gather=self.gather_across_devices)
 
     def _ask(self, queries: Sequence[str], documents: Sequence[str]) -> ScoreRows:
-        return self._reranker.get().stream_grid(
+        return self._client.stream_grid(
             queries,
             documents,
             instruction=self.instruction,
@@ -342,7 +346,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
     def get_config_dict(self) -> dict[str, Any]:
         """The loss's settings for the model card; addresses without credentials."""
         return {
-            "reranker_url": self._reranker.describe(),
+            "reranker_url": self._described,
             "temperature": self.temperature,
             "mini_batch_size": self.mini_batch_size,
             "mini_batch_num_tokens": self.mini_batch_num_tokens,
@@ -385,14 +389,3 @@ def _normalized(mini_batches: list[Tensor]) -> Tensor:
     """One column's embeddings at unit length, in float32 or wider, shape ``(batch, dim)``."""
     embeddings = torch.cat(mini_batches)
     return functional.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
-
-
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, not {value!r}.")
-
-
-def _check_positive(**values: float | None) -> None:
-    for name, value in values.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be greater than 0, not {value!r}.")

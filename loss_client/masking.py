@@ -7,41 +7,15 @@ sentence-transformers' ``CachedGISTEmbedLoss``.
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loss_client.errors import ScoreError
-from loss_client.scores import ScoreType
 
 MarginStrategy = Literal["absolute", "relative"]
 """How a margin is applied; see :func:`thresholds`."""
-
-
-def check_margin(margin: float, strategy: MarginStrategy, score_type: ScoreType) -> None:
-    """Raise ``ValueError`` for a margin that masks everything, or nothing, whatever the scores are.
-
-    Args:
-        margin: The margin, in units of the score (absolute) or as a share of the positive's score (relative).
-        strategy: How the margin is applied; see :func:`thresholds`.
-        score_type: ``"probability"`` for scores in [0, 1], ``"raw"`` for scores without known bounds.
-    """
-    if not math.isfinite(margin):
-        raise ValueError(f"margin must be a finite number, not {margin!r}.")
-    if score_type != "probability":
-        return
-    if margin >= 1:
-        raise ValueError(
-            f"A margin of {margin} with margin_strategy={strategy!r} masks every negative, because scores are "
-            "probabilities in [0, 1]. Use a margin below 1, or score_type='raw'."
-        )
-    if strategy == "absolute" and margin <= -1:
-        raise ValueError(
-            f"A margin of {margin} with margin_strategy='absolute' masks no negative, because scores are probabilities "
-            "in [0, 1]. Use a margin above -1, or score_type='raw'."
-        )
 
 
 def thresholds(positive_scores: NDArray[np.float32], margin: float, strategy: MarginStrategy) -> NDArray[np.float32]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loss_client.gather import Rows, gather_columns, gather_flags
 from loss_client.masking import MarginStrategy, above, related, same_id, thresholds
-from loss_client.scores import ScoreUsage
+from loss_client.scores import ScoreType, ScoreUsage
 from loss_client.texts import intern
 
 ContrastFilter = Literal["known", "scores"]
@@ -42,6 +42,24 @@ class ScoreRows(Protocol):
 
     def cancel(self) -> None:
         """Give up what has not arrived; without effect on a job that is done."""
+
+
+@runtime_checkable
+class GridClient(Protocol):
+    """What the loss needs of a client; ``RerankerClient`` is one."""
+
+    def stream_grid(
+        self,
+        queries: Sequence[str],
+        documents: Sequence[str],
+        *,
+        instruction: str | None,
+        max_length: int | None,
+        score_type: ScoreType,
+        chunk_pairs: int,
+        timeout: float | None,
+    ) -> ScoreRows:
+        """Begin to score every query with every document; returns at once."""
 
 
 class AskForScores(Protocol):

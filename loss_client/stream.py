@@ -140,7 +140,7 @@ class _JobRunner:
 
     async def _open(self, call: Any, endpoint: Endpoint) -> pb.StreamOpened:
         job = self._job
-        with suppress(asyncio.InvalidStateError):  # a call that has ended says why when it is read
+        with suppress(aio.BaseError, asyncio.InvalidStateError):  # a call that has ended says why when it is read
             await call.write(pb.RerankStreamRequest(open=pb.StreamOpen(options=job.options, priority=job.priority)))
         first = await call.read()
         if first is aio.EOF:
@@ -176,10 +176,14 @@ class _JobRunner:
                 named = np.concatenate((queries[wire_queries < 0], documents[wire_documents < 0]))
                 new = list(dict.fromkeys(named.tolist()))
                 size = sum(job.table.sizes[text] for text in new)
-                full = texts_sent + len(new) > limits.max_texts_per_stream
-                if texts_sent and (full or bytes_sent + size > limits.max_text_bytes_per_stream):
-                    self._returned.appendleft(self._unanswered.pop(chunk_id))
-                    break
+                too_many = texts_sent + len(new) > limits.max_texts_per_stream
+                if too_many or bytes_sent + size > limits.max_text_bytes_per_stream:
+                    if texts_sent:
+                        self._returned.appendleft(self._unanswered.pop(chunk_id))
+                        break
+                    if chunk.pairs > 1:
+                        self._returned.extendleft(reversed(self._unanswered.pop(chunk_id).halves()))
+                        continue
                 for message in _text_messages(job.table, new, limits.max_message_bytes):
                     await call.write(message)
                 sent_ids[new] = np.arange(texts_sent, texts_sent + len(new))
@@ -290,7 +294,7 @@ async def _alongside(sending: Any, call: Any) -> AsyncIterator[None]:
     async def send() -> None:
         try:
             await sending
-        except (aio.AioRpcError, asyncio.InvalidStateError, aio.UsageError):
+        except (aio.AioRpcError, aio.BaseError, asyncio.InvalidStateError):
             return
         except Exception:
             call.cancel()  # wakes the receiver

@@ -56,7 +56,7 @@ def make(model: Any, scorer: Any, contrast: dict[str, Any], **options: Any) -> R
     )
 
 
-def work(rank: int, directory: Path) -> None:
+def work(rank: int, directory: Path, columns: list[list[str]]) -> None:
     """One rank: every split with every contrast, gradients averaged by DistributedDataParallel."""
     torch.set_num_threads(1)
     model, scorer = load(directory)
@@ -65,7 +65,7 @@ def work(rank: int, directory: Path) -> None:
         results = []
         for split in SPLITS:
             first = sum(split[:rank])
-            part = [column[first : first + split[rank]] for column in batch()]
+            part = [column[first : first + split[rank]] for column in columns]
             for contrast in CONTRASTS:
                 model.zero_grad()
                 loss = make(model, scorer, contrast, gather_across_devices=True)
@@ -90,7 +90,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(directory: Path) -> list[list[tuple[Tensor, dict[str, Tensor], list[str]]]]:
-    spawn(work, (directory,), nprocs=RANKS)
+    spawn(work, (directory, batch()), nprocs=RANKS)
     return [torch.load(directory / f"result-{rank}.pt") for rank in range(RANKS)]
 
 

@@ -8,8 +8,9 @@ import math
 import numpy as np
 import pytest
 
+from loss_client.arguments import check_margin
 from loss_client.errors import ScoreError
-from loss_client.masking import above, check_margin, related, thresholds
+from loss_client.masking import above, related, thresholds
 from loss_client.step import FilterSettings, LossStatistics, ScoringStep, read_rows
 from loss_client.texts import intern
 

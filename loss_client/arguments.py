@@ -1,0 +1,57 @@
+"""The loss's arguments: refused where they cannot work, and described for the model card."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from loss_client.masking import MarginStrategy
+from loss_client.scores import ScoreType
+from loss_client.step import GridClient
+
+
+def check_margin(margin: float, strategy: MarginStrategy, score_type: ScoreType) -> None:
+    """Raise ``ValueError`` for a margin that masks everything, or nothing, whatever the scores are.
+
+    Args:
+        margin: The margin, in units of the score (absolute) or as a share of the positive's score (relative).
+        strategy: How the margin is applied; see :func:`thresholds`.
+        score_type: ``"probability"`` for scores in [0, 1], ``"raw"`` for scores without known bounds.
+    """
+    if not math.isfinite(margin):
+        raise ValueError(f"margin must be a finite number, not {margin!r}.")
+    if score_type != "probability":
+        return
+    if margin >= 1:
+        raise ValueError(
+            f"A margin of {margin} with margin_strategy={strategy!r} masks every negative, because scores are "
+            "probabilities in [0, 1]. Use a margin below 1, or score_type='raw'."
+        )
+    if strategy == "absolute" and margin <= -1:
+        raise ValueError(
+            f"A margin of {margin} with margin_strategy='absolute' masks no negative, because scores are probabilities "
+            "in [0, 1]. Use a margin above -1, or score_type='raw'."
+        )
+
+
+def describe_reranker(reranker: str | Sequence[str] | GridClient) -> str | list[str]:
+    """Addresses as the model card may show them, without user names, passwords and parameters."""
+    if isinstance(reranker, GridClient):
+        return type(reranker).__name__
+    targets = [reranker] if isinstance(reranker, str) else list(reranker)
+    public = [re.sub(r"^([\w.+-]+:/*)?[^/@]*@", r"\1", target.partition("?")[0]) for target in targets]
+    return public[0] if len(public) == 1 else public
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise ``ValueError`` unless the argument ``name`` has one of the values in ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, not {value!r}.")
+
+
+def check_positive(**values: float | None) -> None:
+    """Raise ``ValueError`` for an argument that is neither ``None`` nor greater than 0."""
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be greater than 0, not {value!r}.")

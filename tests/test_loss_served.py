@@ -1,0 +1,113 @@
+"""The loss through the real server, over a real socket."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sentence_transformers import CrossEncoder, SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers.sentence_transformer.losses import CachedGISTEmbedLoss
+from torch import nn
+
+from loss_client import RerankerCachedGISTEmbedLoss, RerankerClient, RerankerDataCollator, RerankerUnavailableError
+
+from .servers import ServerProcess
+from .test_collator import arguments
+from .training import (
+    MemoryScorer,
+    assert_same_gradients,
+    cosines_of,
+    dataset,
+    features,
+    loss_and_gradients,
+    student,
+    texts,
+)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> SentenceTransformer:
+    return student(tmp_path, 3).eval()
+
+
+@pytest.mark.parametrize("columns", [2, 3, 5])
+@pytest.mark.parametrize("mini_batch_size", [3, 32])
+@pytest.mark.parametrize(("strategy", "margin"), [("absolute", 0.02), ("relative", 0.02)])
+def test_equals_the_local_loss_when_its_guide_is_served(
+    model: SentenceTransformer,
+    bi_encoder: Path,
+    bi_encoder_server: ServerProcess,
+    columns: int,
+    mini_batch_size: int,
+    strategy: Any,
+    margin: float,
+) -> None:
+    batch = texts(columns, 8)
+    guide = SentenceTransformer(str(bi_encoder), device="cpu").eval()
+    options: dict[str, Any] = {
+        "temperature": 0.05, "mini_batch_size": mini_batch_size, "margin_strategy": strategy, "margin": margin
+    }  # fmt: skip
+    reference = CachedGISTEmbedLoss(model, guide, contrast_anchors=False, contrast_positives=False, **options)
+    expected = loss_and_gradients(reference, features(model, batch, raw=False))
+    with RerankerClient(bi_encoder_server.address) as client:
+        loss = RerankerCachedGISTEmbedLoss(model, client, score_type="raw", reranker_batch_size=20, **options)
+        found = loss_and_gradients(loss, features(model, batch))
+    assert found[0] == pytest.approx(expected[0], abs=1e-5)
+    assert_same_gradients(found[1], expected[1])
+    assert 0 < loss.statistics.masked_negatives < loss.statistics.negatives
+    assert loss.statistics.pairs == 8 * 8 * (columns - 1)
+
+
+def test_a_cross_encoder_judges_by_probability(
+    model: SentenceTransformer, cross_encoder: Path, cross_encoder_server: ServerProcess
+) -> None:
+    batch = texts(3, 6)
+    judge = CrossEncoder(str(cross_encoder), device="cpu", activation_fn=nn.Sigmoid())
+
+    def score(queries: Any, documents: Any) -> Any:
+        scores = judge.predict([(query, document) for query in queries for document in documents])
+        return np.asarray(scores, np.float32).reshape(len(queries), len(documents))
+
+    options: dict[str, Any] = {"temperature": 0.05, "mini_batch_size": 4, "margin": 0.1}
+    for contrast in (False, True):
+        more = {**options, "contrast_anchors": contrast, "contrast_positives": contrast, "contrast_filter": "scores"}
+        expected = loss_and_gradients(
+            RerankerCachedGISTEmbedLoss(model, MemoryScorer(score), **more), features(model, batch)
+        )
+        loss = RerankerCachedGISTEmbedLoss(model, cross_encoder_server.address, **more)
+        found = loss_and_gradients(loss, features(model, batch))
+        assert found[0] == pytest.approx(expected[0], abs=1e-5)
+        assert_same_gradients(found[1], expected[1])
+        assert 0 < loss.statistics.masked_negatives < loss.statistics.negatives
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_training_run(
+    tmp_path: Path, model: SentenceTransformer, bi_encoder: Path, bi_encoder_server: ServerProcess, workers: int
+) -> None:
+    """The trainer forks its loader workers while the client's thread runs."""
+    data = dataset(3, 16)
+    served: dict[str, Any] = {"temperature": 0.05, "score_type": "raw"}
+    args = arguments(tmp_path, dataloader_num_workers=workers, gradient_accumulation_steps=2, max_steps=4)
+    collator = RerankerDataCollator.for_training(model, args)
+    histories = []
+    guide = SentenceTransformer(str(bi_encoder), device="cpu").eval()
+    for reranker in (bi_encoder_server.address, MemoryScorer(cosines_of(guide))):
+        twin = SentenceTransformer(modules=list(student(tmp_path, 3)), device="cpu")
+        loss = RerankerCachedGISTEmbedLoss(twin, reranker, **served)
+        trainer = SentenceTransformerTrainer(
+            twin, args, data, eval_dataset=dataset(3, 8), loss=loss, data_collator=collator
+        )
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        histories.append([*losses, trainer.evaluate()["eval_loss"]])
+        assert loss.statistics.steps == 4 * 2 + 2
+    assert histories[0] == pytest.approx(histories[1], abs=1e-4)
+
+
+def test_a_reranker_that_is_not_there_ends_the_step(model: SentenceTransformer) -> None:
+    loss = RerankerCachedGISTEmbedLoss(model, "127.0.0.1:1", timeout=0.5)
+    with pytest.raises(RerankerUnavailableError, match=r"127\.0\.0\.1:1"):
+        loss(features(model, texts(2, 4)), None)
