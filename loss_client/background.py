@@ -12,17 +12,20 @@ import concurrent.futures
 import gc
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from loss_client.channels import Channels, ChannelSettings
+from loss_client.channels import Channels
+from loss_client.endpoints import ChannelSettings
 from loss_client.errors import ClientClosedError, RerankerError
 
 T = TypeVar("T")
 
 _SUSPEND_SECONDS = 10.0
 _STOP_SECONDS = 10.0
+_QUIET_SECONDS = 1.0
 
 _backgrounds: weakref.WeakSet[Background] = weakref.WeakSet()
 # Loops of the parent share its file descriptors: a child must neither use nor close (so: nor forget) them.
@@ -81,12 +84,14 @@ class Background:
             self._thread.start()
         return self._loop, self._channels
 
-    def before_fork(self) -> None:
-        """End calls and channels; holds the lock until ``after_fork``."""
+    def before_fork(self) -> bool:
+        """End calls and channels, and return whether there may have been any; holds the lock until ``after_fork``."""
         self._lock.acquire()
-        if self._loop is not None and self._channels is not None:
-            done = asyncio.run_coroutine_threadsafe(self._channels.suspend(), self._loop)
-            concurrent.futures.wait([done], timeout=_SUSPEND_SECONDS)
+        if self._loop is None or self._channels is None:
+            return False
+        done = asyncio.run_coroutine_threadsafe(self._channels.suspend(), self._loop)
+        concurrent.futures.wait([done], timeout=_SUSPEND_SECONDS)
+        return True
 
     def after_fork(self, in_child: bool) -> None:
         """Go on, or in the child begin with nothing."""
@@ -124,15 +129,20 @@ async def _stop(loop: asyncio.AbstractEventLoop, channels: Channels) -> None:
 
 
 _forking: list[Background] = []
+_fork_lock = threading.Lock()  # two threads may fork at a time
 
 
 def _before_fork() -> None:
     global _grpc_runs_at_fork
+    _fork_lock.acquire()
     _forking[:] = list(_backgrounds)
-    for background in _forking:
-        background.before_fork()
-    if _grpc_runs():
-        gc.collect()  # a call that failed may be part of a circle
+    used = [background.before_fork() for background in _forking]
+    if any(used) and _grpc_runs():
+        # What was cancelled is let go of when its last events have come, and gRPC tells nobody when that is.
+        gc.collect()
+        deadline = time.monotonic() + _QUIET_SECONDS
+        while _grpc_runs() and time.monotonic() < deadline:
+            time.sleep(0.001)
     _grpc_runs_at_fork = _grpc_runs()
 
 
@@ -147,6 +157,7 @@ def _after_fork(in_child: bool) -> None:
     for background in _forking:
         background.after_fork(in_child)
     _forking.clear()
+    _fork_lock.release()
 
 
 os.register_at_fork(

@@ -89,9 +89,9 @@ class Chunk(NamedTuple):
         return (self.row_end - self.row_begin) * (self.column_end - self.column_begin)
 
     def halves(self) -> tuple[Chunk, Chunk]:
-        """Cut the block in two along its columns, or along its rows where it has one column."""
+        """Cut the block, of two pairs or more, in two across its longer side."""
         row_begin, row_end, column_begin, column_end = self
-        if column_end - column_begin > 1:
+        if column_end - column_begin >= row_end - row_begin:
             middle = (column_begin + column_end) // 2
             return Chunk(row_begin, row_end, column_begin, middle), Chunk(row_begin, row_end, middle, column_end)
         middle = (row_begin + row_end) // 2

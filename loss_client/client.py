@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_client.background import Background
-from loss_client.channels import Channels, ChannelSettings, Patience
+from loss_client.channels import Channels, Patience
 from loss_client.chunks import TextTable, distinct
+from loss_client.endpoints import ChannelSettings
 from loss_client.errors import ClientClosedError, ScoreError
 from loss_client.scores import ScoreMatrix, ScoreType
 from loss_client.stream import Job, run_job

@@ -67,8 +67,9 @@ class RerankerRequestError(RerankerError):
         self.violations = violations
 
     def __str__(self) -> str:
-        named = "".join(f"\n  {violation.field}: {violation.description}" for violation in self.violations)
-        return f"{self.code.name}: {self.message}{named}"
+        rules = [f"{violation.field}: {violation.description}" for violation in self.violations]
+        untold = [f"\n  {rule}" for rule in rules if rule not in self.message]
+        return f"{self.code.name}: {self.message}{''.join(untold)}"
 
 
 class IncompatibleServerError(RerankerError):

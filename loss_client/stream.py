@@ -1,13 +1,14 @@
 """One scoring job on bidirectional streams: texts and chunks go out, scores come in, what is lost goes out again.
 
 A job is a grid or a list of pairs over a table of texts. It runs on one stream at a time. A stream that breaks is
-followed by another one that carries the texts again, and only the chunks that had no answer. A stream whose text table
-is full is finished and followed by another one, too.
+followed by another one that carries the texts again, and only the chunks that had no answer. A stream that
+has carried as much as the server allows is finished and followed by another one, too.
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -19,8 +20,9 @@ from grpc import aio
 from numpy.typing import NDArray
 
 from loss_client.batch import score_in_batches
-from loss_client.channels import Channels, Endpoint, Patience, is_unimplemented
+from loss_client.channels import Channels, Patience, is_unimplemented
 from loss_client.chunks import Chunk, TextTable, grid_chunks, list_chunks, panel_shape
+from loss_client.endpoints import Endpoint
 from loss_client.errors import (
     ClientClosedError,
     ConnectionLostError,
@@ -124,7 +126,7 @@ class _JobRunner:
             yield chunk
 
     async def stream(self, endpoint: Endpoint, patience: Patience) -> None:
-        """Score over one stream until every chunk is answered, or the stream's text table is full."""
+        """Score over one stream until every chunk is answered, or the stream may carry no more."""
         stub = await endpoint.stub(patience.remaining())
         call = stub.RerankStream(metadata=endpoint.metadata)
         try:
@@ -165,8 +167,9 @@ class _JobRunner:
         if self._plan is None:
             self._plan = self._cut(pairs, limits)
         sent_ids = np.full(len(job.table.texts), -1, dtype=np.int64)  # a text's id on this stream, -1: not sent
-        texts_sent = bytes_sent = 0
-        while (chunk := self._take(pairs)) is not None:
+        texts_sent = bytes_sent = chunks_sent = 0
+        most_chunks = limits.max_chunks_per_stream or sys.maxsize  # servers of contract 1.0 may not name it
+        while chunks_sent < most_chunks and (chunk := self._take(pairs)) is not None:
             chunk_id = self._next_id
             self._next_id += 1
             self._unanswered[chunk_id] = chunk
@@ -191,6 +194,7 @@ class _JobRunner:
                 bytes_sent += size
                 wire_queries, wire_documents = sent_ids[queries], sent_ids[documents]
             await call.write(_chunk_message(chunk_id, job.grid, wire_queries, wire_documents))
+            chunks_sent += 1
         await call.done_writing()
 
     async def _receive(self, call: Any, patience: Patience) -> None:

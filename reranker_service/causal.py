@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from . import templates
 from .engines.base import TokenSequence
-from .layouts import EncodedText, Ids, Layout, NoRoomError, single_affixes, tokenize
+from .layouts import EncodedText, Ids, Layout, NoRoomError, single_affixes, sums_of_lengths, tokenize
 from .model import ModelSpec
 from .truncation import query_and_document
 
@@ -84,6 +85,18 @@ class CausalLayout(Layout):
         if self._whole:
             return self._overhead + len(self._body(query, document))
         return self._overhead + len(query.ids) + len(document.ids)
+
+    def lengths(
+        self,
+        queries: Sequence[EncodedText],
+        documents: Sequence[EncodedText],
+        query_at: NDArray[np.int64],
+        document_at: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        """``length`` of many pairs, which are given as positions in both lists."""
+        if self._whole:
+            return super().lengths(queries, documents, query_at, document_at)
+        return self._overhead + sums_of_lengths(queries, documents, query_at, document_at)
 
     def join(self, query: EncodedText, document: EncodedText, max_length: int) -> tuple[TokenSequence, bool]:
         """The input for a pair, and whether a text was cut."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .causal import CausalLayout
 from .engines.base import TokenSequence
 from .layouts import EncodedText, Layout, NoRoomError, PairLayout, SingleLayout
@@ -67,6 +70,26 @@ class Encoder:
         For a bi-encoder, which takes each text alone, the tokens of the longer one.
         """
         return self._layout.length(query, document)
+
+    def lengths(
+        self,
+        queries: Sequence[EncodedText],
+        documents: Sequence[EncodedText],
+        query_at: NDArray[np.int64],
+        document_at: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        """``length`` of many pairs at once.
+
+        Args:
+            queries: Some queries.
+            documents: Some documents.
+            query_at: Position of each pair's query in ``queries``, shape ``(n,)``.
+            document_at: Position of each pair's document in ``documents``, shape ``(n,)``.
+
+        Returns:
+            Tokens of each pair, nothing cut, shape ``(n,)``.
+        """
+        return self._layout.lengths(queries, documents, query_at, document_at)
 
     def join(self, query: EncodedText, document: EncodedText, max_length: int) -> tuple[TokenSequence, bool]:
         """Make the input for a pair; for cross-encoders and causal rerankers.

@@ -66,6 +66,22 @@ class Layout(ABC):
     def length(self, query: EncodedText, document: EncodedText) -> int:
         """Tokens of the pair, nothing cut; where texts go alone, of the longer one."""
 
+    def lengths(
+        self,
+        queries: Sequence[EncodedText],
+        documents: Sequence[EncodedText],
+        query_at: NDArray[np.int64],
+        document_at: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        """``length`` of many pairs, which are given as positions in both lists."""
+        return np.array(
+            [
+                self.length(queries[query], documents[document])
+                for query, document in zip(query_at.tolist(), document_at.tolist(), strict=True)
+            ],
+            dtype=np.int64,
+        )
+
     def join(self, query: EncodedText, document: EncodedText, max_length: int) -> tuple[TokenSequence, bool]:
         """The input for a pair, and whether a text was cut."""
         raise TypeError("this model takes each text alone")
@@ -116,12 +132,24 @@ class PairLayout(Layout):
         """Tokens of the pair, nothing cut."""
         return self._special + len(query.ids) + len(document.ids)
 
+    def lengths(
+        self,
+        queries: Sequence[EncodedText],
+        documents: Sequence[EncodedText],
+        query_at: NDArray[np.int64],
+        document_at: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        """``length`` of many pairs, which are given as positions in both lists."""
+        return self._special + sums_of_lengths(queries, documents, query_at, document_at)
+
     def join(self, query: EncodedText, document: EncodedText, max_length: int) -> tuple[TokenSequence, bool]:
         """The input for a pair, and whether a text was cut."""
         left, right = query.ids, document.ids
         room = max_length - self._special
         if room < 2:
-            raise NoRoomError(f"max_length {max_length} leaves no room for both texts; the least is {room + 2}")
+            raise NoRoomError(
+                f"max_length {max_length} leaves no room for both texts; the least is {self._special + 2}"
+            )
         cut = len(left) + len(right) > room
         if cut:
             first, second = longest_first(len(left), len(right), room)
@@ -180,6 +208,19 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Ids]:
         np.array(encoding.ids, dtype=np.int32)
         for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
     ]
+
+
+def sums_of_lengths(
+    queries: Sequence[EncodedText],
+    documents: Sequence[EncodedText],
+    query_at: NDArray[np.int64],
+    document_at: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """Tokens of both texts of each pair together, without a loop over pairs; shape ``(n,)``."""
+    left = np.array([len(query.ids) for query in queries], dtype=np.int64)
+    right = np.array([len(document.ids) for document in documents], dtype=np.int64)
+    sums: NDArray[np.int64] = left[query_at] + right[document_at]
+    return sums
 
 
 def single_affixes(tokenizer: Tokenizer) -> tuple[Ids, Ids]:

@@ -38,17 +38,15 @@ class Job:
 
     Attributes:
         ticket: Whose work it is.
-        count: How many sequences there are.
-        make: Gives the sequences at positions ``[begin, end)``.
-        queued: When the job was made, ``time.monotonic()`` seconds.
+        lengths: Tokens of each sequence, int64, shape ``(n,)``.
+        make: Gives the sequences at positions ``[begin, end)``; they may be made as they are read.
         started: When its first sequence entered the engine; 0 before.
         tokens: Tokens that have entered the engine so far.
     """
 
     ticket: Ticket
-    count: int
+    lengths: NDArray[np.int64]
     make: Callable[[int, int], Sequence[TokenSequence]]
-    queued: float = field(default_factory=time.monotonic)
     started: float = 0.0
     tokens: int = 0
     _taken: int = 0
@@ -104,7 +102,7 @@ class Scheduler:
         """Run a job to its end.
 
         Returns:
-            What the engine gave, in the order of the job's positions; shape ``(job.count, ...)``.
+            What the engine gave, in the order of the job's positions; shape ``(n, ...)``.
 
         Raises:
             EngineDeadError: The engine is gone.
@@ -112,7 +110,7 @@ class Scheduler:
         Cancelling the call withdraws what has not run yet.
         """
         job._done = asyncio.get_running_loop().create_future()
-        job._missing = job.count
+        job._missing = len(job.lengths)
         self._queue(job).push(job)
         self._admit()
         try:
@@ -129,7 +127,7 @@ class Scheduler:
     def _admit(self) -> None:
         engine = self._engine
         while job := self._interactive.first() or self._bulk.first():
-            count = min(engine.max_batch, job.count - job._taken)
+            count = min(engine.max_batch, len(job.lengths) - job._taken)
             # An idle engine takes anything; a busy one waits for room for the whole batch rather than get crumbs.
             if self._in_engine and self._in_engine + count > engine.max_in_flight:
                 return
@@ -139,12 +137,12 @@ class Scheduler:
             except Exception as error:
                 self._fail(job, error)
                 continue
-            tokens = sum(len(sequence.ids) for sequence in sequences)
+            tokens = int(job.lengths[begin:end].sum())
             job.started = job.started or time.monotonic()
             job.tokens += tokens
             job._taken = end
             self._queue(job).charge(job, tokens)
-            if end == job.count:
+            if end == len(job.lengths):
                 self._queue(job).remove(job)
             self._in_engine += count
             task = asyncio.create_task(self._run(job, begin, sequences))

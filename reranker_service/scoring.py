@@ -11,15 +11,16 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reranker.v1 import reranker_pb2 as pb
 
-from .encoding import EncodedText, Encoder
+from .encoding import EncodedText, Encoder, NoRoomError
 from .engines.base import Engine, EngineDeadError, TokenSequence
-from .errors import EngineFailedError, RerankError, ScoringError, invalid
+from .errors import EngineFailedError, InvalidRequestError, RerankError, ScoringError, invalid
 from .model import ModelSpec
 from .pairs import Pairs
 from .scheduling import Job, Scheduler
@@ -64,6 +65,44 @@ class _Cost:
         )
 
 
+class _Joined(Sequence[TokenSequence]):
+    """The inputs of some pairs, joined when they are read: what never reaches the engine costs nothing."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        queries: Sequence[EncodedText],
+        documents: Sequence[EncodedText],
+        query_at: NDArray[np.int64],
+        document_at: NDArray[np.int64],
+        positions: NDArray[np.intp],
+        max_length: int,
+    ) -> None:
+        self._encoder = encoder
+        self._queries = queries
+        self._documents = documents
+        self._query_at = query_at
+        self._document_at = document_at
+        self._positions = positions
+        self._max_length = max_length
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenSequence: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenSequence]: ...
+
+    def __getitem__(self, index: int | slice) -> TokenSequence | list[TokenSequence]:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        position = self._positions[index]
+        query, document = self._queries[self._query_at[position]], self._documents[self._document_at[position]]
+        return self._encoder.join(query, document, self._max_length)[0]
+
+
 class Scorer:
     """Scores pairs with one model on one engine."""
 
@@ -101,7 +140,9 @@ class Scorer:
                 raw, usage = await self._by_sequence(table, pairs)
         except EngineDeadError as error:
             raise EngineFailedError(f"the engine has died: {error}") from error
-        except (RerankError, asyncio.CancelledError):
+        except NoRoomError as error:
+            raise invalid("options.max_length", str(error)) from error
+        except RerankError:
             raise
         except Exception as error:
             raise ScoringError(f"scoring failed: {type(error).__name__}: {error}") from error
@@ -142,30 +183,22 @@ class Scorer:
         queries = await self._encode(table, "query", pairs.query_ids)
         documents = await self._encode(table, "document", pairs.document_ids)
         query_at, document_at = self._positions(pairs)
-        if table.options.reject_over_long:
-            for query, document in zip(query_at.tolist(), document_at.tolist(), strict=True):
-                length = self._encoder.length(queries[query], documents[document])
-                if length > max_length:
-                    raise invalid(
-                        "options.over_long",
-                        f"a pair (query {query}, document {document}) is {length} tokens long, over the limit of "
-                        f"{max_length}; shorten it, raise max_length, or leave over_long at OVER_LONG_TRUNCATE",
-                    )
-        order = self._order(pairs, queries, documents, query_at, document_at)
-        truncated = 0
+        lengths = self._encoder.lengths(queries, documents, query_at, document_at)  # (n,), nothing cut
+        cut = lengths > max_length
+        truncated = int(np.count_nonzero(cut))
+        if truncated and table.options.reject_over_long:
+            first = int(np.flatnonzero(cut)[0])
+            raise _over_long(
+                f"{truncated} of {len(pairs)} pairs are too long; the first, query {query_at[first]} with document "
+                f"{document_at[first]}, has {lengths[first]} tokens",
+                max_length,
+            )
+        order = self._order(pairs, lengths, query_at)
 
-        def make(begin: int, end: int) -> list[TokenSequence]:
-            nonlocal truncated
-            sequences = []
-            for position in order[begin:end].tolist():
-                sequence, cut = self._encoder.join(
-                    queries[query_at[position]], documents[document_at[position]], max_length
-                )
-                sequences.append(sequence)
-                truncated += cut
-            return sequences
+        def make(begin: int, end: int) -> Sequence[TokenSequence]:
+            return _Joined(self._encoder, queries, documents, query_at, document_at, order[begin:end], max_length)
 
-        job = Job(table.ticket, len(pairs), make)
+        job = Job(table.ticket, np.minimum(lengths, max_length)[order], make)
         scores = np.empty(len(pairs), dtype=np.float32)
         scores[order] = await self._scheduler.run(job)
         cost.add(job)
@@ -177,19 +210,10 @@ class Scorer:
         rows, columns = np.arange(len(pairs.query_ids)), np.arange(len(pairs.document_ids))
         return Pairs(rows, columns, pairs.grid).flat()
 
-    def _order(
-        self,
-        pairs: Pairs,
-        queries: Sequence[EncodedText],
-        documents: Sequence[EncodedText],
-        query_at: NDArray[np.int64],
-        document_at: NDArray[np.int64],
-    ) -> NDArray[np.intp]:
+    def _order(self, pairs: Pairs, lengths: NDArray[np.int64], query_at: NDArray[np.int64]) -> NDArray[np.intp]:
         """In which order pairs go to the engine."""
         if self._engine.pads:
             # Like lengths together; the longest first, so that a batch too large for the memory fails at once.
-            lengths = np.array([len(query.ids) for query in queries])[query_at]
-            lengths += np.array([len(document.ids) for document in documents])[document_at]
             return np.argsort(-lengths, kind="stable")
         # One query's documents next to each other: they share a prefix, which the engine keeps.
         return np.argsort(pairs.query_ids[query_at], kind="stable")
@@ -216,22 +240,25 @@ class Scorer:
 
         async def compute(missing: list[int]) -> list[Embedding]:
             encoded = await self._encode(table, role, np.array(missing))
-            sequences = []
-            for text_id, text in zip(missing, encoded, strict=True):
-                sequence, cut = self._encoder.single(text, max_length)
-                if cut and table.options.reject_over_long:
-                    raise invalid(
-                        "options.over_long",
-                        f"{role} {text_id} is over the limit of {max_length} tokens; shorten it, raise max_length, or "
-                        "leave over_long at OVER_LONG_TRUNCATE",
-                    )
-                sequences.append((sequence, cut))
+            sequences, cut = zip(*(self._encoder.single(text, max_length) for text in encoded), strict=True)
+            if table.options.reject_over_long and any(cut):
+                first = cut.index(True)
+                raise _over_long(f"{sum(cut)} texts are too long; the first is {role} {missing[first]}", max_length)
+            lengths = np.array([len(sequence.ids) for sequence in sequences])
             # Like lengths together; vectors come back in this order.
-            order = sorted(range(len(sequences)), key=lambda position: -len(sequences[position][0].ids))
-            job = Job(table.ticket, len(order), lambda begin, end: [sequences[one][0] for one in order[begin:end]])
-            vectors = await self._scheduler.run(job)
+            order = np.argsort(-lengths, kind="stable")
+            job = Job(table.ticket, lengths[order], lambda begin, end: [sequences[one] for one in order[begin:end]])
+            vectors = np.empty_like(found := await self._scheduler.run(job))
+            vectors[order] = found
             cost.add(job)
-            embeddings = [Embedding(vector, sequences[one][1]) for vector, one in zip(vectors, order, strict=True)]
-            return [embeddings[position] for position in np.argsort(order)]
+            return [Embedding(*one) for one in zip(vectors, cut, strict=True)]
 
         return await table.embedded[role].get(ids, compute)
+
+
+def _over_long(what: str, max_length: int) -> InvalidRequestError:
+    return invalid(
+        "options.over_long",
+        f"{what}; the limit is {max_length} tokens: shorten the texts, raise max_length, or leave over_long at "
+        "OVER_LONG_TRUNCATE",
+    )

@@ -210,7 +210,7 @@ async def _warm_up(scorer: Scorer, validator: Validator) -> None:
     await scorer.score(table, Pairs(np.array([0]), np.array([1]), grid=True))
 
 
-async def _set_health(checks: health.aio.HealthServicer, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+async def _set_health(checks: health.aio.HealthServicer, status: int) -> None:
     for name in (health.OVERALL_HEALTH, SERVICE):
         await checks.set(name, status)
 

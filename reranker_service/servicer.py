@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
@@ -39,7 +39,9 @@ class _Malformed:
         self.reason = reason
 
 
-def _parser(message: type[Request]) -> Callable[[bytes], Request | _Malformed]:
+def _parser(message: type[Request]) -> Callable[[bytes], Any]:
+    """A deserializer of ``message`` that gives ``_Malformed`` instead of failing inside gRPC."""
+
     def parse(data: bytes) -> Request | _Malformed:
         try:
             return message.FromString(data)

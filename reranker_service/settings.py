@@ -41,7 +41,7 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(50051, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="number format of the computation; auto: float32 on a CPU, bfloat16 on a GPU"
+        "auto", description="number format of the computation; auto: float32 on a CPU, 16 bits on a GPU"
     )
     device: str = Field("auto", description="torch engine: cpu, cuda, cuda:1, ...; auto: a GPU where there is one")
     threads: int | None = Field(None, ge=1, description="torch engine: CPU threads; all cores where not given")

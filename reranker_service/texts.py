@@ -85,5 +85,7 @@ class TextTable:
 
     def close(self) -> None:
         """End what is under way for these texts."""
-        for once in (*self.embedded.values(), *self.encoded.values()):
-            once.close()
+        for embedded in self.embedded.values():
+            embedded.close()
+        for encoded in self.encoded.values():
+            encoded.close()

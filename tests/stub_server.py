@@ -2,13 +2,13 @@
 and failures at a script's command.
 
     with StubServer() as server, RerankerClient(server.target) as client:
-        scores = client.score_grid(queries, documents)
-    assert np.array_equal(scores, hash_scores(queries, documents))
+        assert np.array_equal(client.score_grid(queries, documents), hash_scores(queries, documents))
 """
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import itertools
 import threading
 import zlib
@@ -51,30 +51,25 @@ def hash_scores(
     return scores.astype(np.float32)
 
 
+def numbered_texts(name: str, count: int) -> list[str]:
+    return [f"{name} {position} ü" for position in range(count)]
+
+
 ScoreFunction = Callable[[Sequence[str], Sequence[str], pb.RerankOptions], NDArray[np.float32]]
 
 
 class Gate:
-    """Opened by any thread, once; coroutines of any loop wait for it."""
+    """Opened by any thread; coroutines of any loop wait for it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._open = False
-        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self._opened: concurrent.futures.Future[None] = concurrent.futures.Future()
 
     def open(self) -> None:
-        with self._lock:
-            self._open = True
-            for loop, event in self._waiting:
-                loop.call_soon_threadsafe(event.set)
+        if not self._opened.done():
+            self._opened.set_result(None)
 
     async def wait(self) -> None:
-        event = asyncio.Event()
-        with self._lock:
-            if self._open:
-                return
-            self._waiting.append((asyncio.get_running_loop(), event))
-        await event.wait()
+        await asyncio.shield(asyncio.wrap_future(self._opened))
 
 
 class Abort(Exception):
@@ -129,7 +124,8 @@ class ReceivedStream:
     text_messages: list[int] = field(default_factory=list)  # bytes of each
     chunks: list[ReceivedChunk] = field(default_factory=list)
     half_closed: bool = False
-    cancelled: bool = False
+    cancelled: bool = False  # by the client, while it waited for replies
+    ended: bool = False
     answered: list[int] = field(default_factory=list)  # numbers of chunks, in order of reply
 
     def pairs(self) -> list[tuple[str, str]]:
@@ -151,6 +147,7 @@ def default_limits() -> pb.Limits:
         max_texts_per_stream=1 << 17,
         max_text_bytes_per_stream=1 << 28,
         max_message_bytes=4 << 20,
+        max_chunks_per_stream=1 << 20,
     )
 
 
@@ -164,7 +161,7 @@ class StubServer:
         on_request: The same for unary requests; None for the right response.
         limits: What the server says its limits are; it does not enforce them.
         fingerprint: The model's.
-        contract: Major and minor version.
+        contract: Major and minor.
         without: Names of RPCs that answer UNIMPLEMENTED.
         port: 0 for a free one; ``restart`` uses the same again.
         credentials: For TLS.
@@ -233,8 +230,7 @@ class StubServer:
                 raise TimeoutError(f"waited {WAIT_SECONDS} s for {what}")
             return condition()
 
-    def note(self) -> None:
-        """Wake those who wait for a condition."""
+    def note(self) -> None:  # wakes those who wait for a condition
         with self._changed:
             self._changed.notify_all()
 
@@ -245,10 +241,8 @@ class StubServer:
         server = aio.server(options=[("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0)])
         reranker_pb2_grpc.add_RerankerServiceServicer_to_server(_Servicer(self), server)
         address = f"127.0.0.1:{self.port}"
-        if self._credentials is None:
-            self.port = server.add_insecure_port(address)
-        else:
-            self.port = server.add_secure_port(address, self._credentials)
+        secret = self._credentials
+        self.port = server.add_secure_port(address, secret) if secret else server.add_insecure_port(address)
         await server.start()
         self._server = server
 
@@ -306,6 +300,7 @@ class _Servicer(reranker_pb2_grpc.RerankerServiceServicer):
         finally:
             reader.cancel()
             await asyncio.wait({reader})
+            stream.ended = True
             stub.note()
 
     async def _read(self, stream: ReceivedStream, requests: AsyncIterator[Any], replies: asyncio.Queue[Any]) -> None:
@@ -332,8 +327,6 @@ class _Servicer(reranker_pb2_grpc.RerankerServiceServicer):
             stub.note()
             await asyncio.gather(*tasks)
             replies.put_nowait(None)
-        except asyncio.CancelledError:
-            raise
         except Exception as error:
             replies.put_nowait(Abort(grpc.StatusCode.INTERNAL, f"the stub failed: {error!r}"))
         finally:

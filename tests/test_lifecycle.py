@@ -88,11 +88,18 @@ def test_the_vllm_engine_leaves_no_process_behind_and_its_death_ends_the_server(
         assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
 
 
-def test_the_default_server_ends_in_order(bi_encoder: Path) -> None:
-    with ServerProcess("--model", str(bi_encoder), "--engine", "vllm") as server:
+def test_ctrl_c_reaches_vllm_too_and_calls_in_flight_finish_all_the_same(cross_encoder: Path) -> None:
+    """A terminal sends the signal to the whole process group."""
+    flags = ["--model", str(cross_encoder), "--engine", "vllm"]
+    with ServerProcess(*flags, own_group=True) as server, grpc.insecure_channel(server.address) as channel:
         children = psutil.Process(server.process.pid).children(recursive=True)
         assert children
-        server.signal(signal.SIGTERM)
+        stub = rpc.RerankerServiceStub(channel)
+        request = pb.RerankRequest(query="a query", documents=[f"document {i} " * 20 for i in range(1000)])
+        call = stub.Rerank.future(request, timeout=60)
+        stub.GetModelInfo(pb.GetModelInfoRequest())
+        os.killpg(server.process.pid, signal.SIGINT)
+        assert len(call.result().results) == 1000
         assert server.wait() == 0
         assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
 

@@ -21,7 +21,7 @@ def job(stream: str, count: int, *, interactive: bool = False, length: int = 3) 
         ids = np.full(length, ord(stream[0]), dtype=np.int32)
         return [TokenSequence(ids, length) for _ in range(begin, end)]
 
-    return Job(Ticket(stream, interactive), count, make)
+    return Job(Ticket(stream, interactive), np.full(count, length), make)
 
 
 def order(engine: ControlledEngine) -> str:
@@ -41,7 +41,7 @@ def test_results_come_in_the_order_of_the_job() -> None:
         def make(begin: int, end: int) -> list[TokenSequence]:
             return [TokenSequence(np.zeros(length, dtype=np.int32), length) for length in lengths[begin:end]]
 
-        return await Scheduler(engine).run(Job(Ticket("a", False), len(lengths), make))
+        return await Scheduler(engine).run(Job(Ticket("a", False), np.array(lengths), make))
 
     assert asyncio.run(scenario()).tolist() == list(range(1, 12))
 
@@ -149,7 +149,7 @@ def test_sequences_that_cannot_be_made_fail_their_own_job_only() -> None:
         engine.gate.set()
         scheduler = Scheduler(engine)
         with pytest.raises(ValueError, match="cannot join"):
-            await scheduler.run(Job(Ticket("a", False), 3, broken))
+            await scheduler.run(Job(Ticket("a", False), np.ones(3, dtype=np.int64), broken))
         return await scheduler.run(job("b", 1))
 
     assert asyncio.run(scenario()).tolist() == [3]

@@ -57,6 +57,9 @@ class Engine(Protocol):
     async def run(self, sequences: Sequence[TokenSequence]) -> NDArray[np.float32]:
         """Compute the model's number for each sequence.
 
+        Args:
+            sequences: The inputs. They may be made when they are read: read each one once.
+
         Returns:
             Raw scores, shape ``(len(sequences),)``, or for a bi-encoder unit-norm embeddings, shape
             ``(len(sequences), dim)``, in the order of ``sequences``.

@@ -95,6 +95,7 @@ class TorchEngine:
         """
         if self._death is not None:
             raise self._death
+        sequences = list(sequences)
         loop = asyncio.get_running_loop()
         batches = _batches([len(sequence.ids) for sequence in sequences], self._batch_tokens)
         futures = [

@@ -6,15 +6,19 @@ vLLM runs the model in processes of its own. They are ended by ``close``, and al
 from __future__ import annotations
 
 import asyncio
+import gc
 import multiprocessing
 import os
+import signal
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import AutoConfig
 
 from ..model import ModelSpec, Pooling, UnsupportedModelError
 from .base import EngineDeadError, TokenSequence
@@ -47,8 +51,8 @@ class VllmEngine:
 
         Args:
             spec: The model.
-            dtype: A number format as vLLM names it, or "auto": float32 on a CPU; elsewhere the checkpoint's own, with
-                bfloat16 for float32 ones.
+            dtype: A number format as vLLM names it, or "auto": float32 on a CPU; elsewhere vLLM's choice, which is the
+                checkpoint's own, and float16 for float32 ones.
             engine_args: More arguments for ``AsyncEngineArgs``; they win over ours.
 
         Raises:
@@ -69,14 +73,15 @@ class VllmEngine:
         self._spec = spec
         self._engine_args = dict(engine_args or {})
         self._engine: AsyncLLM | None = None
-        self._loading: asyncio.Future[AsyncLLM] | None = None
+        self._loading: asyncio.Future[None] | None = None
         self._closed = asyncio.Event()
 
     async def start(self) -> None:
         """Start vLLM's processes and load the model; the event loop stays free meanwhile."""
         self._loading = asyncio.ensure_future(asyncio.to_thread(self._load))
         # Shielded: a thread can't be cancelled. close() ends what it has begun.
-        self._engine = await asyncio.shield(self._loading)
+        await asyncio.shield(self._loading)
+        assert self._engine is not None
         config = self._engine.vllm_config
         self.dtype = str(config.model_config.dtype).removeprefix("torch.")
         # As many again as run at a time, so that none waits for us.
@@ -125,15 +130,24 @@ class VllmEngine:
     async def close(self) -> None:
         """End vLLM's processes, also those of a start that is still under way."""
         self._closed.set()
-        loading, self._loading, self._engine = self._loading, None, None
+        loading, self._loading = self._loading, None
         if loading is None:
             return
         while not loading.done():
             # A process that is still loading heeds no polite signal; without it the loading thread gives up.
             await asyncio.to_thread(_kill_loading)
             await asyncio.wait({loading}, timeout=0.2)
-        if loading.exception() is None:
-            await asyncio.to_thread(loading.result().shutdown, _SHUTDOWN_SECONDS)
+        # Whoever awaits start() has seen its error, if there was one.
+        loading.exception()
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            if engine.output_handler is not None:
+                # Else it would report the end that we bring about as a failure.
+                engine.output_handler.cancel()
+            await asyncio.to_thread(engine.shutdown, _SHUTDOWN_SECONDS)
+        # The engine is part of cycles. Left to the interpreter's exit, its destructor fails noisily.
+        del engine
+        gc.collect()
 
     async def _encode(self, engine: AsyncLLM, sequence: TokenSequence) -> NDArray[np.float32]:
         from vllm import PoolingParams
@@ -153,8 +167,12 @@ class VllmEngine:
                 return values.float().reshape(-1).numpy()
         raise NoResultError(f"vLLM gave no result for an input of {len(sequence.ids)} tokens")
 
-    def _load(self) -> AsyncLLM:
+    def _load(self) -> None:
         self._set_environment()
+        # vLLM's processes inherit this: Ctrl-C at a terminal reaches the whole group, and they must live on until calls
+        # in flight are done. They are ended by their parent. Starting the tracker would lift the block again.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -167,13 +185,16 @@ class VllmEngine:
                 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
         self.versions = _versions()
         arguments = AsyncEngineArgs(**{**self._arguments(on_cpu), **self._engine_args})
-        return AsyncLLM.from_engine_args(arguments)
+        # Kept here alone: a future that held it, too, would keep it from being collected in close().
+        self._engine = AsyncLLM.from_engine_args(arguments)
 
     @staticmethod
     def _set_environment() -> None:
         # vLLM reads these when it is imported and in its processes. No reports to anybody, logs with the other logs.
         os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+        # A forked process would have gRPC's listening socket and half of its threads.
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
 
     def _arguments(self, on_cpu: bool) -> dict[str, Any]:
         from vllm.config import PoolerConfig
@@ -202,11 +223,20 @@ class VllmEngine:
             arguments["pooler_config"] = PoolerConfig(pooling_type=_POOLINGS[spec.pooling])
         if on_cpu:
             # Compiling takes longer than it saves on a CPU.
-            arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": _GIB}
+            arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": _kv_cache_bytes(spec)}
             if spec.kind == "causal-reranker":
                 # Only whole blocks are shared; the CPU's default of 128 tokens wastes most of a prefix.
                 arguments["block_size"] = 32
         return arguments
+
+
+def _kv_cache_bytes(spec: ModelSpec) -> int:
+    """Room for two sequences of the greatest length in float32, at least 1 GiB; only what is used takes up memory."""
+    if spec.model_type != "qwen3":
+        return _GIB
+    config = AutoConfig.from_pretrained(spec.path, local_files_only=True, trust_remote_code=False)
+    token: int = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return max(_GIB, 2 * token * spec.max_length)
 
 
 def _kill_loading() -> None:

@@ -1,0 +1,255 @@
+"""The demo's run: data, hard negatives, three trainings that differ only in their loss, one examination for all."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset  # type: ignore[import-untyped]
+from rich.console import Console
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from examples import docstrings, report, student
+from examples.contenders import Contender, contenders
+from examples.serving import reranker_server
+
+#: Mining loses a pair here and there; with these to spare every step has a full batch of fresh ones.
+_SPARE_PAIRS = 1.03
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a run is made of.
+
+    Attributes:
+        steps: Training steps of each loss.
+        batch_size: Anchors of a step.
+        pairs: At most how many docstrings are read.
+        mined_documents: Among how many documents the hard negatives of the training pairs are looked for; no fewer
+            than there are training pairs.
+        queries: At most how many held-out summaries are asked.
+        held_out_share: Share of the modules that is held out, between 0 and 1.
+        temperature: Of all losses.
+        learning_rate: Peak of all trainings, which is reached after a tenth of the steps and falls to 0.
+        mini_batch_size: Texts embedded at a time.
+        seed: Of the split, the draw of training pairs and queries, the order of the data, dropout.
+        engine: The reranker server's: ``"auto"``, ``"vllm"`` or ``"torch"``.
+        reranker_url: A running server to use; ``None`` starts one.
+        output: Where everything is written.
+        packages: Whose docstrings are read.
+    """
+
+    steps: int
+    batch_size: int
+    pairs: int
+    mined_documents: int
+    queries: int
+    held_out_share: float
+    temperature: float
+    learning_rate: float
+    mini_batch_size: int
+    seed: int
+    engine: str
+    reranker_url: str | None
+    output: Path
+    packages: tuple[str, ...] = docstrings.PACKAGES
+
+
+def run(settings: Settings, console: Console) -> list[report.Result]:
+    """Do everything: the table goes to ``console``, files to ``settings.output``.
+
+    Returns:
+        One result a model: the untrained student, then the contenders in the order of their training.
+
+    Raises:
+        ServerStartError: The reranker server did not start.
+        ValueError: There are too few docstrings for these settings.
+    """
+    began = time.monotonic()
+    settings.output.mkdir(parents=True, exist_ok=True)
+    own_server = nullcontext() if settings.reranker_url else reranker_server(_log(settings), settings.engine)
+    # The server loads while docstrings are read.
+    with own_server as server:
+        if server is not None:
+            console.print(f"Starting the reranker server (its log: {_log(settings)})")
+        split = _read(settings, console)
+        evaluator = student.retrieval_evaluator(split.held_out, settings.queries, settings.seed)
+        queries = len(evaluator.queries)
+        address = settings.reranker_url or (server.wait_ready() if server is not None else "")
+        console.print(f"The reranker at {address} is ready")
+
+        # The same weights that the server embeds with where none are named.
+        guide = student.load_minilm()
+        triplets, share_above = _mine(settings, split.train, guide, console)
+
+        results = [_examine("untrained student", student.load_student(), evaluator, console)]
+        trained: SentenceTransformer | None = None
+        for contender in contenders(guide, address, settings.temperature, settings.mini_batch_size):
+            trained, result = _train(settings, contender, triplets, evaluator, console)
+            results.append(result)
+        reference = _examine("the guide itself", guide, evaluator, console)
+    if trained is not None:
+        trained.save_pretrained(str(settings.output / "model"))
+
+    seconds = time.monotonic() - began
+    report.write_results(
+        settings.output / "results.json",
+        [*results, reference],
+        {
+            "settings": {**asdict(settings), "output": str(settings.output)},
+            "train_pairs": len(split.train),
+            "train_pairs_repeated": docstrings.repeated_share(split.train),
+            "held_out_pairs": len(split.held_out),
+            "queries": queries,
+            "documents": len(evaluator.corpus),
+            "triplets": len(triplets),
+            "mined_negatives_above_positive": share_above,
+            "seconds": seconds,
+        },
+    )
+    report.draw(settings.output / "comparison.png", [*results, reference], queries)
+    console.print(report.table([*results, reference], queries))
+    console.print(report.verdict(results, queries))
+    waited = results[-1].counts.seconds_waited / settings.steps
+    sharing = "" if server is None else "; server and training share this machine's cores, which its step time shows"
+    console.print(f"{results[-1].loss} waited {waited:.2f} s a step for scores{sharing}.")
+    console.print(f"{settings.output}/: results.json, comparison.png, model. {seconds / 60:.1f} minutes in all.")
+    return results
+
+
+def _log(settings: Settings) -> Path:
+    return settings.output / "server.log"
+
+
+def _read(settings: Settings, console: Console) -> docstrings.Split:
+    console.print("Reading the docstrings of installed packages")
+    pairs = docstrings.collect(settings.pairs, settings.packages)
+    split = docstrings.split_by_module(pairs, settings.held_out_share, settings.seed)
+    console.print(
+        f"  {len(pairs):,} pairs; {len(split.train):,} to train on, with {docstrings.repeated_share(split.train):.1%} "
+        f"that have a text which stands elsewhere too; {len(split.held_out):,} in held-out modules"
+    )
+    if len(split.train) < 2 * settings.batch_size or not split.held_out:
+        raise ValueError(
+            f"{len(split.train)} pairs to train on and {len(split.held_out)} held out are too few for batches of "
+            f"{settings.batch_size}: read more pairs, or make the batch smaller"
+        )
+    return split
+
+
+def _mine(
+    settings: Settings, train: Sequence[docstrings.Pair], miner: SentenceTransformer, console: Console
+) -> tuple[Dataset, float]:
+    drawn = list(train)
+    random.Random(settings.seed).shuffle(drawn)
+    wanted = int(settings.steps * settings.batch_size * _SPARE_PAIRS) + 1
+    chosen, others = drawn[:wanted], drawn[wanted : max(wanted, settings.mined_documents)]
+    console.print(
+        f"Mining a hard negative for each of {len(chosen):,} pairs among the documents of {len(chosen) + len(others):,}"
+    )
+    triplets, share_above = student.mine_triplets(chosen, others, miner)
+    console.print(f"  {share_above:.0%} of the {len(triplets):,} mined negatives score above the positive")
+    return triplets, share_above
+
+
+def _train(
+    settings: Settings,
+    contender: Contender,
+    triplets: Dataset,
+    evaluator: InformationRetrievalEvaluator,
+    console: Console,
+) -> tuple[SentenceTransformer, report.Result]:
+    """Train a fresh student and examine it."""
+    console.print(
+        f"Training with {contender.loss} ({contender.name}): {settings.steps} steps of {settings.batch_size} triplets"
+    )
+    set_seed(settings.seed)
+    model = student.load_student()
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(settings.output),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        dataloader_drop_last=True,
+        learning_rate=settings.learning_rate,
+        warmup_steps=max(1, settings.steps // 10),
+        logging_steps=max(1, settings.steps // 10),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=settings.seed,
+    )
+    loss = contender.make_loss(model)
+    progress = _Progress(console)
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=triplets,
+        loss=loss,
+        data_collator=contender.make_collator(model, arguments) if contender.make_collator else None,
+        callbacks=[progress],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    counts = contender.read_counts(loss)
+    found = _examine(contender.name, model, evaluator, console)
+    return model, replace(
+        found,
+        loss=contender.loss,
+        step_seconds=progress.step_seconds,
+        counts=counts,
+        losses=tuple(progress.losses),
+    )
+
+
+def _examine(
+    name: str, model: SentenceTransformer, evaluator: InformationRetrievalEvaluator, console: Console
+) -> report.Result:
+    found = evaluator(model)
+    ndcg, mrr = (found[f"{evaluator.name}_cosine_{measure}@10"] for measure in ("ndcg", "mrr"))
+    console.print(f"  {name}: nDCG@10 {ndcg:.3f}, MRR@10 {mrr:.3f}")
+    return report.Result(name=name, loss="", ndcg=ndcg, mrr=mrr)
+
+
+class _Progress(TrainerCallback):
+    """Prints how training goes and times its steps, from the end of one to the end of the next."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self.losses: list[tuple[int, float]] = []
+        self._console = console
+        self._clock = clock
+        self._ends: list[float] = []
+
+    @property
+    def step_seconds(self) -> float:
+        """Median over the steps so far."""
+        return statistics.median(after - before for before, after in zip(self._ends, self._ends[1:], strict=False))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._ends.append(self._clock())
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._ends.append(self._clock())
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        loss = state.log_history[-1].get("loss")
+        if loss is not None:
+            self.losses.append((state.global_step, float(loss)))
+            self._console.print(
+                f"  step {state.global_step:>4} of {state.max_steps}: loss {float(loss):.3f}, "
+                f"{self.step_seconds:.2f} s a step"
+            )

@@ -1,0 +1,145 @@
+"""The losses that the demo compares: without a filter, with a local guide, with a reranker behind a service.
+
+All three are cached contrastive losses over the same candidates (each anchor against every positive and every mined
+negative of the batch) at the same temperature, so that nothing but the filter tells them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+from sentence_transformers.sentence_transformer.losses import CachedGISTEmbedLoss, CachedMultipleNegativesRankingLoss
+from torch import Tensor, nn
+from torch.nn import functional
+
+from examples.student import MAX_TOKENS
+from loss_client import RerankerCachedGISTEmbedLoss, RerankerDataCollator
+
+
+@dataclass(frozen=True, slots=True)
+class FilterCounts:
+    """What a loss's filter did over a whole run.
+
+    Attributes:
+        pairs_scored: Pairs of a query and a document that a guide or a reranker scored.
+        negatives: Negatives of all anchors before the filter.
+        masked: How many of these the filter dropped.
+        seconds_waited: Seconds that training waited for scores.
+    """
+
+    pairs_scored: int = 0
+    negatives: int = 0
+    masked: int = 0
+    seconds_waited: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One way to train.
+
+    Attributes:
+        name: What filters, in a few words.
+        loss: The loss's class.
+        make_loss: Makes the loss for a student.
+        read_counts: What the filter of a loss made by ``make_loss`` did so far.
+        make_collator: Makes the collator that the loss needs; ``None`` for the trainer's own.
+    """
+
+    name: str
+    loss: str
+    make_loss: Callable[[SentenceTransformer], nn.Module]
+    read_counts: Callable[[nn.Module], FilterCounts]
+    make_collator: (
+        Callable[[SentenceTransformer, SentenceTransformerTrainingArguments], SentenceTransformerDataCollator] | None
+    ) = None
+
+
+class CountingGISTEmbedLoss(CachedGISTEmbedLoss):
+    """``CachedGISTEmbedLoss`` without contrast terms and with a margin of 0, that counts what its filter does.
+
+    Args:
+        model: The model to train.
+        guide: The model whose cosines decide what is masked.
+        temperature: Cosine similarities are divided by it.
+        mini_batch_size: Texts embedded at a time.
+    """
+
+    def __init__(
+        self, model: SentenceTransformer, guide: SentenceTransformer, temperature: float, mini_batch_size: int
+    ) -> None:
+        super().__init__(
+            model,
+            guide,
+            temperature=temperature,
+            mini_batch_size=mini_batch_size,
+            contrast_anchors=False,
+            contrast_positives=False,
+        )
+        self.counts = FilterCounts()
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], reps_guided: list[list[Tensor]], *, with_backward: bool = False
+    ) -> Tensor:
+        """Compute the loss as the base class does, after counting from the guide's embeddings what it will mask."""
+        anchors, *documents = (functional.normalize(torch.cat(column), dim=-1) for column in reps_guided)
+        scores = anchors @ torch.cat(documents).T  # (batch, documents)
+        masked = scores > scores.diagonal().unsqueeze(1)
+        self.counts = FilterCounts(
+            pairs_scored=self.counts.pairs_scored + scores.numel(),
+            negatives=self.counts.negatives + scores.numel() - len(anchors),
+            masked=self.counts.masked + int(masked.sum()),
+        )
+        return super().calculate_loss(reps, reps_guided, with_backward=with_backward)
+
+
+def contenders(
+    guide: SentenceTransformer, reranker_url: str, temperature: float, mini_batch_size: int
+) -> list[Contender]:
+    """The three ways to train that the demo compares, ours last.
+
+    Args:
+        guide: The local guide of the second.
+        reranker_url: Address of the reranker of the third. It reads as much of a text as the student and the guide do.
+        temperature: Of all three.
+        mini_batch_size: Of all three.
+    """
+    return [
+        Contender(
+            "no filter",
+            "CachedMultipleNegativesRankingLoss",
+            lambda student: CachedMultipleNegativesRankingLoss(
+                student, scale=1 / temperature, mini_batch_size=mini_batch_size
+            ),
+            lambda loss: FilterCounts(),
+        ),
+        Contender(
+            "local guide",
+            "CachedGISTEmbedLoss",
+            lambda student: CountingGISTEmbedLoss(student, guide, temperature, mini_batch_size),
+            _gist_counts,
+        ),
+        Contender(
+            "reranker service",
+            "RerankerCachedGISTEmbedLoss",
+            lambda student: RerankerCachedGISTEmbedLoss(
+                student, reranker_url, temperature=temperature, mini_batch_size=mini_batch_size, max_length=MAX_TOKENS
+            ),
+            _reranker_counts,
+            RerankerDataCollator.for_training,
+        ),
+    ]
+
+
+def _gist_counts(loss: nn.Module) -> FilterCounts:
+    assert isinstance(loss, CountingGISTEmbedLoss)
+    return loss.counts
+
+
+def _reranker_counts(loss: nn.Module) -> FilterCounts:
+    assert isinstance(loss, RerankerCachedGISTEmbedLoss)
+    done = loss.statistics
+    return FilterCounts(done.pairs, done.negatives, done.masked_negatives, done.seconds_waited)

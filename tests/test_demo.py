@@ -1,0 +1,241 @@
+"""The demo: its parts against independent references, and a very small run of all of it over a real socket."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from rich.console import Console
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import CachedGISTEmbedLoss
+
+from examples.contenders import CountingGISTEmbedLoss, FilterCounts
+from examples.docstrings import Pair, collect
+from examples.report import Result, draw, table, verdict
+from examples.serving import ServerStartError, reranker_server
+from examples.student import load_minilm, load_student, mine_triplets, retrieval_evaluator
+from examples.train import train
+
+from .servers import ServerProcess
+
+PAIRS = [
+    Pair("Open a file and return a stream.", "The file is opened for reading unless the mode says otherwise.", "a.py"),
+    Pair(
+        "Return the cosine of an angle.", "The angle is measured in radians; the result lies between -1 and 1.", "a.py"
+    ),
+    Pair("Parse a date from a string.", "The text has to be in ISO format, such as 2020-01-31, else it fails.", "b.py"),
+    Pair("Sort the list in place.", "The sort is stable: equal elements keep the order that they had before.", "c.py"),
+]
+
+
+@pytest.fixture(scope="module")
+def guide() -> SentenceTransformer:
+    return load_minilm()
+
+
+@pytest.fixture(scope="module")
+def small_student() -> SentenceTransformer:
+    return load_student()
+
+
+def test_the_student_is_the_first_layers_of_the_real_model(
+    guide: SentenceTransformer, small_student: SentenceTransformer, tmp_path: Path
+) -> None:
+    features = guide.preprocess(["Open a file and return a stream."])
+    hidden = guide[0].auto_model(**features, output_hidden_states=True).hidden_states
+    third = small_student[0].auto_model(**features).last_hidden_state
+    assert torch.allclose(third, hidden[3], atol=1e-6)
+    small_student.save_pretrained(str(tmp_path))
+    again = SentenceTransformer(str(tmp_path), device="cpu")
+    assert torch.allclose(again.encode("a file", convert_to_tensor=True), _embed(small_student, "a file"), atol=1e-6)
+
+
+def _embed(model: SentenceTransformer, text: str) -> torch.Tensor:
+    return model.encode(text, convert_to_tensor=True)
+
+
+def test_mined_negatives_are_the_nearest_documents_of_others(guide: SentenceTransformer) -> None:
+    other = Pair("Open it.", "Opens a file and gives back a stream to read from it.", "d.py")
+    triplets, share_above = mine_triplets(PAIRS, [other], guide)
+    assert triplets["anchor"][:] == [pair.summary for pair in PAIRS]
+    assert triplets["positive"][:] == [pair.body for pair in PAIRS]
+    corpus = [*(pair.body for pair in PAIRS), other.body]
+    scores = guide.similarity(guide.encode(triplets["anchor"][:]), guide.encode(corpus))
+    own = scores.diagonal().clone()
+    scores.fill_diagonal_(-2)
+    assert triplets["negative"][:] == [corpus[int(best)] for best in scores.argmax(dim=1)]
+    assert share_above == pytest.approx(float((scores.max(dim=1).values > own).float().mean()))
+    assert share_above > 0
+
+
+def test_equal_texts_are_one_document_and_one_query(guide: SentenceTransformer) -> None:
+    copies = [
+        Pair(PAIRS[0].summary.upper(), PAIRS[1].body, "x.py"),
+        Pair("Another summary altogether.", PAIRS[2].body.upper(), "x.py"),
+    ]
+    evaluator = retrieval_evaluator([*PAIRS, *copies], queries=100, seed=0)
+    assert len(evaluator.corpus) == len(PAIRS)
+    asked = dict(zip(evaluator.queries, evaluator.queries_ids, strict=True))
+    assert len(asked) == len(PAIRS) + 1
+    relevant = {query: evaluator.relevant_docs[name] for query, name in asked.items()}
+    assert {document.lower() for document in relevant[PAIRS[0].summary]} == {
+        PAIRS[0].body.lower(),
+        PAIRS[1].body.lower(),
+    }
+    assert relevant["Another summary altogether."] == relevant[PAIRS[2].summary]
+    assert len(retrieval_evaluator(PAIRS, queries=2, seed=0).queries) == 2
+    assert evaluator(guide)["held-out_cosine_ndcg@10"] > 0.8
+
+
+@pytest.mark.parametrize("mini_batch_size", [3, 32])
+def test_the_local_guide_counts_what_it_masks(
+    guide: SentenceTransformer, small_student: SentenceTransformer, mini_batch_size: int
+) -> None:
+    columns = [
+        [pair.summary for pair in PAIRS],
+        [pair.body for pair in PAIRS],
+        [f"{pair.body[:40]} And so on." for pair in PAIRS[1:] + PAIRS[:1]],
+        [pair.summary for pair in PAIRS],
+    ]
+    counting = CountingGISTEmbedLoss(small_student, guide, 0.05, mini_batch_size)
+    plain = CachedGISTEmbedLoss(
+        small_student,
+        guide,
+        temperature=0.05,
+        mini_batch_size=mini_batch_size,
+        contrast_anchors=False,
+        contrast_positives=False,
+    )
+    small_student.eval()
+    values = [loss([small_student.preprocess(column) for column in columns], None) for loss in (plain, counting)]
+    assert values[0] == values[1]
+
+    anchors, *documents = (guide.encode(column) for column in columns)
+    scores = torch.cat([guide.similarity(anchors, column) for column in documents], dim=1)
+    masked = int((scores > scores.diagonal().unsqueeze(1)).sum())
+    # Each anchor stands among its own negatives here, above its positive.
+    assert masked >= len(PAIRS)
+    assert counting.counts == FilterCounts(pairs_scored=4 * 12, negatives=4 * 11, masked=masked)
+
+
+def test_the_report_says_what_is_in_the_results(tmp_path: Path) -> None:
+    results = [
+        Result("untrained student", "", 0.2, 0.1),
+        Result("no filter", "PlainLoss", 0.5, 0.4, 1.25),
+        Result("a filter", "FilteredLoss", 0.4, 0.3, 2.5, FilterCounts(2_000, 1_000, 250, 3.0)),
+    ]
+    console = Console(width=100, record=True, file=(tmp_path / "console").open("w"))
+    console.print(table(results, queries=2_500))
+    printed = console.export_text()
+    row = next(line.split() for line in printed.splitlines() if "a filter" in line)
+    assert row == ["a", "filter", "0.400", "0.300", "2.50", "2,000", "250", "(25.0%)"]
+    assert "FilteredLoss" in printed
+    # The square root of 0.5 * 0.5 / 2,500 is 0.01.
+    found = verdict(results, queries=2_500)
+    assert found.startswith("Highest nDCG@10: PlainLoss, 0.100 above FilteredLoss.")
+    assert "at most 0.010" in found
+    draw(tmp_path / "plot.png", results, queries=2_500)
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_server_that_cannot_start_is_reported_with_its_log(tmp_path: Path) -> None:
+    flags = ["--model", str(tmp_path / "no-such-model")]
+    with reranker_server(tmp_path / "server.log", "torch", flags) as server:
+        with pytest.raises(ServerStartError, match=r"(?s)ended before it was ready.*no-such-model") as failure:
+            server.wait_ready()
+    assert str(tmp_path / "server.log") in str(failure.value)
+
+
+def test_a_server_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    with reranker_server(tmp_path / "server.log", "torch", start_seconds=0.01) as server:
+        (process,) = psutil.Process().children()
+        with pytest.raises(ServerStartError, match="not ready within 0 s"):
+            server.wait_ready()
+    assert not process.is_running()
+
+
+def demo(output: Path, *flags: str) -> list[str]:
+    small = ["--steps", "3", "--batch-size", "8", "--pairs", "1000", "--mined-documents", "300", "--queries", "80"]
+    return [sys.executable, "-m", "examples.demo", *small, "--engine", "torch", "--output", str(output), *flags]
+
+
+@pytest.mark.timeout(180)
+def test_a_small_run_from_docstrings_to_table_plot_and_model(tmp_path: Path) -> None:
+    done = subprocess.run(demo(tmp_path), capture_output=True, text=True, timeout=170, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nDCG@10" in done.stdout
+    assert "Traceback" not in done.stderr
+
+    found = json.loads((tmp_path / "results.json").read_text())
+    untrained, plain, local, ours, guide = found["results"]
+    assert [one["loss"] for one in found["results"]] == [
+        "",
+        "CachedMultipleNegativesRankingLoss",
+        "CachedGISTEmbedLoss",
+        "RerankerCachedGISTEmbedLoss",
+        "",
+    ]
+    assert untrained["ndcg"] < guide["ndcg"]
+    assert all(one["step_seconds"] > 0 for one in (plain, local, ours))
+    assert plain["counts"]["pairs_scored"] == 0
+    # Three steps of 8 anchors with 16 documents.
+    assert local["counts"]["pairs_scored"] == 3 * 8 * 16
+    assert local["counts"]["negatives"] == ours["counts"]["negatives"] == 3 * 8 * 15
+    # The service scores each distinct text once, and masks copies of the positive as well.
+    assert 0 < ours["counts"]["pairs_scored"] <= 3 * 8 * 16
+    assert 0 < local["counts"]["masked"] <= ours["counts"]["masked"]
+    # One student, one batch, one draw of dropout, and ever fewer negatives: the first losses differ by those alone.
+    assert [[step for step, _ in one["losses"]] for one in (plain, local, ours)] == [[1, 2, 3]] * 3
+    unfiltered, guided, reranked = (one["losses"][0][1] for one in (plain, local, ours))
+    assert unfiltered > guided - 1e-4
+    assert guided > reranked - 1e-4
+    assert reranked == pytest.approx(guided, rel=0.1)
+
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    model = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    assert not torch.equal(_embed(model, "a file"), _embed(load_student(), "a file"))
+    assert "event=stopped status=0" in (tmp_path / "server.log").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing_behind(number: signal.Signals, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        demo(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    try:
+        assert process.stdout is not None
+        assert "Starting the reranker server" in process.stdout.readline()
+        started = psutil.Process(process.pid).children(recursive=True)
+        assert started
+        process.send_signal(number)
+        rest, _ = process.communicate(timeout=90)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130, rest
+    assert not any(one.is_running() for one in started)
+
+
+def test_too_few_docstrings_are_said_in_one_line(tmp_path: Path) -> None:
+    done = subprocess.run([*demo(tmp_path), "--pairs", "5"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "too few for batches of 8" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_the_short_program_trains_against_a_running_server(bi_encoder_server: ServerProcess, tmp_path: Path) -> None:
+    train(bi_encoder_server.address, str(tmp_path), steps=2, batch_size=4)
+    trained = SentenceTransformer(str(tmp_path), device="cpu")
+    text = collect(1, ["stdlib"])[0].summary
+    assert not torch.equal(_embed(trained, text), _embed(load_student(), text))

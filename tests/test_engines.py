@@ -1,0 +1,302 @@
+"""The torch engine's numbers are those of transformers and sentence-transformers; what vLLM lacks is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+
+from reranker_service.encoding import Encoder
+from reranker_service.engines.base import Engine, EngineDeadError, TokenSequence
+from reranker_service.engines.checks import NonFiniteScoreError
+from reranker_service.engines.torch_engine import TorchEngine
+from reranker_service.engines.vllm_engine import VllmEngine
+from reranker_service.model import ModelSpec, UnsupportedModelError, read_model
+
+from . import models, references
+
+TOLERANCE = 1e-5
+
+
+def inputs(
+    spec: ModelSpec, texts: Sequence[tuple[str, str]], max_length: int | None = None, instruction: str | None = None
+) -> list[TokenSequence]:
+    encoder = Encoder(spec)
+    queries = encoder.encode_queries([query for query, _ in texts], instruction)
+    documents = encoder.encode_documents([document for _, document in texts])
+    limit = max_length or spec.default_length
+    return [encoder.join(query, document, limit)[0] for query, document in zip(queries, documents, strict=True)]
+
+
+def compute(spec: ModelSpec, sequences: Sequence[TokenSequence], **options: object) -> NDArray[np.float32]:
+    async def work() -> NDArray[np.float32]:
+        engine = TorchEngine(spec, threads=1, **options)  # type: ignore[arg-type]
+        await engine.start()
+        try:
+            return await engine.run(sequences)
+        finally:
+            await engine.close()
+
+    return asyncio.run(work())
+
+
+@pytest.mark.parametrize("max_length", [None, 24])
+@pytest.mark.parametrize(
+    "build",
+    [models.build_bert_cross_encoder, models.build_xlm_roberta_cross_encoder, models.build_roberta_cross_encoder],
+)
+def test_cross_encoders(build: Callable[[Path], Path], max_length: int | None, tmp_path: Path) -> None:
+    model, texts = build(tmp_path), references.pairs()
+    spec = read_model(str(model))
+    scores = compute(spec, inputs(spec, texts, max_length))
+    expected = references.cross_encoder_logits(model, texts, max_length)
+    assert scores.dtype == np.float32
+    assert expected.std() > 0.1
+    assert np.abs(scores - expected).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("model_type", models.OTHER_ENCODERS)
+def test_other_cross_encoders(model_type: str, tmp_path: Path) -> None:
+    model, texts = models.build_other_cross_encoder(tmp_path, model_type), references.pairs()
+    spec = read_model(str(model))
+    assert (spec.kind, spec.default_length) == ("cross-encoder", 128)
+    expected = references.cross_encoder_logits(model, texts, 128)
+    assert expected.std() > 0.1
+    assert np.abs(compute(spec, inputs(spec, texts)) - expected).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("instruction", [None, "", "Find the body that belongs to the summary."])
+@pytest.mark.parametrize("max_length", [1024, 260])
+def test_causal_rerankers(instruction: str | None, max_length: int, tmp_path: Path) -> None:
+    original = models.build_qwen3_reranker(tmp_path / "original")
+    converted = models.build_qwen3_reranker_converted(tmp_path / "converted")
+    texts = references.short_queries()
+    expected = references.causal_logits(original, texts, instruction, max_length)
+    assert expected.std() > 0.1
+    for model in (original, converted):
+        spec = read_model(str(model))
+        scores = compute(spec, inputs(spec, texts, max_length, instruction))
+        assert np.abs(scores - expected).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("max_length", [None, 16])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max", "lasttoken"])
+def test_bi_encoders(pooling: str, max_length: int | None, tmp_path: Path) -> None:
+    prompts = {"query": "query: ", "document": "text: "}
+    model = models.build_bi_encoder(tmp_path, pooling=pooling, prompts=prompts, normalize=pooling != "max")
+    check_bi_encoder(model, max_length)
+
+
+def test_the_real_bi_encoder() -> None:
+    check_bi_encoder(models.minilm(), None)
+
+
+def check_bi_encoder(model: Path, max_length: int | None) -> None:
+    spec, texts = read_model(str(model)), references.pairs()
+    encoder = Encoder(spec)
+    queries, documents = [query for query, _ in texts], [document for _, document in texts]
+    encoded = [*encoder.encode_queries(queries, None), *encoder.encode_documents(documents)]
+    vectors = compute(spec, [encoder.single(one, max_length or spec.default_length)[0] for one in encoded])
+    expected = np.concatenate(
+        [
+            references.embeddings(model, queries, "query", max_length),
+            references.embeddings(model, documents, "document", max_length),
+        ]
+    )
+    assert vectors.dtype == np.float32
+    assert np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 1e-6
+    assert (expected @ expected.T).std() > 0.05
+    assert np.abs(vectors @ vectors.T - expected @ expected.T).max() < TOLERANCE
+
+
+def test_leading_dimensions(tmp_path: Path) -> None:
+    spec = read_model(str(models.build_bi_encoder(tmp_path)))
+    sequences = [Encoder(spec).single(one, 64)[0] for one in Encoder(spec).encode_documents(["some text", "more"])]
+    whole, part = compute(spec, sequences), compute(replace(spec, dimensions=8), sequences)
+    assert part.shape == (2, 8)
+    assert np.allclose(part, whole[:, :8] / np.linalg.norm(whole[:, :8], axis=1, keepdims=True), atol=1e-6)
+
+
+def test_batches_do_not_change_scores(cross_encoder: Path, causal_reranker: Path) -> None:
+    for model in (cross_encoder, causal_reranker):
+        spec = read_model(str(model))
+        sequences = inputs(spec, references.pairs())
+        whole = compute(spec, sequences)
+        # One by one: nothing is padded.
+        assert np.abs(compute(spec, sequences, batch_tokens=1) - whole).max() < TOLERANCE
+        assert np.abs(compute(spec, sequences[::-1])[::-1] - whole).max() < TOLERANCE
+
+
+def test_the_budget_of_tokens_holds(cross_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = read_model(str(cross_encoder))
+    shapes: list[tuple[int, int]] = []
+    compute_batch = TorchEngine._compute
+
+    def spy(self: TorchEngine, sequences: list[TokenSequence]):
+        shapes.append((len(sequences), max(len(one.ids) for one in sequences)))
+        return compute_batch(self, sequences)
+
+    monkeypatch.setattr(TorchEngine, "_compute", spy)
+    sequences = inputs(spec, references.pairs())
+    compute(spec, sequences, batch_tokens=300)
+    assert sum(count for count, _ in shapes) == len(sequences)
+    assert all(count * longest <= 300 for count, longest in shapes)
+    assert max(count for count, _ in shapes) > 1
+
+
+def test_nothing_to_do(cross_encoder: Path) -> None:
+    assert compute(read_model(str(cross_encoder)), []).shape == (0,)
+
+
+def test_what_is_left_of_a_cancelled_run_never_starts(cross_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = read_model(str(cross_encoder))
+    began, go_on = threading.Event(), threading.Event()
+    batches: list[int] = []
+    compute_batch = TorchEngine._compute
+
+    def slow(self: TorchEngine, sequences: list[TokenSequence]):
+        batches.append(len(sequences))
+        began.set()
+        assert go_on.wait(60)
+        return compute_batch(self, sequences)
+
+    monkeypatch.setattr(TorchEngine, "_compute", slow)
+
+    async def work() -> None:
+        engine = TorchEngine(spec, threads=1, batch_tokens=1)
+        await engine.start()
+        sequences = inputs(spec, references.pairs())
+        run = asyncio.create_task(engine.run(sequences))
+        await asyncio.to_thread(began.wait, 60)
+        run.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await run
+        go_on.set()
+        # The engine lives on, and comes to this right after the batch that had begun.
+        assert len(await engine.run(sequences[:2])) == 2
+        await engine.close()
+
+    asyncio.run(work())
+    assert batches == [1, 1, 1]
+
+
+def test_what_is_left_of_a_failed_run_never_starts(cross_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = read_model(str(cross_encoder))
+    queued, batches = threading.Event(), []
+
+    def fail(self: TorchEngine, sequences: list[TokenSequence]):
+        batches.append(len(sequences))
+        assert queued.wait(60)
+        # The others are queued behind this one, and must be gone before the worker comes to them.
+        monkeypatch.setattr(TorchEngine, "_compute", held)
+        raise RuntimeError("no memory")
+
+    cancelled = threading.Event()
+
+    def held(self: TorchEngine, sequences: list[TokenSequence]):
+        batches.append(len(sequences))
+        assert cancelled.wait(60)
+        return compute_batch(self, sequences)
+
+    compute_batch = TorchEngine._compute
+    monkeypatch.setattr(TorchEngine, "_compute", fail)
+
+    async def work() -> None:
+        engine = TorchEngine(spec, threads=1, batch_tokens=1)
+        await engine.start()
+        sequences = inputs(spec, references.pairs())
+        run = asyncio.create_task(engine.run(sequences))
+        await asyncio.sleep(0)
+        queued.set()
+        with pytest.raises(RuntimeError, match="no memory"):
+            await run
+        cancelled.set()
+        await engine.run(sequences[:1])
+        await engine.close()
+
+    asyncio.run(work())
+    # The one that failed, at most the one that the worker had taken up since, and the new run's.
+    assert len(batches) <= 3
+
+
+def test_weights_that_give_no_number_are_reported(cross_encoder: Path, tmp_path: Path) -> None:
+    spec = replace(read_model(str(copy(cross_encoder, tmp_path))), name="broken")
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["classifier.bias"][:] = float("nan")
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NonFiniteScoreError, match="broken gave 2 of 2 results that are not finite"):
+        compute(spec, inputs(spec, [("a", "b"), ("c", "d")]))
+
+
+def test_weights_that_lack_the_head_are_refused(cross_encoder: Path, tmp_path: Path) -> None:
+    spec = read_model(str(copy(cross_encoder, tmp_path)))
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["classifier.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=r"lack or misfit classifier\.weight"):
+        compute(spec, [])
+
+
+def copy(model: Path, target: Path) -> Path:
+    for path in model.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+def test_number_formats(cross_encoder: Path) -> None:
+    spec = read_model(str(cross_encoder))
+    sequences = inputs(spec, references.pairs())
+    exact = compute(spec, sequences)
+    rough = compute(spec, sequences, dtype="bfloat16")
+    assert rough.dtype == np.float32
+    assert 0 < np.abs(rough - exact).max() < 0.2
+    with pytest.raises(ValueError, match="dtype 'float8' is unknown; known are auto, float32"):
+        TorchEngine(spec, dtype="float8")
+    with pytest.raises(ValueError, match="device 'abacus' is unknown"):
+        TorchEngine(spec, device="abacus")
+
+
+def test_a_device_that_fails_for_good_is_the_engines_death(
+    cross_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = read_model(str(cross_encoder))
+
+    def fail(self: TorchEngine, sequences: list[TokenSequence]):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    async def work() -> None:
+        engine = TorchEngine(spec, threads=1)
+        await engine.start()
+        monkeypatch.setattr(TorchEngine, "_compute", fail)
+        monkeypatch.setattr(engine, "_device", type("Device", (), {"type": "cuda"}))
+        watch = asyncio.create_task(engine.wait_dead())
+        for _ in range(2):
+            with pytest.raises(EngineDeadError, match="illegal memory access"):
+                await engine.run(inputs(spec, [("a", "b")]))
+        assert "illegal memory access" in str(await watch)
+        await engine.close()
+
+    asyncio.run(work())
+
+
+def test_what_vllm_cannot_run_is_refused_before_it_starts(tmp_path: Path, cross_encoder: Path) -> None:
+    spec = read_model(str(cross_encoder))
+    with pytest.raises(UnsupportedModelError, match=r"vLLM has no BertForSequenceClassification.*torch engine"):
+        VllmEngine(replace(spec, model_type="deberta-v2"))
+    bi_encoder = read_model(str(models.build_bi_encoder(tmp_path, pooling="max")))
+    with pytest.raises(UnsupportedModelError, match="no max pooling; use the torch engine"):
+        VllmEngine(bi_encoder)
+
+
+def test_both_engines_keep_the_protocol(cross_encoder: Path) -> None:
+    spec = read_model(str(cross_encoder))
+    engines: list[Engine] = [TorchEngine(spec), VllmEngine(spec)]
+    assert [engine.name for engine in engines] == ["torch", "vllm"]
+    assert engines[0].versions.keys() >= {"torch", "transformers"}

