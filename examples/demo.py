@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-DEFAULT_STEPS = 40
+DEFAULT_STEPS = 36
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
