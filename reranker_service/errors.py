@@ -89,3 +89,12 @@ def as_rerank_error(error: Exception) -> RerankError:
 def invalid(field: str, description: str) -> InvalidRequestError:
     """Make the error for a single broken rule."""
     return InvalidRequestError([Violation(field, description)])
+
+
+def over_long(what: str, max_length: int) -> InvalidRequestError:
+    """Make the error for input beyond the length limit where the options say to reject it."""
+    return invalid(
+        "options.over_long",
+        f"{what}; the limit is {max_length} tokens: shorten the texts, raise max_length, or leave over_long at "
+        "OVER_LONG_TRUNCATE",
+    )

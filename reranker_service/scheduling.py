@@ -12,11 +12,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .engines.base import Engine, TokenSequence
+from .metrics import Metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ class Job:
     _taken: int = 0
     _parts: dict[int, NDArray[np.float32]] = field(default_factory=dict)
     _missing: int = 0
-    _running: set[asyncio.Task[None]] = field(default_factory=set)
+    _running: set[asyncio.Task[NDArray[np.float32]]] = field(default_factory=set)
     _done: asyncio.Future[None] | None = None
 
 
@@ -90,13 +92,23 @@ class _Queue:
 
 
 class Scheduler:
-    """Feeds one engine from any number of jobs; lives on one event loop."""
+    """Feeds one engine from any number of jobs; lives on one event loop.
 
-    def __init__(self, engine: Engine) -> None:
+    Attributes:
+        waiting: Sequences that have not entered the engine.
+        running: Sequences inside the engine.
+        waiting_since: When the oldest job that still waits came, ``time.monotonic()`` seconds; ``None`` if none waits.
+    """
+
+    def __init__(self, engine: Engine, metrics: Metrics | None = None) -> None:
+        self.waiting = 0
+        self.running = 0
+        self.waiting_since: float | None = None
         self._engine = engine
+        self._metrics = metrics or Metrics()
         self._interactive = _Queue()
         self._bulk = _Queue()
-        self._in_engine = 0
+        self._arrivals: dict[Job, float] = {}
 
     async def run(self, job: Job) -> NDArray[np.float32]:
         """Run a job to its end.
@@ -112,11 +124,14 @@ class Scheduler:
         job._done = asyncio.get_running_loop().create_future()
         job._missing = len(job.lengths)
         self._queue(job).push(job)
+        self._arrivals[job] = time.monotonic()
+        self.waiting_since = self.waiting_since or self._arrivals[job]
+        self.waiting += len(job.lengths)
         self._admit()
         try:
             await job._done
         finally:
-            self._queue(job).remove(job)
+            self._leave(job)
             for task in job._running:
                 task.cancel()
         return np.concatenate([job._parts[begin] for begin in sorted(job._parts)])
@@ -129,7 +144,7 @@ class Scheduler:
         while job := self._interactive.first() or self._bulk.first():
             count = min(engine.max_batch, len(job.lengths) - job._taken)
             # An idle engine takes anything; a busy one waits for room for the whole batch rather than get crumbs.
-            if self._in_engine and self._in_engine + count > engine.max_in_flight:
+            if self.running and self.running + count > engine.max_in_flight:
                 return
             begin, end = job._taken, job._taken + count
             try:
@@ -138,31 +153,47 @@ class Scheduler:
                 self._fail(job, error)
                 continue
             tokens = int(job.lengths[begin:end].sum())
+            self._metrics.batch(count, tokens)
             job.started = job.started or time.monotonic()
             job.tokens += tokens
             job._taken = end
             self._queue(job).charge(job, tokens)
+            self.waiting -= count
             if end == len(job.lengths):
-                self._queue(job).remove(job)
-            self._in_engine += count
-            task = asyncio.create_task(self._run(job, begin, sequences))
+                self._leave(job)
+            self.running += count
+            task = asyncio.create_task(self._engine.run(sequences))
             job._running.add(task)
-            task.add_done_callback(job._running.discard)
+            # A callback, not code around the call: it comes also for a task that is cancelled before it begins.
+            task.add_done_callback(partial(self._finished, job, begin, count))
 
-    async def _run(self, job: Job, begin: int, sequences: Sequence[TokenSequence]) -> None:
-        try:
-            job._parts[begin] = await self._engine.run(sequences)
-        except Exception as error:
+    def _finished(self, job: Job, begin: int, count: int, task: asyncio.Task[NDArray[np.float32]]) -> None:
+        job._running.discard(task)
+        self.running -= count
+        if task.cancelled():
+            self._fail(job, asyncio.CancelledError())
+        elif (error := task.exception()) is not None:
             self._fail(job, error)
         else:
-            job._missing -= len(sequences)
+            job._parts[begin] = task.result()
+            job._missing -= count
             if job._missing == 0 and job._done is not None and not job._done.done():
                 job._done.set_result(None)
-        finally:
-            self._in_engine -= len(sequences)
-            self._admit()
+        self._admit()
 
-    def _fail(self, job: Job, error: Exception) -> None:
+    def _leave(self, job: Job) -> None:
+        """Take a job out of the queue: all of it is in the engine, or the rest is not wanted any more."""
+        if self._arrivals.pop(job, None) is None:
+            return
         self._queue(job).remove(job)
-        if job._done is not None and not job._done.done():
+        self.waiting -= len(job.lengths) - job._taken
+        self.waiting_since = next(iter(self._arrivals.values()), None)
+
+    def _fail(self, job: Job, error: BaseException) -> None:
+        self._leave(job)
+        if job._done is None or job._done.done():
+            return
+        if isinstance(error, asyncio.CancelledError):
+            job._done.cancel()
+        else:
             job._done.set_exception(error)

@@ -23,11 +23,14 @@ from grpc_reflection.v1alpha import reflection
 
 from reranker.v1 import reranker_pb2 as pb
 
+from .disk import DiskCache, DiskCacheError
 from .encoding import Encoder
 from .engines.base import Engine
 from .fingerprint import fingerprint
 from .limits import Limits
+from .metrics import Metrics
 from .model import ModelSpec, UnsupportedModelError, read_model
+from .observing import ObserverError, Observers, observers
 from .pairs import Pairs
 from .scheduling import Ticket
 from .scoring import Scorer
@@ -79,19 +82,23 @@ def make_engine(settings: Settings, spec: ModelSpec) -> Engine:
             raise UnsupportedModelError("--engine vllm: vllm is not installed; install it, or use --engine torch")
         from .engines.vllm_engine import VllmEngine
 
-        return VllmEngine(spec, dtype=settings.dtype, engine_args=settings.engine_args)
+        # vLLM counts for itself, and has its counts where ours are read.
+        counting = {"disable_log_stats": settings.metrics_port is None}
+        return VllmEngine(spec, dtype=settings.dtype, engine_args={**counting, **settings.engine_args})
     from .engines.torch_engine import TorchEngine
 
     return TorchEngine(spec, dtype=settings.dtype, device=settings.device, threads=settings.threads)
 
 
-def model_info(spec: ModelSpec, scorer: Scorer, engine: Engine, limits: Limits) -> pb.GetModelInfoResponse:
+def model_info(
+    spec: ModelSpec, identity: str, scorer: Scorer, engine: Engine, limits: Limits
+) -> pb.GetModelInfoResponse:
     """Describe what is served."""
     facts = scorer.facts
     return pb.GetModelInfoResponse(
         model=spec.name,
         kind=KINDS[spec.kind],
-        fingerprint=fingerprint(spec, engine),
+        fingerprint=identity,
         min_length=facts.min_length,
         max_length=facts.max_length,
         default_length=facts.default_length,
@@ -115,9 +122,19 @@ async def serve(settings: Settings) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    try:
+        with observers(settings, SERVICE) as watching:
+            return await _serve(settings, stop, watching)
+    except ObserverError as error:
+        log.error("cannot be observed", reason=str(error))
+        return 1
 
+
+async def _serve(settings: Settings, stop: asyncio.Event, watching: Observers) -> int:
+    metrics = watching.metrics
     size = settings.limits.max_message_bytes
     server = aio.server(
+        interceptors=watching.interceptors,
         options=[
             ("grpc.max_receive_message_length", size),
             ("grpc.max_send_message_length", size),
@@ -126,9 +143,9 @@ async def serve(settings: Settings) -> int:
             # Clients may ping an idle connection once in 10 seconds to find out whether the server still lives.
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),
-        ]
+        ],
     )
-    servicer = RerankerServicer()
+    servicer = RerankerServicer(metrics)
     server.add_generic_rpc_handlers((servicer.handler(),))
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
@@ -154,12 +171,20 @@ async def serve(settings: Settings) -> int:
         log.info("loading", model=spec.name, kind=spec.kind, engine=engine.name)
         if not await _unless(stop, engine.start()):
             return status
-        scorer = Scorer(spec, encoder, engine)
-        validator = Validator(settings.limits, scorer.facts)
-        if not await _unless(stop, _warm_up(scorer, validator)):
+        if not await _unless(stop, _warm_up(spec, encoder, engine)):
             return status
-        info = await asyncio.to_thread(model_info, spec, scorer, engine, settings.limits)
+        identity = await asyncio.to_thread(fingerprint, spec, engine)
+        disk = (
+            DiskCache(settings.cache_dir, settings.cache_dir_bytes, identity)
+            if settings.cache_dir is not None
+            else None
+        )
+        scorer = Scorer(spec, encoder, engine, cache_bytes=settings.cache_bytes, disk=disk, metrics=metrics)
+        metrics.watch(scorer.load)
+        validator = Validator(settings.limits, scorer.facts)
+        info = model_info(spec, identity, scorer, engine, settings.limits)
         servicer.open(scorer, validator, info)
+        metrics.serving(info)
         await _set_health(checks, health_pb2.HealthCheckResponse.SERVING)
         log.info(
             "ready",
@@ -170,9 +195,9 @@ async def serve(settings: Settings) -> int:
             dtype=engine.dtype,
             seconds=round(time.monotonic() - began, 1),
         )
-        if await _unless(stop, _report_death(engine)):
+        if await _unless(stop, _report_death(engine, metrics)):
             status = 1
-    except UnsupportedModelError as error:
+    except (DiskCacheError, UnsupportedModelError) as error:
         log.error("cannot serve the model", reason=str(error))
         status = 1
     except Exception as error:
@@ -203,15 +228,22 @@ async def _unless(stop: asyncio.Event, work: Coroutine[None, None, None]) -> boo
     return False
 
 
-async def _report_death(engine: Engine) -> None:
-    log.error("engine died", reason=str(await engine.wait_dead()))
+async def _report_death(engine: Engine, metrics: Metrics) -> None:
+    reason = await engine.wait_dead()
+    metrics.engine_gone()
+    log.error("engine died", reason=str(reason))
 
 
-async def _warm_up(scorer: Scorer, validator: Validator) -> None:
-    """Score one pair, so that SERVING means that scores come out."""
-    options = validator.options(pb.RerankOptions())
+async def _warm_up(spec: ModelSpec, encoder: Encoder, engine: Engine) -> None:
+    """Score one pair, so that SERVING means that the engine answers; nothing that is known already may stand in."""
+    scorer = Scorer(spec, encoder, engine)
+    options = Validator(Limits(), scorer.facts).options(pb.RerankOptions())
     table = TextTable(options, Ticket("warm-up", interactive=True), ["What is served?", "A model that scores pairs."])
-    await scorer.score(table, Pairs(np.array([0]), np.array([1]), grid=True))
+    try:
+        await scorer.score(table, Pairs(np.array([0]), np.array([1]), grid=True))
+    finally:
+        table.close()
+        scorer.close()
 
 
 async def _set_health(checks: health.aio.HealthServicer, status: int) -> None:

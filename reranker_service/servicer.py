@@ -7,6 +7,7 @@ parsed (invalid UTF-8, cut short) must be INVALID_ARGUMENT, and gRPC's own answe
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -18,9 +19,10 @@ from grpc import aio
 from reranker.v1 import reranker_pb2 as pb
 
 from .errors import NotReadyError, RerankError, as_rerank_error, invalid
+from .metrics import Metrics
 from .pairs import Pairs
 from .scheduling import Ticket
-from .scoring import Scorer
+from .scoring import Scored, Scorer
 from .stream import StreamSession
 from .texts import TextTable
 from .validation import Ranking, Validator
@@ -67,7 +69,8 @@ async def _abort(context: Context, error: RerankError) -> None:
 class RerankerServicer:
     """Answers the four RPCs of ``reranker.v1.RerankerService``; not ready until ``open`` is called."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: Metrics | None = None) -> None:
+        self._metrics = metrics or Metrics()
         self._scorer: Scorer | None = None
         self._validator: Validator | None = None
         self._info = pb.GetModelInfoResponse()
@@ -80,14 +83,19 @@ class RerankerServicer:
         """The handlers for ``server.add_generic_rpc_handlers``."""
 
         def unary(
-            call: Callable[[Request], Awaitable[Response]], message: type[Request]
+            rpc: str, answer: Callable[[Request], Awaitable[Response]], message: type[Request]
         ) -> grpc.RpcMethodHandler[Request, Response]:
             async def handle(request: Request | _Malformed, context: Context) -> Response | None:
-                try:
-                    return await call(_well_formed(request))
-                except Exception as error:
-                    await _abort(context, as_rerank_error(error))
-                    return None
+                with self._metrics.call(rpc) as call:
+                    try:
+                        response = await answer(_well_formed(request))
+                    except Exception as error:
+                        known = as_rerank_error(error)
+                        call.code = known.code
+                        await _abort(context, known)
+                        return None
+                    call.code = grpc.StatusCode.OK
+                    return response
 
             return grpc.unary_unary_rpc_method_handler(
                 handle,
@@ -98,9 +106,9 @@ class RerankerServicer:
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
-                "Rerank": unary(self.rerank, pb.RerankRequest),
-                "RerankBatch": unary(self.rerank_batch, pb.RerankBatchRequest),
-                "GetModelInfo": unary(self.get_model_info, pb.GetModelInfoRequest),
+                "Rerank": unary("Rerank", self.rerank, pb.RerankRequest),
+                "RerankBatch": unary("RerankBatch", self.rerank_batch, pb.RerankBatchRequest),
+                "GetModelInfo": unary("GetModelInfo", self.get_model_info, pb.GetModelInfoRequest),
                 "RerankStream": grpc.stream_stream_rpc_method_handler(
                     self._rerank_stream,
                     request_deserializer=_parser(pb.RerankStreamRequest),
@@ -111,8 +119,8 @@ class RerankerServicer:
 
     async def rerank(self, request: pb.RerankRequest) -> pb.RerankResponse:
         """Rank the documents of one query. Raises ``RerankError``."""
-        _, validator = self._ready()
-        return await self._rank(validator.rerank(request))
+        self._ready()
+        return await self._rank("Rerank", request)
 
     async def rerank_batch(self, request: pb.RerankBatchRequest) -> pb.RerankBatchResponse:
         """Rank for many requests at once; each fails alone. Raises ``RerankError`` for the batch as a whole."""
@@ -121,7 +129,7 @@ class RerankerServicer:
 
         async def item(position: int, one: pb.RerankRequest) -> pb.RerankBatchItem:
             try:
-                return pb.RerankBatchItem(response=await self._rank(validator.rerank(one, f"requests[{position}].")))
+                return pb.RerankBatchItem(response=await self._rank("RerankBatch", one, f"requests[{position}]."))
             except Exception as error:
                 return pb.RerankBatchItem(error=as_rerank_error(error).to_status())
 
@@ -140,32 +148,51 @@ class RerankerServicer:
     async def _rerank_stream(
         self, requests: AsyncIterator[pb.RerankStreamRequest | _Malformed], context: Context
     ) -> AsyncIterator[pb.RerankStreamResponse]:
-        try:
-            scorer, validator = self._ready()
-            session = StreamSession(scorer, validator, self._info.fingerprint)
-            async for reply in session.replies(_well_formed(request) async for request in requests):
-                yield reply
-        except Exception as error:
-            await _abort(context, as_rerank_error(error))
+        with self._metrics.call("RerankStream") as call:
+            try:
+                scorer, validator = self._ready()
+                session = StreamSession(scorer, validator, self._info.fingerprint, self._metrics)
+                async for reply in session.replies(_well_formed(request) async for request in requests):
+                    yield reply
+                call.code = grpc.StatusCode.OK
+            except Exception as error:
+                known = as_rerank_error(error)
+                call.code = known.code
+                await _abort(context, known)
 
     def _ready(self) -> tuple[Scorer, Validator]:
         if self._scorer is None or self._validator is None:
             raise NotReadyError("the model is still loading; try again soon")
         return self._scorer, self._validator
 
-    async def _rank(self, ranking: Ranking) -> pb.RerankResponse:
-        scorer, _ = self._ready()
-        count = len(ranking.documents)
-        # Text 0 is the query; a ticket of its own makes every ranking an equal among the interactive ones.
-        table = TextTable(ranking.options, Ticket(object(), interactive=True), [ranking.query, *ranking.documents])
-        pairs = Pairs(np.zeros(1, dtype=np.int64), np.arange(1, count + 1), grid=True)
+    async def _rank(self, rpc: str, request: pb.RerankRequest, at: str = "") -> pb.RerankResponse:
+        """Answer one request; ``at`` is where it stands in a batch. Raises ``RerankError``."""
+        scorer, validator = self._ready()
         try:
-            scored = await scorer.score(table, pairs)
-        finally:
-            table.close()
+            ranking = validator.rerank(request, at)
+            scored = await self._score(scorer, ranking)
+        except Exception as error:
+            known = as_rerank_error(error)
+            self._metrics.refusal(rpc, known.code)
+            # Whatever was unforeseen is in the log by now.
+            raise known from None
+        known_at = time.monotonic()
+        self._metrics.reply(rpc, scored.usage)
         response = pb.RerankResponse(usage=scored.usage)
         for index in np.argsort(-scored.scores, kind="stable")[: ranking.top_n].tolist():
             result = response.results.add(index=index, score=float(scored.scores[index]))
             if ranking.return_documents:
                 result.document = ranking.documents[index]
+        self._metrics.sent(time.monotonic() - known_at)
         return response
+
+    @staticmethod
+    async def _score(scorer: Scorer, ranking: Ranking) -> Scored:
+        count = len(ranking.documents)
+        # Text 0 is the query; a ticket of its own makes every ranking an equal among the interactive ones.
+        table = TextTable(ranking.options, Ticket(object(), interactive=True), [ranking.query, *ranking.documents])
+        pairs = Pairs(np.zeros(1, dtype=np.int64), np.arange(1, count + 1), grid=True)
+        try:
+            return await scorer.score(table, pairs)
+        finally:
+            table.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -51,6 +52,20 @@ class Settings(BaseSettings):
     engine_args: dict[str, Any] = Field(
         default_factory=dict, description='vllm engine: arguments passed through, as JSON: {"max_model_len": 2048}'
     )
+    metrics_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="port for Prometheus, on the same host; 0 picks a free one; off where not given",
+    )
+    tracing: bool = Field(
+        False, description="record a span for every call, with OpenTelemetry; OTEL_* variables say where spans go"
+    )
+    cache_bytes: int = Field(256 << 20, ge=0, description="memory for scores already known, in bytes; 0 keeps none")
+    cache_dir: Path | None = Field(
+        None, description="directory for scores that outlive the server; may be shared by servers of one machine"
+    )
+    cache_dir_bytes: int = Field(16 << 30, ge=1 << 20, description="most that cache-dir may grow to, in bytes")
     grace: float = Field(30.0, ge=0, description="seconds that calls in flight are given to finish at the end")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged, at least")
     log_format: Literal["logfmt", "json"] = Field("logfmt", description="form of a log line")

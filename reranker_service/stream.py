@@ -8,11 +8,13 @@ that does not read its replies is not read from either, so the server holds a bo
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 
 from reranker.v1 import reranker_pb2 as pb
 
 from .errors import as_rerank_error, invalid
+from .metrics import Metrics
 from .pairs import Pairs
 from .scheduling import Ticket
 from .scoring import Scorer
@@ -23,11 +25,13 @@ from .validation import Validator
 class StreamSession:
     """The state of one stream; ``replies`` runs it."""
 
-    def __init__(self, scorer: Scorer, validator: Validator, fingerprint: str) -> None:
+    def __init__(self, scorer: Scorer, validator: Validator, fingerprint: str, metrics: Metrics) -> None:
         self._scorer = scorer
         self._validator = validator
         self._fingerprint = fingerprint
-        self._replies: asyncio.Queue[tuple[pb.RerankStreamResponse, int] | None] = asyncio.Queue()
+        self._metrics = metrics
+        # Each with the pairs that it sets free, and when its scores were known.
+        self._replies: asyncio.Queue[tuple[pb.RerankStreamResponse, int, float | None] | None] = asyncio.Queue()
         self._chunks: set[asyncio.Task[None]] = set()
         self._in_flight = 0
         self._room = asyncio.Event()
@@ -42,8 +46,10 @@ class StreamSession:
         reader.add_done_callback(lambda _: self._replies.put_nowait(None))
         try:
             while (item := await self._replies.get()) is not None:
-                reply, weight = item
+                reply, weight, known = item
                 yield reply
+                if known is not None:
+                    self._metrics.sent(time.monotonic() - known)
                 self._in_flight -= weight
                 self._room.set()
             await reader
@@ -64,7 +70,7 @@ class StreamSession:
                     options, interactive = self._validator.open(request)
                     table = TextTable(options, Ticket(self, interactive))
                     opened = pb.StreamOpened(fingerprint=self._fingerprint, limits=self._validator.limits.to_message())
-                    self._replies.put_nowait((pb.RerankStreamResponse(opened=opened), 0))
+                    self._replies.put_nowait((pb.RerankStreamResponse(opened=opened), 0, None))
                 elif kind == "texts":
                     text_bytes += self._validator.texts(request.texts, len(table.texts), text_bytes)
                     table.texts.extend(request.texts.texts)
@@ -100,13 +106,18 @@ class StreamSession:
 
     async def _answer(self, table: TextTable, chunk_id: int, pairs: Pairs | Exception, weight: int) -> None:
         result = pb.ChunkResult(id=chunk_id)
+        known: float | None = None
         try:
             if isinstance(pairs, Exception):
                 raise pairs
             scored = await self._scorer.score(table, pairs)
         except Exception as error:
-            result.error.CopyFrom(as_rerank_error(error).to_status())
+            refusal = as_rerank_error(error)
+            self._metrics.refusal("RerankStream", refusal.code)
+            result.error.CopyFrom(refusal.to_status())
         else:
+            known = time.monotonic()
+            self._metrics.reply("RerankStream", scored.usage)
             result.scores.values.extend(scored.scores.tolist())
             result.usage.CopyFrom(scored.usage)
-        self._replies.put_nowait((pb.RerankStreamResponse(result=result), weight))
+        self._replies.put_nowait((pb.RerankStreamResponse(result=result), weight, known))

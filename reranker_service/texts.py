@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .encoding import EncodedText
+from .cache import digest_of, scope_of
+from .encoding import EncodedText, Encoder
+from .metrics import Metrics
 from .scheduling import Ticket
 from .validation import ScoringOptions
 
@@ -18,14 +24,19 @@ Role = Literal["query", "document"]
 """The part a text plays in a pair; templates and prompts differ between the two."""
 
 
+@dataclass(frozen=True, slots=True)
 class Embedding:
-    """One embedded text: a unit-norm float32 vector of shape ``(dim,)``, and whether the text was cut to fit."""
+    """One embedded text.
 
-    __slots__ = ("truncated", "vector")
+    Attributes:
+        vector: Unit norm, float32, shape ``(dim,)``.
+        truncated: Whether the text was cut to fit.
+        known: Whether it came from the cache.
+    """
 
-    def __init__(self, vector: NDArray[np.float32], truncated: bool) -> None:
-        self.vector = vector
-        self.truncated = truncated
+    vector: NDArray[np.float32]
+    truncated: bool
+    known: bool = False
 
 
 class OncePerText(Generic[Value]):
@@ -82,6 +93,22 @@ class TextTable:
         self.ticket = ticket
         self.encoded: dict[Role, OncePerText[EncodedText]] = {"query": OncePerText(), "document": OncePerText()}
         self.embedded: dict[Role, OncePerText[Embedding]] = {"query": OncePerText(), "document": OncePerText()}
+        self._digests: list[bytes] = []
+
+    @cached_property
+    def scope(self) -> bytes:
+        """What a score depends on beside the model and the two texts, as a digest.
+
+        Raw scores are kept, so the score type is no part of it. Rejecting is: a pair that was cut must not be found
+        where it has to be refused.
+        """
+        options = self.options
+        return scope_of(options.instruction, options.max_length, options.reject_over_long)
+
+    def digests(self) -> Sequence[bytes]:
+        """Digests of the texts so far, by text id."""
+        self._digests.extend(map(digest_of, self.texts[len(self._digests) :]))
+        return self._digests
 
     def close(self) -> None:
         """End what is under way for these texts."""
@@ -89,3 +116,35 @@ class TextTable:
             embedded.close()
         for encoded in self.encoded.values():
             encoded.close()
+
+
+class TextEncoder:
+    """Encodes texts of any number of tables, on a thread of its own."""
+
+    def __init__(self, encoder: Encoder, metrics: Metrics) -> None:
+        self._encoder = encoder
+        self._metrics = metrics
+        # One is enough: tokenizers spread a call over all cores by themselves.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encoding")
+
+    async def encode(self, table: TextTable, role: Role, ids: NDArray[np.int64]) -> list[EncodedText]:
+        """Token ids of texts, in the order of ``ids``; each text is encoded once a table and role."""
+
+        async def compute(missing: list[int]) -> list[EncodedText]:
+            texts = [table.texts[one] for one in missing]
+            return await asyncio.get_running_loop().run_in_executor(self._thread, encode, texts)
+
+        def encode(texts: list[str]) -> list[EncodedText]:
+            began = time.monotonic()
+            if role == "query":
+                encoded = self._encoder.encode_queries(texts, table.options.instruction)
+            else:
+                encoded = self._encoder.encode_documents(texts)
+            self._metrics.encoded(time.monotonic() - began, len(texts))
+            return encoded
+
+        return await table.encoded[role].get(ids, compute)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)

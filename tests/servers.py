@@ -149,12 +149,12 @@ class ControlledEngine:
 
 @contextlib.asynccontextmanager
 async def serve_in_process(
-    model: Path, engine: ControlledEngine, limits: Limits | None = None
+    model: Path, engine: ControlledEngine, limits: Limits | None = None, *, cache_bytes: int = 0
 ) -> AsyncIterator[aio.Channel]:
     """The real servicer, scorer and encoder around ``engine``, over a real socket; gives a channel to it."""
     spec = read_model(str(model))
     limits = limits or Limits()
-    scorer = Scorer(spec, Encoder(spec), engine)
+    scorer = Scorer(spec, Encoder(spec), engine, cache_bytes=cache_bytes)
     servicer = RerankerServicer()
     servicer.open(scorer, Validator(limits, scorer.facts), pb.GetModelInfoResponse(model=spec.name, fingerprint="f"))
     server = aio.server()

@@ -133,8 +133,8 @@ def test_equal_documents_keep_their_order(stub: rpc.RerankerServiceStub) -> None
 
 def test_usage_counts_pairs_tokens_and_cuts(stub: rpc.RerankerServiceStub, cross_encoder: Path) -> None:
     tokenizer = CrossEncoder(str(cross_encoder), device="cpu").tokenizer
-    usage = stub.Rerank(pb.RerankRequest(query="parse", documents=["a date", "word " * 400])).usage
-    length = len(tokenizer("parse", "a date")["input_ids"])
+    usage = stub.Rerank(pb.RerankRequest(query="count", documents=["a date", "word " * 400])).usage
+    length = len(tokenizer("count", "a date")["input_ids"])
     longest = stub.GetModelInfo(pb.GetModelInfoRequest()).default_length
     assert (usage.pairs, usage.truncated_pairs, usage.tokens) == (2, 1, length + longest)
     assert usage.engine_seconds > 0

@@ -153,3 +153,47 @@ def test_sequences_that_cannot_be_made_fail_their_own_job_only() -> None:
         return await scheduler.run(job("b", 1))
 
     assert asyncio.run(scenario()).tolist() == [3]
+
+
+def test_work_that_is_cancelled_before_it_begins_gives_its_place_back() -> None:
+    """The last batch of one job ends; the next job is admitted and cancelled before the engine was called for it."""
+
+    async def scenario() -> tuple[np.ndarray, int]:
+        engine = one_at_a_time()
+        scheduler = Scheduler(engine)
+        first = asyncio.create_task(scheduler.run(job("first", 2)))
+        await engine.wait_for_sequences(2)
+        second = asyncio.create_task(scheduler.run(job("second", 2)))
+        third = asyncio.create_task(scheduler.run(job("third", 2)))
+        first.add_done_callback(lambda _: second.cancel())
+        engine.gate.set()
+        await asyncio.wait({first, second, third}, timeout=10)
+        return await third, scheduler.running
+
+    found, running = asyncio.run(scenario())
+    assert found.tolist() == [3, 3]
+    assert running == 0
+
+
+def test_what_waits_and_runs_is_counted() -> None:
+    async def scenario() -> list[tuple[int, int, bool]]:
+        engine = one_at_a_time()
+        scheduler = Scheduler(engine)
+        seen = []
+
+        def look() -> None:
+            seen.append((scheduler.waiting, scheduler.running, scheduler.waiting_since is not None))
+
+        look()
+        runs = [asyncio.create_task(scheduler.run(job(name, 5))) for name in "abc"]
+        await engine.wait_for_sequences(2)
+        look()
+        runs[2].cancel()
+        await asyncio.wait({runs[2]})
+        look()
+        engine.gate.set()
+        await asyncio.gather(*runs[:2])
+        look()
+        return seen
+
+    assert asyncio.run(scenario()) == [(0, 0, False), (13, 2, True), (8, 2, True), (0, 0, False)]

@@ -1,0 +1,110 @@
+"""The sides over HTTP: vLLM's own ``/score`` and ``/rerank``, and the plain service; a request a query, 8 at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.processes import Child
+from benchmarks.sides import IN_FLIGHT
+from benchmarks.texts import Grid
+
+_TIMEOUT = aiohttp.ClientTimeout(total=600)
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How a service is asked.
+
+    Attributes:
+        path: Of the URL.
+        ask: Query and documents to the request's JSON.
+        read: The reply's JSON to raw scores in the order of the documents.
+    """
+
+    path: str
+    ask: Callable[[str, Sequence[str]], dict[str, Any]]
+    read: Callable[[dict[str, Any]], list[float]]
+
+
+def _in_order(results: list[dict[str, Any]], key: str) -> list[float]:
+    return [result[key] for result in sorted(results, key=lambda result: result["index"])]
+
+
+VLLM_SCORE = Dialect(
+    "/score",
+    lambda query, documents: {"model": "model", "text_1": query, "text_2": documents, "use_activation": False},
+    lambda reply: _in_order(reply["data"], "score"),
+)
+"""vLLM's ``/score``."""
+VLLM_RERANK = Dialect(
+    "/rerank",
+    lambda query, documents: {"model": "model", "query": query, "documents": documents, "use_activation": False},
+    lambda reply: _in_order(reply["results"], "relevance_score"),
+)
+"""vLLM's ``/rerank``."""
+BASELINE = Dialect(
+    "/score",
+    lambda query, documents: {"pairs": [[query, document] for document in documents]},
+    lambda reply: [float(score) for score in reply["scores"]],
+)
+"""The plain service of ``benchmarks.baseline``."""
+
+
+class HttpSide:
+    """A service over HTTP, one request a query; connections live on between grids.
+
+    Args:
+        name: What the table calls it.
+        process: The service.
+        address: ``HOST:PORT`` of it.
+        dialect: How it is asked.
+    """
+
+    def __init__(self, name: str, process: Child, address: str, dialect: Dialect) -> None:
+        self.name = name
+        self._process = process
+        self._url = f"http://{address}{dialect.path}"
+        self._dialect = dialect
+        self._runner = asyncio.Runner()
+        self._session: aiohttp.ClientSession | None = None
+
+    def score(self, grid: Grid) -> tuple[float, NDArray[np.float32]]:
+        """See ``Side.score``."""
+        began = time.perf_counter()
+        scores = self._runner.run(self._score(grid))
+        return time.perf_counter() - began, scores
+
+    def pause(self) -> None:
+        """Hold the service still."""
+        self._process.pause()
+
+    def resume(self) -> None:
+        """Let the service run on."""
+        self._process.resume()
+
+    def close(self) -> None:
+        """Close the connections."""
+        if self._session is not None:
+            self._runner.run(self._session.close())
+        self._runner.close()
+
+    async def _score(self, grid: Grid) -> NDArray[np.float32]:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(timeout=_TIMEOUT)
+        session, free = self._session, asyncio.Semaphore(IN_FLIGHT)
+
+        async def one(query: str) -> list[float]:
+            async with free, session.post(self._url, json=self._dialect.ask(query, grid.documents)) as response:
+                response.raise_for_status()
+                return self._dialect.read(await response.json())
+
+        rows = await asyncio.gather(*(one(query) for query in grid.queries))
+        return np.array(rows, dtype=np.float32)

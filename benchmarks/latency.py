@@ -1,0 +1,206 @@
+"""A small interactive request while a stream keeps the engine full: how long it takes, with and without priority."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import numpy as np
+from grpc import aio
+
+from benchmarks.bench import Bench
+from benchmarks.launch import address_of
+from benchmarks.report import Figure
+from benchmarks.rounds import Spread
+from benchmarks.texts import Grid
+from reranker.v1 import reranker_pb2 as pb
+from reranker.v1 import reranker_pb2_grpc as rpc
+
+_DOCUMENTS = 8
+_CHUNK_PAIRS = 128
+_DEPTH = 4096
+_PROBES = 20
+_SEEN_BETWEEN_PROBES = 2
+
+
+class Saturation:
+    """A bulk stream that always has a 64 x 64 grid's worth of pairs waiting, no pair twice.
+
+    Probes may be put at the end of its own queue, where they are served in the order of arrival.
+    """
+
+    def __init__(self, stub: Any, table: Grid) -> None:
+        self._stub = stub
+        self._table = table
+        self._ids = itertools.count()
+        self._blocks = itertools.cycle(
+            (query, document)
+            for query in range(len(table.queries))
+            for document in range(0, len(table.documents) - _CHUNK_PAIRS + 1, _CHUNK_PAIRS)
+        )
+        self._texts = 0
+        self._call: Any = None
+        self._waiting: dict[int, asyncio.Event] = {}
+        self._replies = 0
+        self._replied = asyncio.Condition()
+
+    async def run(self) -> None:
+        """Keep the engine full until cancelled."""
+        self._call = self._stub.RerankStream()
+        await self._call.write(pb.RerankStreamRequest(open=pb.StreamOpen(priority=pb.PRIORITY_BULK)))
+        await self._send_texts([*self._table.queries, *self._table.documents])
+        for _ in range(_DEPTH // _CHUNK_PAIRS):
+            await self._send_block()
+        await self._call.read()
+        try:
+            while True:
+                message = await self._call.read()
+                if message.result.WhichOneof("outcome") != "scores":
+                    raise RuntimeError(f"a chunk of the saturating stream failed: {message.result.error}")
+                if answered := self._waiting.pop(message.result.id, None):
+                    answered.set()
+                    continue
+                await self._send_block()
+                async with self._replied:
+                    self._replies += 1
+                    self._replied.notify_all()
+        finally:
+            self._call.cancel()
+
+    async def replies(self, count: int) -> None:
+        """Wait for so many more of its chunks to be answered."""
+        async with self._replied:
+            enough = self._replies + count
+            await self._replied.wait_for(lambda: self._replies >= enough)
+
+    async def probe(self, query: str, documents: tuple[str, ...]) -> float:
+        """Seconds that a few pairs take that are sent as one more chunk of this stream."""
+        began = time.perf_counter()
+        first = self._texts
+        await self._send_texts([query, *documents])
+        grid = pb.PairGrid(query_ids=[first], document_ids=range(first + 1, self._texts))
+        chunk = pb.StreamChunk(id=next(self._ids), grid=grid)
+        answered = self._waiting[chunk.id] = asyncio.Event()
+        await self._call.write(pb.RerankStreamRequest(chunk=chunk))
+        await answered.wait()
+        return time.perf_counter() - began
+
+    async def _send_texts(self, texts: list[str]) -> None:
+        self._texts += len(texts)
+        await self._call.write(pb.RerankStreamRequest(texts=pb.StreamTexts(texts=texts)))
+
+    async def _send_block(self) -> None:
+        query, document = next(self._blocks)
+        first = len(self._table.queries) + document
+        grid = pb.PairGrid(query_ids=[query], document_ids=range(first, first + _CHUNK_PAIRS))
+        await self._call.write(pb.RerankStreamRequest(chunk=pb.StreamChunk(id=next(self._ids), grid=grid)))
+
+
+def priority(bench: Bench, engine: str) -> list[Figure]:
+    """p95 of ``Rerank`` with 8 documents beside a saturating stream, as a share of the same without priority.
+
+    Without priority means: in the order of arrival, behind what the stream has sent. A bulk stream of its own for the
+    8 pairs is measured, too: it has no priority, but its fair share.
+
+    Args:
+        bench: The run.
+        engine: "torch" or "vllm"; the tiny model.
+    """
+    probes = max(5, int(_PROBES * bench.scale))
+    with bench.launcher.server(bench.models["tiny"], engine) as server:
+        rounds = asyncio.run(_measure(bench, address_of(server), probes))
+    title = f"{engine}, tiny: 8 documents beside a stream, p95"
+    names = ("interactive", "fair", "queued", "alone")
+    by_side = {name: [one[name] for one in rounds] for name in names}
+    for name, label in zip(names, ("unary", "bulk stream of its own", "end of the queue", "unary, idle"), strict=True):
+        spread = Spread.of(by_side[name])
+        bench.say(f"{label}: p95 {1000 * spread.value:,.0f} ms")
+    pairs = list(zip(by_side["interactive"], by_side["queued"], strict=True))
+    shares = list(zip(by_side["interactive"], by_side["fair"], strict=True))
+    return [
+        Figure(f"{title}, priority / none", Spread.of([one / other for one, other in pairs]), "x", 0.2, False),
+        Figure(f"{title}, priority / fair share", Spread.of([one / other for one, other in shares]), "x", None, False),
+        Figure(f"{title}, with priority", Spread.of([1000 * one for one in by_side["interactive"]]), "ms", None, False),
+        Figure(f"{title}, idle server", Spread.of([1000 * one for one in by_side["alone"]]), "ms", None, False),
+    ]
+
+
+async def _measure(bench: Bench, address: str, probes: int) -> list[dict[str, float]]:
+    rounds: list[dict[str, float]] = []
+    async with aio.insecure_channel(address) as channel:
+        stub: Any = rpc.RerankerServiceStub(channel)
+
+        async def in_turn(once: Callable[[str, tuple[str, ...]], Awaitable[float]]) -> float:
+            return _p95([await once(*_pairs(bench)) for _ in range(probes)])
+
+        async def interactive(query: str, documents: tuple[str, ...]) -> float:
+            began = time.perf_counter()
+            await stub.Rerank(pb.RerankRequest(query=query, documents=documents))
+            return time.perf_counter() - began
+
+        async def fair(query: str, documents: tuple[str, ...]) -> float:
+            return await _own_stream(stub, query, documents)
+
+        for _ in range(bench.rounds):
+            alone = await in_turn(interactive)
+            saturation = Saturation(stub, bench.corpus.grid(256, 512))
+            running = asyncio.create_task(saturation.run())
+            try:
+                await _unless_failed(running, saturation.replies(_SEEN_BETWEEN_PROBES))
+                found = {"alone": alone}
+                found["interactive"] = await _unless_failed(running, in_turn(interactive))
+                found["fair"] = await _unless_failed(running, in_turn(fair))
+                found["queued"] = await _unless_failed(running, _queued(bench, saturation, probes))
+            finally:
+                running.cancel()
+                await asyncio.wait({running})
+            rounds.append(found)
+    return rounds
+
+
+async def _queued(bench: Bench, saturation: Saturation, probes: int) -> float:
+    """p95 of probes at the end of the stream's queue; many are under way at a time, for each takes long."""
+    tasks: list[asyncio.Task[float]] = []
+    for _ in range(probes):
+        tasks.append(asyncio.create_task(saturation.probe(*_pairs(bench))))
+        await saturation.replies(_SEEN_BETWEEN_PROBES)
+    return _p95(await asyncio.gather(*tasks))
+
+
+async def _own_stream(stub: Any, query: str, documents: tuple[str, ...]) -> float:
+    grid = pb.PairGrid(query_ids=[0], document_ids=range(1, 1 + len(documents)))
+    began = time.perf_counter()
+    call = stub.RerankStream()
+    for message in (
+        pb.RerankStreamRequest(open=pb.StreamOpen(priority=pb.PRIORITY_BULK)),
+        pb.RerankStreamRequest(texts=pb.StreamTexts(texts=[query, *documents])),
+        pb.RerankStreamRequest(chunk=pb.StreamChunk(grid=grid)),
+    ):
+        await call.write(message)
+    await call.done_writing()
+    replies = [reply async for reply in call]
+    if len(replies) != 2 or replies[1].result.WhichOneof("outcome") != "scores":
+        raise RuntimeError(f"a stream of {_DOCUMENTS} pairs gave no scores: {replies}")
+    return time.perf_counter() - began
+
+
+async def _unless_failed(running: asyncio.Task[None], work: Awaitable[Any]) -> Any:
+    """Wait for ``work``, or raise what ended the saturating stream."""
+    task = asyncio.ensure_future(work)
+    await asyncio.wait({running, task}, return_when=asyncio.FIRST_COMPLETED)
+    if not task.done():
+        task.cancel()
+        running.result()
+    return await task
+
+
+def _pairs(bench: Bench) -> tuple[str, tuple[str, ...]]:
+    grid = bench.corpus.grid(1, _DOCUMENTS)
+    return grid.queries[0], grid.documents
+
+
+def _p95(seconds: list[float]) -> float:
+    return float(np.percentile(seconds, 95))

@@ -1,0 +1,133 @@
+"""How every process of the benchmark is started: same model, number format and cores for all that are compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import torch
+
+from benchmarks.processes import Child, ProcessError, child
+
+_READY = r"event=ready\b.*\baddress=(\S+)"
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the sides run on.
+
+    Attributes:
+        cuda: Whether there is a GPU.
+        dtype: Number format of every side.
+        cores: CPU cores that vLLM's threads are bound to.
+    """
+
+    cuda: bool
+    dtype: str
+    cores: tuple[int, ...]
+
+    @classmethod
+    def here(cls) -> Machine:
+        """This machine."""
+        cuda = torch.cuda.is_available()
+        return cls(cuda, "bfloat16" if cuda else "float32", tuple(sorted(os.sched_getaffinity(0))))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of every process."""
+        quiet = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+        if self.cuda or len(self.cores) > 4:
+            return quiet
+        # Both sides of a comparison get every core; vLLM's default keeps one back.
+        return {**quiet, "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, self.cores))}
+
+    @property
+    def engine_args(self) -> dict[str, object]:
+        """Arguments of every vLLM engine: several of them are loaded at a time."""
+        return {"gpu_memory_utilization": 0.2} if self.cuda else {}
+
+
+class Launcher:
+    """Starts the processes.
+
+    Args:
+        machine: What they run on.
+        logs: Directory for their logs.
+    """
+
+    def __init__(self, machine: Machine, logs: Path) -> None:
+        self.machine = machine
+        self._logs = logs
+        self._count = 0
+
+    def server(
+        self,
+        model: Path,
+        engine: str,
+        flags: Sequence[str] = (),
+        module: str = "reranker_service",
+        **engine_args: object,
+    ) -> AbstractContextManager[Child]:
+        """Our server, its score cache off; ``module`` may be one that wraps it."""
+        arguments = json.dumps({**self.machine.engine_args, **engine_args})
+        return self._start(
+            module,
+            *("--model", str(model), "--engine", engine, "--dtype", self.machine.dtype, "--engine-args", arguments),
+            *("--host", "127.0.0.1", "--port", "0", "--log-format", "logfmt", "--cache-bytes", "0", *flags),
+        )
+
+    def bare(self, model: Path, side: str) -> AbstractContextManager[Child]:
+        """A worker of ``benchmarks.bare``: ``side`` is "torch", "vllm" or "predict"."""
+        arguments = json.dumps(self.machine.engine_args)
+        return self._start(
+            "benchmarks.bare",
+            *("--model", str(model), "--side", side, "--dtype", self.machine.dtype, "--engine-args", arguments),
+        )
+
+    def baseline(self, model: Path) -> AbstractContextManager[Child]:
+        """The plain HTTP service of ``benchmarks.baseline``."""
+        return self._start("benchmarks.baseline", "--model", str(model))
+
+    def vllm_http(self, model: Path) -> AbstractContextManager[Child]:
+        """vLLM's own HTTP server, told the same as our engine tells vLLM."""
+        flags = ["--enforce-eager", "--kv-cache-memory-bytes", str(1 << 30)]
+        if self.machine.cuda:
+            flags = ["--gpu-memory-utilization", str(self.machine.engine_args["gpu_memory_utilization"])]
+        return self._start(
+            "vllm.entrypoints.openai.api_server",
+            *("--model", str(model), "--served-model-name", "model", "--runner", "pooling"),
+            *("--dtype", self.machine.dtype, "--host", "127.0.0.1", "--port", "0"),
+            *("--no-enable-prefix-caching", "--disable-log-stats", "--disable-uvicorn-access-log", *flags),
+        )
+
+    def _start(self, module: str, *arguments: str) -> AbstractContextManager[Child]:
+        self._count += 1
+        log = self._logs / f"{self._count:02d}-{module.rpartition('.')[2]}.log"
+        return child([sys.executable, "-m", module, *arguments], log, self.machine.environment)
+
+
+def address_of(process: Child) -> str:
+    """``HOST:PORT`` of a process of ours, once it is ready. Raises ``ProcessError``."""
+    return process.wait_for(_READY)[1]
+
+
+def http_address_of(process: Child) -> str:
+    """``HOST:PORT`` of vLLM's HTTP server, once it is ready; it says no port, so the kernel is asked.
+
+    Raises:
+        ProcessError: It ended, or listens nowhere.
+    """
+    process.wait_for("Application startup complete")
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        for connection in psutil.Process(process.pid).net_connections("tcp4"):
+            if connection.status == psutil.CONN_LISTEN:
+                return f"{connection.laddr.ip}:{connection.laddr.port}"
+    raise ProcessError("vLLM's HTTP server listens nowhere")

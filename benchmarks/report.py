@@ -1,0 +1,115 @@
+"""What the benchmark found: records for programs, a table for the screen, a plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure as Canvas
+from rich import box
+from rich.table import Table
+
+from benchmarks.rounds import Spread
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One row of the table.
+
+    Attributes:
+        name: What it says, with the model.
+        spread: Its median, least and greatest over the rounds.
+        unit: Of value and target; "x" for a ratio of speeds or times.
+        target: What it should reach; ``None`` where nothing is asked of it.
+        higher_is_better: Which way is better.
+    """
+
+    name: str
+    spread: Spread
+    unit: str = "x"
+    target: float | None = None
+    higher_is_better: bool = True
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether the median reaches the target; ``None`` without one."""
+        if self.target is None:
+            return None
+        return self.spread.value >= self.target if self.higher_is_better else self.spread.value <= self.target
+
+    def record(self) -> dict[str, Any]:
+        """The figure as the result files have it."""
+        return {
+            "figure": self.name,
+            "value": self.spread.value,
+            "low": self.spread.low,
+            "high": self.spread.high,
+            "target": self.target,
+            "unit": self.unit,
+            "higher_is_better": self.higher_is_better,
+        }
+
+
+def write(path: Path, figures: Sequence[Figure]) -> None:
+    """Write all figures as a JSON list of records."""
+    path.write_text(json.dumps([figure.record() for figure in figures], indent=2) + "\n", encoding="utf-8")
+
+
+def table(figures: Sequence[Figure]) -> Table:
+    """The figures beside their targets."""
+    made = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    made.add_column("figure")
+    for heading in ("value", "low", "high", "target", ""):
+        made.add_column(heading, justify="right", no_wrap=True)
+    made.add_column("unit")
+    for figure in figures:
+        spread = figure.spread
+        target = "" if figure.target is None else f"{'≥' if figure.higher_is_better else '≤'} {_short(figure.target)}"
+        mark = {True: "[green]yes[/]", False: "[red]no[/]", None: ""}[figure.reached]
+        values = (_short(value) for value in (spread.value, spread.low, spread.high))
+        made.add_row(figure.name, *values, target, mark, figure.unit)
+    return made
+
+
+def draw(path: Path, figures: Sequence[Figure]) -> None:
+    """Draw every figure that has a target as a multiple of it, as PNG: right of the line is better than asked."""
+    aimed = [figure for figure in figures if figure.target]
+    canvas = Canvas(figsize=(11, 0.42 * len(aimed) + 1.4), layout="constrained")
+    axes = canvas.subplots()
+    for place, figure in enumerate(aimed):
+        value, low, high = sorted(_of_target(figure, one) for one in _values(figure))[1], *_ends(figure)
+        color = "tab:green" if figure.reached else "tab:red"
+        axes.barh(place, value, height=0.6, color=color, alpha=0.75)
+        axes.plot([low, high], [place, place], color="black", linewidth=1.2)
+        label = f"{_short(figure.spread.value)} (target {_short(figure.target or 0)} {figure.unit})"
+        axes.annotate(label, (max(value, high), place), xytext=(6, 0), textcoords="offset points", va="center")
+    axes.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(aimed)), [figure.name for figure in aimed])
+    axes.invert_yaxis()
+    axes.margins(x=0.25)
+    axes.set_xlabel("as a multiple of the target, right is better; the line is the spread over the rounds")
+    axes.spines[["top", "right"]].set_visible(False)
+    canvas.savefig(path, dpi=120)
+
+
+def _values(figure: Figure) -> tuple[float, float, float]:
+    return figure.spread.low, figure.spread.value, figure.spread.high
+
+
+def _ends(figure: Figure) -> tuple[float, float]:
+    ends = [_of_target(figure, one) for one in _values(figure)]
+    return min(ends), max(ends)
+
+
+def _of_target(figure: Figure, value: float) -> float:
+    assert figure.target
+    share = max(value, 1e-9) / figure.target
+    return share if figure.higher_is_better else 1 / share
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

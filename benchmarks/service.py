@@ -1,0 +1,106 @@
+"""The service's benchmark: every figure of the service beside its target, as a table, a plot and a file of records.
+
+python -m benchmarks.service [--quick] [--only PART ...] [--output DIRECTORY]
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from transformers.utils import logging
+
+from benchmarks import causal, latency, models, overhead, report, throughput
+from benchmarks.bench import Bench
+from benchmarks.launch import Launcher, Machine
+from benchmarks.report import Figure
+from benchmarks.texts import Corpus
+
+PARTS: dict[str, Callable[[Bench], list[Figure]]] = {
+    "torch-minilm": partial(throughput.on_torch, model="minilm"),
+    "torch-tiny": partial(throughput.on_torch, model="tiny"),
+    "vllm-minilm": partial(throughput.on_vllm, model="minilm"),
+    "vllm-tiny": partial(throughput.on_vllm, model="tiny"),
+    "instant": overhead.instant_engine,
+    "once": overhead.once_per_text,
+    "causal": causal.prefix_cache,
+    "priority-torch": partial(latency.priority, engine="torch"),
+    "priority-vllm": partial(latency.priority, engine="vllm"),
+}
+"""What can be measured alone."""
+
+
+def build_models(directory: Path, machine: Machine, corpus: Corpus, names: Sequence[str]) -> dict[str, Path]:
+    """Write the models that the named parts need below ``directory``; gives their paths by name."""
+    built = {
+        "minilm": models.build_cross_encoder(directory / "minilm", models.MINILM),
+        "tiny": models.build_cross_encoder(directory / "tiny", models.TINY),
+        "all-minilm": models.all_minilm(),
+    }
+    if "causal" in names:
+        shape = models.QWEN_DECODER if machine.cuda else models.SMALL_DECODER
+        built["causal"] = models.build_causal_reranker(directory / "causal", shape, corpus.texts())
+    return built
+
+
+def run(
+    names: Sequence[str], *, output: Path, rounds: int = 5, scale: float = 1.0, console: Console | None = None
+) -> list[Figure]:
+    """Measure the named parts and write ``service.json`` and ``service.png`` into ``output`` as they come in.
+
+    Args:
+        names: Of ``PARTS``.
+        output: Directory for results and logs; made where it is missing.
+        rounds: Rounds of every figure.
+        scale: 1 for a full run, under ten minutes on two cores; less takes that share of the time.
+        console: Where progress and the table go.
+    """
+    console = console or Console()
+    logs = output / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    figures: list[Figure] = []
+    machine = Machine.here()
+    logging.disable_progress_bar()
+    corpus = Corpus()
+    with tempfile.TemporaryDirectory(prefix="reranker-bench-") as directory:
+        paths = build_models(Path(directory), machine, corpus, names)
+        bench = Bench(
+            Launcher(machine, logs), corpus, paths, rounds, scale, lambda line: console.print(f"[dim]  {line}[/]")
+        )
+        for name in names:
+            console.print(f"[bold]{name}[/]  [dim]after {time.monotonic() - began:.0f} s[/]")
+            figures += PARTS[name](bench)
+            report.write(output / "service.json", figures)
+    report.draw(output / "service.png", figures)
+    console.print(report.table(figures))
+    where = "a GPU" if machine.cuda else f"{len(machine.cores)} cores"
+    console.print(
+        f"{time.monotonic() - began:.0f} s on {where}, {machine.dtype}; {rounds} rounds; records in "
+        f"{output / 'service.json'}, plot in {output / 'service.png'}"
+    )
+    return figures
+
+
+def main() -> None:
+    """Run the benchmark from the command line."""
+    # Every process that was started ends with this one, also if it is told to end.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="3 rounds of a fifth of the length: a look, no figures")
+    parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=tuple(PARTS), help="measure these parts")
+    parser.add_argument("--output", type=Path, default=Path("bench-results"), help="directory for results and logs")
+    arguments = parser.parse_args()
+    rounds, scale = (3, 0.2) if arguments.quick else (5, 1.0)
+    run(arguments.only, output=arguments.output, rounds=rounds, scale=scale)
+
+
+if __name__ == "__main__":
+    main()

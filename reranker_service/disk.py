@@ -1,0 +1,86 @@
+"""Scores and embeddings that outlive the process: one LMDB store, shared by restarts and servers of one machine.
+
+It is asked after the cache in memory and before the engine. What does not fit any more is not written; a write that
+cannot be made in time is left out: the store only ever saves work. Reading and writing happen off the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import lmdb
+import structlog
+
+from .cache import scope_of
+
+_MOST_WRITES_WAITING = 64
+
+log = structlog.get_logger()
+
+
+class DiskCacheError(RuntimeError):
+    """The store cannot be opened."""
+
+
+class DiskCache:
+    """Bytes by key, for one model."""
+
+    def __init__(self, directory: Path, max_bytes: int, fingerprint: str) -> None:
+        """Open the store, or make it.
+
+        Args:
+            directory: Where it lies; made if it is not there. Several servers may use it, with any models.
+            max_bytes: Most that its file may grow to.
+            fingerprint: The model's; nothing that another one wrote is ever found.
+
+        Raises:
+            DiskCacheError: The directory cannot be used, or holds something else.
+        """
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            # Without metasync a crash of the machine may lose the last writes, but never the store.
+            self._store = lmdb.open(str(directory), map_size=max_bytes, metasync=False, readahead=False)
+        except (OSError, lmdb.Error) as error:
+            raise DiskCacheError(f"--cache-dir {directory}: {error}") from error
+        self._model = scope_of(fingerprint)
+        self._full = False
+        self._waiting = 0
+        self._readers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk-cache-read")
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk-cache-write")
+
+    async def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Values by key; ``None`` where there is none."""
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self._get, keys)
+
+    def put(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
+        """Write values soon; returns at once."""
+        if self._full or self._waiting >= _MOST_WRITES_WAITING:
+            return
+        self._waiting += 1
+        self._writer.submit(self._put, keys, values)
+
+    def close(self) -> None:
+        """Finish writing and close the store."""
+        self._readers.shutdown()
+        self._writer.shutdown()
+        self._store.close()
+
+    def _get(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        with self._store.begin() as transaction:
+            return [transaction.get(self._model + key) for key in keys]
+
+    def _put(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
+        try:
+            with self._store.begin(write=True) as transaction:
+                for key, value in zip(keys, values, strict=True):
+                    transaction.put(self._model + key, value)
+        except lmdb.MapFullError:
+            self._full = True
+            log.warning("disk cache full", rule="nothing more is written; raise --cache-dir-bytes or clear it")
+        except lmdb.Error as error:
+            log.warning("disk cache not written", reason=str(error))
+        finally:
+            self._waiting -= 1

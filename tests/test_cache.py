@@ -1,0 +1,209 @@
+"""The cache answers what it was told, only where every part of the key is equal; pairs in flight are scored once."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from grpc import aio
+
+from reranker.v1 import reranker_pb2 as pb
+from reranker.v1 import reranker_pb2_grpc as rpc
+from reranker_service.cache import ScoreCache, digest_of, scope_of
+
+from .servers import ControlledEngine, ServerProcess, serve_in_process
+
+MEBIBYTE = 1 << 20
+
+
+def request(query: str = "a query", documents: tuple[str, ...] = ("one", "two"), **options: object) -> pb.RerankRequest:
+    return pb.RerankRequest(query=query, documents=documents, options=pb.RerankOptions(**options))
+
+
+def chunk(number: int, queries: list[int], documents: list[int]) -> pb.RerankStreamRequest:
+    grid = pb.PairGrid(query_ids=queries, document_ids=documents)
+    return pb.RerankStreamRequest(chunk=pb.StreamChunk(id=number, grid=grid))
+
+
+def opening(*texts: str, **options: object) -> list[pb.RerankStreamRequest]:
+    return [
+        pb.RerankStreamRequest(open=pb.StreamOpen(options=pb.RerankOptions(**options))),
+        pb.RerankStreamRequest(texts=pb.StreamTexts(texts=texts)),
+    ]
+
+
+def scores(response: pb.RerankResponse) -> list[float]:
+    return [one.score for one in sorted(response.results, key=lambda one: one.index)]
+
+
+@pytest.mark.parametrize("kind", ["cross_encoder", "causal_reranker", "bi_encoder"])
+def test_a_second_call_is_answered_from_the_cache_with_the_same_bits(kind: str, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(kind)
+    ask = pb.RerankRequest(query="parse a date", documents=[f"document {i}" for i in range(40)])
+    with ServerProcess("--model", str(model), "--engine", "torch", "--threads", "1") as server:
+        with grpc.insecure_channel(server.address) as channel:
+            stub = rpc.RerankerServiceStub(channel)
+            first, second = stub.Rerank(ask), stub.Rerank(ask)
+    assert (first.usage.cached_pairs, first.usage.pairs) == (0, 40)
+    assert (second.usage.cached_pairs, second.usage.pairs, second.usage.tokens) == (40, 40, 0)
+    assert scores(first) == scores(second)
+
+
+NEAR_MISSES = {
+    "instruction": request(instruction="other"),
+    "empty instruction": request(instruction=""),
+    "max_length": request(max_length=1000),
+    "over_long": request(over_long=pb.OVER_LONG_REJECT),
+    "swapped texts": request("one", ("a query",)),
+    "query with a space": request("a query "),
+    "query in another case": request("A query"),
+    "separators moved": request("a", ("query one", "query two")),
+    "empty query": request("", ("a queryone",)),
+    "separator in the document": request("a query", ("one\x00two",)),
+    "another form of the same letter": request("a quer\u00fd", ("one",)),
+}
+
+
+@pytest.mark.parametrize("near", NEAR_MISSES)
+def test_a_near_miss_is_no_hit(causal_reranker: Path, near: str) -> None:
+    async def scenario() -> pb.Usage:
+        async with serve_in_process(causal_reranker, ControlledEngine(), cache_bytes=MEBIBYTE) as channel:
+            stub = rpc.RerankerServiceStub(channel)
+            await stub.Rerank(request())
+            assert (await stub.Rerank(request())).usage.cached_pairs == 2
+            return (await stub.Rerank(NEAR_MISSES[near])).usage
+
+    assert asyncio.run(scenario()).cached_pairs == 0
+
+
+def test_both_score_types_come_from_one_raw_score(cross_encoder: Path) -> None:
+    async def scenario() -> tuple[pb.RerankResponse, pb.RerankResponse]:
+        async with serve_in_process(cross_encoder, ControlledEngine(), cache_bytes=MEBIBYTE) as channel:
+            stub = rpc.RerankerServiceStub(channel)
+            raw = await stub.Rerank(request(score_type=pb.SCORE_TYPE_RAW))
+            return raw, await stub.Rerank(request())
+
+    raw, probability = asyncio.run(scenario())
+    assert probability.usage.cached_pairs == 2
+    np.testing.assert_allclose(scores(probability), 1 / (1 + np.exp(-np.array(scores(raw)))), rtol=1e-6)
+
+
+def test_without_a_cache_everything_is_scored_again(cross_encoder: Path) -> None:
+    async def scenario() -> int:
+        engine = ControlledEngine()
+        async with serve_in_process(cross_encoder, engine) as channel:
+            stub = rpc.RerankerServiceStub(channel)
+            for _ in range(2):
+                assert (await stub.Rerank(request())).usage.cached_pairs == 0
+        return sum(map(len, engine.batches))
+
+    assert asyncio.run(scenario()) == 4
+
+
+def test_identical_pairs_in_flight_are_scored_once(cross_encoder: Path) -> None:
+    async def scenario() -> tuple[int, list[pb.Usage], list[list[float]]]:
+        engine = ControlledEngine(open_gate=False)
+        messages = [*opening("q", "one", "two words", "one"), chunk(1, [0], [1, 2]), chunk(2, [0], [3, 2])]
+        async with serve_in_process(cross_encoder, engine, cache_bytes=MEBIBYTE) as channel:
+
+            async def send() -> object:
+                for message in messages:
+                    yield message
+
+            stub = rpc.RerankerServiceStub(channel)
+            first, second = (stub.RerankStream(send()) for _ in range(2))
+            await engine.wait_for_sequences(2)
+            engine.gate.set()
+            results = []
+            for call in (first, second):
+                while (reply := await call.read()) is not aio.EOF:
+                    if reply.HasField("result"):
+                        results.append(reply.result)
+        return (
+            sum(map(len, engine.batches)),
+            [one.usage for one in results],
+            [list(one.scores.values) for one in results],
+        )
+
+    computed, usages, found = asyncio.run(scenario())
+    assert computed == 2
+    assert sum(one.shared_pairs + one.cached_pairs for one in usages) == 6
+    assert all(one == found[0] for one in found)
+
+
+def test_the_failure_of_one_scorer_does_not_fail_who_waits_for_it() -> None:
+    async def scenario() -> tuple[int, int]:
+        cache = ScoreCache(MEBIBYTE)
+        digests = [digest_of(text) for text in "qd"]
+        ids = np.array([0]), np.array([1])
+        first = cache.claim(b"s", digests, *ids, share=True)
+        second = cache.claim(b"s", digests, *ids, share=True)
+        assert len(second.mine) == 0
+        cache.settle(first, None)
+        await asyncio.wait(second.waits)
+        third = cache.claim(b"s", digests, *ids, share=True)
+        cache.settle(third, np.float32([0.5]))
+        fourth = cache.claim(b"s", digests, *ids, share=True)
+        return len(third.mine), len(fourth.known)
+
+    assert asyncio.run(scenario()) == (1, 1)
+
+
+def test_who_does_not_share_waits_for_nobody() -> None:
+    async def scenario() -> tuple[list[int], list[int], list[int]]:
+        cache = ScoreCache(MEBIBYTE)
+        digests = [digest_of(text) for text in "qd"]
+        ids = np.array([0]), np.array([1])
+        bulk = cache.claim(b"s", digests, *ids, share=True)
+        urgent = cache.claim(b"s", digests, *ids, share=False)
+        cache.settle(urgent, np.float32([0.25]))
+        # The slower one is still the one that others wait for.
+        third = cache.claim(b"s", digests, *ids, share=True)
+        cache.settle(bulk, np.float32([0.25]))
+        return bulk.mine.tolist(), urgent.mine.tolist(), third.known.tolist()
+
+    assert asyncio.run(scenario()) == ([0], [0], [0])
+
+
+def test_the_cache_stays_within_its_bytes_and_forgets_the_least_recent() -> None:
+    async def scenario() -> tuple[bool, bool, int]:
+        cache = ScoreCache(200_000)
+        documents = [digest_of(f"document {i}") for i in range(100)]
+        for number in range(50):
+            digests = [digest_of(f"query {number}"), *documents]
+            claim = cache.claim(b"s", digests, np.zeros(100, dtype=np.int64), np.arange(1, 101), share=True)
+            cache.settle(claim, np.arange(100, dtype=np.float32))
+            assert cache.size_bytes <= 200_000
+
+        def known(number: int) -> bool:
+            digests = [digest_of(f"query {number}"), documents[7]]
+            claim = cache.claim(b"s", digests, np.array([0]), np.array([1]), share=True)
+            cache.settle(claim, np.zeros(len(claim.mine), dtype=np.float32))
+            return bool(len(claim.known)) and claim.scores[0] == 7
+
+        return known(49), known(0), cache.size_bytes
+
+    newest, oldest, size = asyncio.run(scenario())
+    assert newest
+    assert not oldest
+    assert size > 100_000
+
+
+def test_a_row_larger_than_the_cache_is_not_kept() -> None:
+    async def scenario() -> int:
+        cache = ScoreCache(10_000)
+        digests = [digest_of(str(i)) for i in range(1001)]
+        claim = cache.claim(b"s", digests, np.zeros(1000, dtype=np.int64), np.arange(1, 1001), share=True)
+        cache.settle(claim, np.zeros(1000, dtype=np.float32))
+        return cache.size_bytes
+
+    assert asyncio.run(scenario()) == 0
+
+
+def test_scopes_differ_wherever_a_part_differs() -> None:
+    parts = [("a", 1, True), ("a", 1, False), ("a", 11, True), ("a1", 1, True), (None, 1, True), ("None", 1, True)]
+    parts += [("a", "1", True), ("", "a1", True)]
+    assert len({scope_of(*one) for one in parts}) == len(parts)

@@ -1,0 +1,92 @@
+"""Scores outlive the server: over the same directory the same model computes nothing again, another one all."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import grpc
+import pytest
+
+from reranker.v1 import reranker_pb2 as pb
+from reranker.v1 import reranker_pb2_grpc as rpc
+from reranker_service.disk import DiskCache, DiskCacheError
+
+from . import models
+from .servers import ServerProcess
+
+REQUEST = pb.RerankRequest(query="parse a date", documents=[f"document {i}" for i in range(50)])
+
+
+def ask(model: Path, directory: Path, *flags: str) -> pb.RerankResponse:
+    """One call to a server of its own."""
+    flags = ("--model", str(model), "--engine", "torch", "--threads", "1", "--cache-dir", str(directory), *flags)
+    with ServerProcess(*flags) as server, grpc.insecure_channel(server.address) as channel:
+        return rpc.RerankerServiceStub(channel).Rerank(REQUEST)
+
+
+def scores(response: pb.RerankResponse) -> list[tuple[int, float]]:
+    return [(one.index, one.score) for one in response.results]
+
+
+@pytest.mark.parametrize("kind", ["cross_encoder", "bi_encoder"])
+@pytest.mark.parametrize("memory", [(), ("--cache-bytes", "0")])
+def test_a_restarted_server_computes_nothing_again(
+    kind: str, memory: tuple[str, ...], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(kind)
+    first, second = ask(model, tmp_path, *memory), ask(model, tmp_path, *memory)
+    assert (first.usage.cached_pairs, second.usage.cached_pairs, second.usage.tokens) == (0, 50, 0)
+    assert scores(first) == scores(second)
+
+
+def test_another_model_finds_nothing(cross_encoder: Path, tmp_path: Path) -> None:
+    ask(cross_encoder, tmp_path / "cache")
+    other = models.build_bert_cross_encoder(tmp_path / "other", seed=1)
+    assert ask(other, tmp_path / "cache").usage.cached_pairs == 0
+
+
+def test_a_full_store_keeps_what_it_has_and_grows_no_further(tmp_path: Path) -> None:
+    async def scenario() -> list[bytes | None]:
+        store = DiskCache(tmp_path, 1 << 20, "model")
+        for number in range(40):
+            store.put([b"key %d %d" % (number, i) for i in range(100)], [b"x" * 1000] * 100)
+        store.close()  # waits for what is being written
+        store = DiskCache(tmp_path, 1 << 20, "model")
+        found = await store.get([b"key 0 0", b"key 39 0"])
+        store.close()
+        return found
+
+    assert asyncio.run(scenario()) == [b"x" * 1000, None]
+    assert (tmp_path / "data.mdb").stat().st_size <= 1 << 20
+
+
+def test_two_processes_share_a_store(tmp_path: Path) -> None:
+    """Two environments of one process are refused by LMDB itself, so the other one is a process."""
+    import subprocess
+    import sys
+
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom reranker_service.disk import DiskCache\n"
+        "store = DiskCache(Path(sys.argv[1]), 1 << 20, 'model')\nstore.put([b'key'], [b'value'])\nstore.close()"
+    )
+
+    async def scenario() -> list[bytes | None]:
+        store = DiskCache(tmp_path, 1 << 20, "model")
+        assert await store.get([b"key"]) == [None]
+        await asyncio.to_thread(subprocess.run, [sys.executable, "-c", program, str(tmp_path)], check=True, timeout=60)
+        found = await store.get([b"key", b"other"])
+        store.close()
+        return found
+
+    assert asyncio.run(scenario()) == [b"value", None]
+
+
+def test_a_directory_that_cannot_be_used_is_a_clear_error(cross_encoder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no directory")
+    with pytest.raises(DiskCacheError, match=r"--cache-dir .*file"):
+        DiskCache(tmp_path / "file", 1 << 20, "model")
+    flags = ["--model", str(cross_encoder), "--engine", "torch", "--cache-dir", str(tmp_path / "file")]
+    with ServerProcess(*flags, ready=False) as server:
+        server.wait_for("--cache-dir")
+        assert server.wait() == 1

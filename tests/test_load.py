@@ -1,0 +1,123 @@
+"""Many clients at once: every score right, streams share, a waiting person is served first."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sentence_transformers import CrossEncoder
+
+from loss_client import RerankerClient
+from reranker.v1 import reranker_pb2 as pb
+from reranker.v1 import reranker_pb2_grpc as rpc
+from reranker_service.scheduling import Job, Scheduler
+
+from .servers import ControlledEngine, ServerProcess, serve_in_process
+
+TEXTS = [f"{word} number {i}" for i in range(12) for word in ("query", "document", "naïve – text")]
+
+
+def test_32_clients_with_mixed_calls_get_every_score_right(
+    cross_encoder_server: ServerProcess, cross_encoder: Path
+) -> None:
+    pairs = [(query, document) for query in TEXTS for document in TEXTS]
+    table = CrossEncoder(str(cross_encoder), device="cpu").predict(pairs, batch_size=256).reshape(len(TEXTS), -1)
+
+    def work(number: int) -> None:
+        draw = random.Random(number)
+        with RerankerClient(cross_encoder_server.address) as client:
+            for _ in range(6):
+                queries, documents = draw.sample(range(len(TEXTS)), 5), draw.sample(range(len(TEXTS)), 7)
+                expected = table[np.ix_(queries, documents)]
+                texts = [TEXTS[one] for one in documents]
+                call = draw.choice(("rerank", "grid", "pairs"))
+                if call == "grid":
+                    found = client.score_grid([TEXTS[one] for one in queries], texts, chunk_pairs=draw.choice((1, 8)))
+                elif call == "pairs":
+                    found = client.score_pairs([(TEXTS[queries[0]], text) for text in texts])
+                    expected = expected[0]
+                else:
+                    ranked = client.rerank(TEXTS[queries[0]], texts)
+                    found = np.array([one.score for one in sorted(ranked, key=lambda one: one.index)])
+                    expected = expected[0]
+                np.testing.assert_allclose(found, expected, atol=1e-5)
+
+    with ThreadPoolExecutor(32) as threads:
+        list(threads.map(work, range(32)))
+
+
+def _grid(number: int) -> pb.RerankStreamRequest:
+    grid = pb.PairGrid(query_ids=[0], document_ids=range(1, 9))
+    return pb.RerankStreamRequest(chunk=pb.StreamChunk(id=number, grid=grid))
+
+
+class Submissions:
+    """Counts the jobs that reach the scheduler, so that a test can wait for them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        self.changed = asyncio.Condition()
+        original = Scheduler.run
+
+        async def run(scheduler: Scheduler, job: Job) -> np.ndarray:
+            running = asyncio.ensure_future(original(scheduler, job))
+            async with self.changed:
+                self.count += 1
+                self.changed.notify_all()
+            return await running
+
+        monkeypatch.setattr(Scheduler, "run", run)
+
+    async def reach(self, count: int) -> None:
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.count >= count)
+
+
+def test_two_streams_share_the_engine_and_a_small_call_overtakes_both(
+    cross_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine is fed one batch at a time, and each batch's owner is told by the length of its sequences."""
+
+    class Recording(ControlledEngine):
+        async def run(self, sequences: object) -> np.ndarray:
+            self.owners.append(len(sequences[0].ids))
+            return await super().run(sequences)
+
+    async def scenario() -> list[int]:
+        engine = Recording(max_in_flight=8, max_batch=8, open_gate=False)
+        engine.owners = []
+        jobs = Submissions(monkeypatch)
+        async with serve_in_process(cross_encoder, engine) as channel:
+            stub = rpc.RerankerServiceStub(channel)
+
+            async def stream(text: str) -> int:
+                async def send() -> object:
+                    yield pb.RerankStreamRequest(open=pb.StreamOpen())
+                    yield pb.RerankStreamRequest(texts=pb.StreamTexts(texts=[text] * 9))
+                    for number in range(20):
+                        yield _grid(number)
+
+                return len([reply async for reply in stub.RerankStream(send())])
+
+            streams = [asyncio.ensure_future(stream(text)) for text in ("a", "a a a a a a a a")]
+            await jobs.reach(40)
+            small = asyncio.ensure_future(stub.Rerank(pb.RerankRequest(query="a a a", documents=["a a a"])))
+            await jobs.reach(41)
+            engine.gate.set()
+            await small
+            assert await asyncio.gather(*streams) == [21, 21]
+        return engine.owners
+
+    owners = asyncio.run(scenario())
+    short, long, small = min(owners), max(owners), sorted(set(owners))[1]
+    # Only what was in the engine before it came was done before it.
+    assert owners.index(small) == 1
+    # While both have work, each gets its share of tokens.
+    last = min(len(owners) - owners[::-1].index(length) for length in (short, long))
+    both = owners[2:last]
+    tokens = {length: both.count(length) * length for length in (short, long)}
+    assert abs(tokens[short] - tokens[long]) <= 0.2 * max(tokens.values())

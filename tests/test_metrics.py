@@ -1,0 +1,265 @@
+"""What Prometheus reads: the counts are those of the calls that were made, in a form that its parsers accept."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from prometheus_client import generate_latest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
+from prometheus_client.parser import text_string_to_metric_families
+
+from reranker.v1 import reranker_pb2 as pb
+from reranker.v1 import reranker_pb2_grpc as rpc
+from reranker_service.metrics import Load
+from reranker_service.prometheus import PrometheusMetrics
+
+from .scrapes import scrape, scrape_text, scraped
+from .servers import ServerProcess
+from .test_packaging import modules_after
+
+DOCUMENTED = Path(__file__).parent.parent / "docs" / "metrics.md"
+TEXTS = pb.RerankStreamRequest(texts=pb.StreamTexts(texts=["a query", "another query", "a document", "word " * 400]))
+OPEN = pb.RerankStreamRequest(open=pb.StreamOpen())
+
+
+@pytest.fixture(scope="module")
+def server(cross_encoder: Path) -> Iterator[ServerProcess]:
+    flags = ["--model", str(cross_encoder), "--engine", "torch", "--threads", "1", "--metrics-port", "0"]
+    with ServerProcess(*flags) as server:
+        yield server
+
+
+@pytest.fixture
+def stub(server: ServerProcess) -> Iterator[rpc.RerankerServiceStub]:
+    with grpc.insecure_channel(server.address) as channel:
+        yield rpc.RerankerServiceStub(channel)
+
+
+def rerank(*documents: str, query: str = "a query", **more: object) -> pb.RerankRequest:
+    return pb.RerankRequest(query=query, documents=documents, **more)
+
+
+def chunk(number: int, queries: list[int], documents: list[int]) -> pb.RerankStreamRequest:
+    grid = pb.PairGrid(query_ids=queries, document_ids=documents)
+    return pb.RerankStreamRequest(chunk=pb.StreamChunk(id=number, grid=grid))
+
+
+def fails(call: object, code: grpc.StatusCode) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        list(call())
+    assert caught.value.code() == code
+
+
+def test_the_counts_are_those_of_the_calls(server: ServerProcess, stub: rpc.RerankerServiceStub) -> None:
+    before = scrape(server)
+    invalid = grpc.StatusCode.INVALID_ARGUMENT
+    usages: list[tuple[str, pb.Usage]] = []
+
+    usages += [("Rerank", stub.Rerank(rerank("a document", "word " * 400)).usage) for _ in range(2)]
+    fails(lambda: stub.Rerank(rerank()), invalid)
+    with grpc.insecure_channel(server.address) as channel:
+        fails(lambda: channel.unary_unary("/reranker.v1.RerankerService/Rerank")(b"\x0a\x01\xff"), invalid)
+
+    batch = pb.RerankBatchRequest(requests=[rerank("one", "one", "two"), rerank("one", top_n=0), rerank("three")])
+    items = stub.RerankBatch(batch).items
+    assert [item.WhichOneof("outcome") for item in items] == ["response", "error", "response"]
+    usages += [("RerankBatch", item.response.usage) for item in (items[0], items[2])]
+    fails(lambda: stub.RerankBatch(pb.RerankBatchRequest()), invalid)
+
+    chunks = [chunk(1, [0, 1], [2, 3]), chunk(2, [0], [99]), chunk(3, [1], [0, 1, 2]), chunk(4, [0, 1], [2, 3])]
+    results = [one.result for one in stub.RerankStream(iter([OPEN, TEXTS, *chunks]))][1:]
+    assert sorted((one.id, one.WhichOneof("outcome")) for one in results) == [
+        (1, "scores"),
+        (2, "error"),
+        (3, "scores"),
+        (4, "scores"),
+    ]
+    usages += [("RerankStream", one.usage) for one in results if one.HasField("scores")]
+    fails(lambda: stub.RerankStream(iter([TEXTS])), invalid)
+    stub.GetModelInfo(pb.GetModelInfoRequest())
+
+    change = scrape(server) - before
+    assert change.by("reranker_requests_total", "rpc", "code") == {
+        ("Rerank", "OK"): 2,
+        ("Rerank", "INVALID_ARGUMENT"): 2,
+        ("RerankBatch", "OK"): 1,
+        ("RerankBatch", "INVALID_ARGUMENT"): 1,
+        ("RerankStream", "OK"): 1,
+        ("RerankStream", "INVALID_ARGUMENT"): 1,
+        ("GetModelInfo", "OK"): 1,
+    }
+    assert change.by("reranker_request_duration_seconds_count", "rpc") == {
+        ("Rerank",): 4,
+        ("RerankBatch",): 2,
+        ("RerankStream",): 2,
+        ("GetModelInfo",): 1,
+    }
+    # What could not be read as a request, or is no valid batch, has no reply of its own.
+    assert change.by("reranker_replies_total", "rpc", "code") == {
+        ("Rerank", "OK"): 2,
+        ("Rerank", "INVALID_ARGUMENT"): 1,
+        ("RerankBatch", "OK"): 2,
+        ("RerankBatch", "INVALID_ARGUMENT"): 1,
+        ("RerankStream", "OK"): 3,
+        ("RerankStream", "INVALID_ARGUMENT"): 1,
+    }
+    sent = {"Rerank": 4, "RerankBatch": 4, "RerankStream": 11}
+    pairs: Counter[str] = Counter()
+    for (name, _), count in change.by("reranker_pairs_total", "rpc", "source").items():
+        pairs[name] += int(count)
+    assert pairs == sent
+    expected: Counter[tuple[str, str]] = Counter()
+    for name, usage in usages:
+        expected["cache", name] += usage.cached_pairs
+        expected["shared", name] += usage.shared_pairs
+        expected["engine", name] += usage.pairs - usage.cached_pairs - usage.shared_pairs
+        expected["truncated", name] += usage.truncated_pairs
+        expected["tokens", name] += usage.tokens
+    found = {
+        (source, name): count for (name, source), count in change.by("reranker_pairs_total", "rpc", "source").items()
+    }
+    for what in ("truncated_pairs", "tokens"):
+        by_rpc = change.by(f"reranker_{what}_total", "rpc").items()
+        found |= {(what.removesuffix("_pairs"), name): count for (name,), count in by_rpc}
+    assert found == {key: count for key, count in expected.items() if count}
+    assert expected["truncated", "Rerank"] >= 1
+
+    for stage in ("queue", "engine", "reply"):
+        assert change[f"reranker_{stage}_seconds_count"] == len(usages)
+    for stage in ("queue", "engine"):
+        seconds = sum(getattr(usage, f"{stage}_seconds") for _, usage in usages)
+        assert change[f"reranker_{stage}_seconds_sum"] == pytest.approx(seconds)
+
+
+def test_a_stream_counts_as_open_until_its_client_is_gone(server: ServerProcess, stub: rpc.RerankerServiceStub) -> None:
+    import queue
+
+    before = scrape(server)
+    outgoing: queue.SimpleQueue[pb.RerankStreamRequest | None] = queue.SimpleQueue()
+    outgoing.put(OPEN)
+    call = stub.RerankStream(iter(outgoing.get, None))
+    assert next(call).HasField("opened")
+    assert (scrape(server) - before)["reranker_requests_in_progress", "RerankStream"] == 1
+    call.cancel()
+    outgoing.put(None)
+    for _ in range(1000):
+        # Each call gives the server another turn at noticing.
+        stub.GetModelInfo(pb.GetModelInfoRequest())
+        change = scrape(server) - before
+        if change["reranker_requests_in_progress", "RerankStream"] == 0:
+            break
+    assert change.by("reranker_requests_total", "rpc", "code")["RerankStream", "CANCELLED"] == 1
+
+
+def test_the_model_is_named_and_the_engine_up(server: ServerProcess, stub: rpc.RerankerServiceStub) -> None:
+    info = stub.GetModelInfo(pb.GetModelInfoRequest())
+    now = scrape(server)
+    labels = ("model", "kind", "engine", "dtype", "fingerprint")
+    expected = (info.model, "cross-encoder", "torch", "float32", info.fingerprint)
+    assert now.by("reranker_model_info", *labels) == {expected: 1}
+    assert now["reranker_engine_up"] == 1
+
+
+def test_the_engine_is_up_from_the_first_score_to_its_death() -> None:
+    metrics = PrometheusMetrics()
+
+    def up() -> float:
+        return scraped(generate_latest(metrics.registry).decode())["reranker_engine_up"]
+
+    states = [up()]
+    metrics.serving(pb.GetModelInfoResponse(model="m", kind=pb.MODEL_KIND_BI_ENCODER))
+    states.append(up())
+    metrics.engine_gone()
+    assert [*states, up()] == [0, 1, 0]
+
+
+def test_the_load_is_read_when_somebody_looks() -> None:
+    metrics = PrometheusMetrics()
+    loads = iter([Load(waiting=7, oldest_seconds=1.5, running=64, cache_bytes=4096), Load()])
+    metrics.watch(lambda: next(loads))
+    names = [
+        "reranker_queue_sequences",
+        "reranker_queue_age_seconds",
+        "reranker_engine_sequences",
+        "reranker_cache_bytes",
+    ]
+    first, second = (scraped(generate_latest(metrics.registry).decode()) for _ in range(2))
+    assert [first[name] for name in names] == [7, 1.5, 64, 4096]
+    assert [second[name] for name in names] == [0, 0, 0, 0]
+
+
+def test_names_types_and_histograms_follow_the_conventions(server: ServerProcess) -> None:
+    text = scrape_text(server)
+    ours = [family for family in text_string_to_metric_families(text) if family.name.startswith("reranker_")]
+    assert len(ours) > 15
+    for family in ours:
+        assert family.documentation.endswith(".")
+        assert re.fullmatch(r"[a-z]+(_[a-z]+)+", family.name)
+        assert not re.search(r"_(ms|milliseconds|minutes|kb|mb|percent)\b", family.name)
+        assert len({(one.name, *sorted(one.labels.items())) for one in family.samples}) == len(family.samples)
+        if family.type == "counter":
+            assert {one.name for one in family.samples} == {f"{family.name}_total"}
+        elif family.type == "histogram":
+            by_labels: dict[tuple[str, ...], list[tuple[float, float]]] = {}
+            for one in family.samples:
+                if one.name.endswith("_bucket"):
+                    labels = dict(one.labels)
+                    bound = float(labels.pop("le"))
+                    by_labels.setdefault(tuple(labels.values()), []).append((bound, one.value))
+            counts = {tuple(one.labels.values()): one.value for one in family.samples if one.name.endswith("_count")}
+            assert counts.keys() == by_labels.keys()
+            for key, buckets in by_labels.items():
+                assert buckets == sorted(buckets)
+                assert [count for _, count in buckets] == sorted(count for _, count in buckets)
+                assert buckets[-1] == (float("inf"), counts[key])
+                if family.name.endswith("_seconds"):
+                    assert buckets[0][0] <= 0.001
+                    assert buckets[-2][0] >= 60
+        else:
+            assert family.type == "gauge"
+
+
+def test_the_strict_openmetrics_parser_accepts_the_page(server: ServerProcess) -> None:
+    text = scrape_text(server, accept="application/openmetrics-text; version=1.0.0")
+    assert text.endswith("# EOF\n")
+    assert "reranker_pairs" in {family.name for family in openmetrics_families(text)}
+
+
+def test_every_metric_is_documented_and_every_documented_one_exists(server: ServerProcess) -> None:
+    rows = re.findall(r"^\| `(reranker_\w+)` \| (\w+) \|", DOCUMENTED.read_text(), re.MULTILINE)
+    exposed = re.findall(r"^# TYPE (reranker_\w+) (\w+)$", scrape_text(server), re.MULTILINE)
+    assert sorted(rows) == sorted(exposed)
+
+
+def test_metrics_are_imported_only_where_they_are_wanted() -> None:
+    statement = "import reranker_service.server, reranker_service.engines.torch_engine"
+    assert not modules_after(statement, set()) & {"prometheus_client", "opentelemetry"}
+
+
+def test_the_port_is_closed_at_the_end_and_the_exit_is_clean(cross_encoder: Path) -> None:
+    flags = ["--model", str(cross_encoder), "--engine", "torch", "--threads", "1", "--metrics-port", "0"]
+    with ServerProcess(*flags) as server:
+        assert "reranker_engine_up 1.0" in scrape_text(server)
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+        with pytest.raises(OSError, match="refused"):
+            scrape_text(server)
+
+
+def test_a_taken_metrics_port_is_an_error_at_once(cross_encoder: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        flags = ["--model", str(cross_encoder), "--engine", "torch", "--metrics-port", str(taken.getsockname()[1])]
+        with ServerProcess(*flags, ready=False) as server:
+            line = server.wait_for("cannot be observed")
+            assert server.wait() == 1
+    assert "--metrics-port" in line
+    assert "in use" in line
