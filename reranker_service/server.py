@@ -171,6 +171,9 @@ async def _serve(settings: Settings, stop: asyncio.Event, watching: Observers) -
         log.info("loading", model=spec.name, kind=spec.kind, engine=engine.name)
         if not await _unless(stop, engine.start()):
             return status
+        log.info(
+            "engine", engine=engine.name, dtype=engine.dtype, max_in_flight=engine.max_in_flight, **engine.choices()
+        )
         if not await _unless(stop, _warm_up(spec, encoder, engine)):
             return status
         identity = await asyncio.to_thread(fingerprint, spec, engine)

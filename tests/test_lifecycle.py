@@ -184,3 +184,10 @@ def test_every_flag_is_also_a_variable(cross_encoder: Path, monkeypatch: pytest.
         info = rpc.RerankerServiceStub(channel).GetModelInfo(pb.GetModelInfoRequest())
     assert (info.model, info.engine, info.default_length) == (cross_encoder.name, "torch", 17)
     assert info.limits.max_pairs_per_chunk == 33
+
+
+def test_what_the_engine_chose_is_logged(cross_encoder_server: ServerProcess, default_server: ServerProcess) -> None:
+    assert "threads=1" in cross_encoder_server.wait_for("event=engine")
+    line = default_server.wait_for("event=engine")
+    for name in ("block_size=", "max_num_seqs=", "prefix_caching=", "cpu_threads="):
+        assert name in line

@@ -54,6 +54,9 @@ class Engine(Protocol):
     async def start(self) -> None:
         """Load the model. Raises what loading raised."""
 
+    def choices(self) -> dict[str, object]:
+        """What it chose for this machine, by name, for the log; after ``start``."""
+
     async def run(self, sequences: Sequence[TokenSequence]) -> NDArray[np.float32]:
         """Compute the model's number for each sequence.
 

@@ -86,6 +86,14 @@ class TorchEngine:
         """
         await asyncio.get_running_loop().run_in_executor(self._worker, self._load)
 
+    def choices(self) -> dict[str, object]:
+        """What it chose for this machine; see ``Engine.choices``."""
+        return {
+            "device": str(self._device),
+            "threads": self._threads or torch.get_num_threads(),
+            "batch_tokens": self._batch_tokens,
+        }
+
     async def run(self, sequences: Sequence[TokenSequence]) -> NDArray[np.float32]:
         """Compute raw scores, shape ``(n,)``, or unit-norm embeddings, shape ``(n, dim)``; see ``Engine.run``.
 

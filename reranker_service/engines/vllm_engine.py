@@ -87,6 +87,20 @@ class VllmEngine:
         # As many again as run at a time, so that none waits for us.
         self.max_in_flight = 2 * config.scheduler_config.max_num_seqs
 
+    def choices(self) -> dict[str, object]:
+        """What it chose for this machine; see ``Engine.choices``."""
+        assert self._engine is not None, "choices() before start()"
+        config = self._engine.vllm_config
+        return {
+            "device": config.device_config.device_type,
+            "max_num_seqs": config.scheduler_config.max_num_seqs,
+            "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+            "prefix_caching": config.cache_config.enable_prefix_caching,
+            "block_size": config.cache_config.block_size,
+            "eager": config.model_config.enforce_eager,
+            "cpu_threads": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto"),
+        }
+
     async def run(self, sequences: Sequence[TokenSequence]) -> NDArray[np.float32]:
         """Compute raw scores, shape ``(n,)``, or unit-norm embeddings, shape ``(n, dim)``; see ``Engine.run``.
 
