@@ -13,12 +13,17 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .engines.base import Engine, TokenSequence
 from .metrics import Metrics
+
+
+# For an engine that pads: one that runs and the next one. What comes meanwhile gathers for a full batch.
+_PADDED_BATCHES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +57,28 @@ class Job:
     started: float = 0.0
     tokens: int = 0
     _taken: int = 0
-    _parts: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+    _results: dict[int, NDArray[np.float32]] = field(default_factory=dict)
     _missing: int = 0
-    _running: set[asyncio.Task[NDArray[np.float32]]] = field(default_factory=set)
+    _running: set[_Batch] = field(default_factory=set)
     _done: asyncio.Future[None] | None = None
+
+    @property
+    def left(self) -> int:
+        """How many of its sequences have not entered the engine."""
+        return len(self.lengths) - self._taken
+
+
+@dataclass(eq=False, slots=True)
+class _Batch:
+    """What one call of the engine is given: parts of one job, or of several."""
+
+    sequences: list[Sequence[TokenSequence]] = field(default_factory=list)
+    parts: list[tuple[Job, int]] = field(default_factory=list)  # each with its first position
+    wanted: set[Job] = field(default_factory=set)  # jobs that still wait for it
+    task: asyncio.Task[NDArray[np.float32]] | None = None
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sequences))
 
 
 class _Queue:
@@ -109,6 +132,7 @@ class Scheduler:
         self._interactive = _Queue()
         self._bulk = _Queue()
         self._arrivals: dict[Job, float] = {}
+        self._batches = 0
 
     async def run(self, job: Job) -> NDArray[np.float32]:
         """Run a job to its end.
@@ -132,51 +156,75 @@ class Scheduler:
             await job._done
         finally:
             self._leave(job)
-            for task in job._running:
-                task.cancel()
-        return np.concatenate([job._parts[begin] for begin in sorted(job._parts)])
+            for batch in job._running:
+                batch.wanted.discard(job)
+                if not batch.wanted and batch.task is not None:
+                    batch.task.cancel()
+        return np.concatenate([job._results[begin] for begin in sorted(job._results)])
 
     def _queue(self, job: Job) -> _Queue:
         return self._interactive if job.ticket.interactive else self._bulk
 
     def _admit(self) -> None:
+        while (batch := self._next()) is not None:
+            self.running += len(batch)
+            self._batches += 1
+            batch.task = asyncio.create_task(self._engine.run(list(chain.from_iterable(batch.sequences))))
+            # A callback, not code around the call: it comes also for a task that is cancelled before it begins.
+            batch.task.add_done_callback(partial(self._finished, batch))
+
+    def _next(self) -> _Batch | None:
+        """Take the next batch out of the queue; ``None`` if nothing waits or the engine has no room."""
         engine = self._engine
-        while job := self._interactive.first() or self._bulk.first():
-            count = min(engine.max_batch, len(job.lengths) - job._taken)
+        batch = _Batch()
+        if engine.pads and self._batches >= _PADDED_BATCHES:
+            return None
+        queue = self._interactive if self._interactive.first() else self._bulk
+        while (job := queue.first()) is not None and len(batch) < engine.max_batch:
+            count = min(engine.max_batch - len(batch), job.left)
             # An idle engine takes anything; a busy one waits for room for the whole batch rather than get crumbs.
-            if self.running and self.running + count > engine.max_in_flight:
-                return
-            begin, end = job._taken, job._taken + count
-            try:
-                sequences = job.make(begin, end)
-            except Exception as error:
+            if not batch.parts and self.running and self.running + count > engine.max_in_flight:
+                return None
+            self._take(queue, job, count, batch)
+            if batch.parts and not engine.pads:
+                # One that pads finds sequences of like length among many; for others a batch of one job is done sooner.
+                break
+        return batch if batch.parts else None
+
+    def _take(self, queue: _Queue, job: Job, count: int, batch: _Batch) -> None:
+        begin, end = job._taken, job._taken + count
+        try:
+            sequences = job.make(begin, end)
+        except Exception as error:
+            self._fail(job, error)
+            return
+        batch.sequences.append(sequences)
+        batch.parts.append((job, begin))
+        batch.wanted.add(job)
+        job._running.add(batch)
+        tokens = int(job.lengths[begin:end].sum())
+        self._metrics.batch(count, tokens)
+        job.started = job.started or time.monotonic()
+        job.tokens += tokens
+        job._taken = end
+        queue.charge(job, tokens)
+        self.waiting -= count
+        if not job.left:
+            self._leave(job)
+
+    def _finished(self, batch: _Batch, task: asyncio.Task[NDArray[np.float32]]) -> None:
+        self.running -= len(batch)
+        self._batches -= 1
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        row = 0
+        for (job, begin), sequences in zip(batch.parts, batch.sequences, strict=True):
+            job._running.discard(batch)
+            if error is not None:
                 self._fail(job, error)
                 continue
-            tokens = int(job.lengths[begin:end].sum())
-            self._metrics.batch(count, tokens)
-            job.started = job.started or time.monotonic()
-            job.tokens += tokens
-            job._taken = end
-            self._queue(job).charge(job, tokens)
-            self.waiting -= count
-            if end == len(job.lengths):
-                self._leave(job)
-            self.running += count
-            task = asyncio.create_task(self._engine.run(sequences))
-            job._running.add(task)
-            # A callback, not code around the call: it comes also for a task that is cancelled before it begins.
-            task.add_done_callback(partial(self._finished, job, begin, count))
-
-    def _finished(self, job: Job, begin: int, count: int, task: asyncio.Task[NDArray[np.float32]]) -> None:
-        job._running.discard(task)
-        self.running -= count
-        if task.cancelled():
-            self._fail(job, asyncio.CancelledError())
-        elif (error := task.exception()) is not None:
-            self._fail(job, error)
-        else:
-            job._parts[begin] = task.result()
-            job._missing -= count
+            job._results[begin] = task.result()[row : row + len(sequences)]
+            row += len(sequences)
+            job._missing -= len(sequences)
             if job._missing == 0 and job._done is not None and not job._done.done():
                 job._done.set_result(None)
         self._admit()
@@ -186,7 +234,7 @@ class Scheduler:
         if self._arrivals.pop(job, None) is None:
             return
         self._queue(job).remove(job)
-        self.waiting -= len(job.lengths) - job._taken
+        self.waiting -= job.left
         self.waiting_since = next(iter(self._arrivals.values()), None)
 
     def _fail(self, job: Job, error: BaseException) -> None:

@@ -197,3 +197,50 @@ def test_what_waits_and_runs_is_counted() -> None:
         return seen
 
     assert asyncio.run(scenario()) == [(0, 0, False), (13, 2, True), (8, 2, True), (0, 0, False)]
+
+
+def padding() -> ControlledEngine:
+    engine = ControlledEngine(max_in_flight=16, max_batch=8, open_gate=False)
+    engine.pads = True
+    return engine
+
+
+def test_an_engine_that_pads_gets_full_batches_from_many_small_jobs() -> None:
+    async def scenario() -> tuple[list[int], list[list[float]]]:
+        engine = padding()
+        scheduler = Scheduler(engine)
+        runs = [asyncio.create_task(scheduler.run(job(f"{i}", 3, length=i + 1))) for i in range(8)]
+        await engine.wait_for_sequences(3)
+        engine.gate.set()
+        found = [one.tolist() for one in await asyncio.gather(*runs)]
+        return [len(batch) for batch in engine.batches], found
+
+    sizes, found = asyncio.run(scenario())
+    # One runs, one is next, and what comes meanwhile shares batches.
+    assert sizes == [3, 3, 8, 8, 2]
+    assert found == [[i + 1] * 3 for i in range(8)]
+
+
+def test_a_shared_batch_goes_on_for_those_who_still_want_it_and_ends_with_the_last() -> None:
+    async def scenario() -> tuple[int, list[float], int]:
+        engine = padding()
+        scheduler = Scheduler(engine)
+        runs = [asyncio.create_task(scheduler.run(job(name, 8))) for name in "ab"]
+        runs += [asyncio.create_task(scheduler.run(job(name, 2))) for name in "cde"]
+        await engine.wait_for_sequences(16)
+        runs[0].cancel()
+        await engine.wait_for_sequences(22)  # c, d and e in one batch
+        runs[2].cancel()
+        await asyncio.wait({runs[2]})
+        before = engine.cancelled
+        for run in (runs[3], runs[4]):
+            run.cancel()
+        await asyncio.wait(runs[3:])
+        engine.gate.set()
+        found = await runs[1]
+        return before, found.tolist(), scheduler.running
+
+    before, found, running = asyncio.run(scenario())
+    assert before == 8
+    assert found == [3] * 8
+    assert running == 0
