@@ -59,7 +59,7 @@ BASELINE = Dialect(
 
 
 class HttpSide:
-    """A service over HTTP, one request a query; connections live on between grids.
+    """A service over HTTP, one request a query.
 
     Args:
         name: What the table calls it.
@@ -73,13 +73,11 @@ class HttpSide:
         self._process = process
         self._url = f"http://{address}{dialect.path}"
         self._dialect = dialect
-        self._runner = asyncio.Runner()
-        self._session: aiohttp.ClientSession | None = None
 
     def score(self, grid: Grid) -> tuple[float, NDArray[np.float32]]:
         """See ``Side.score``."""
         began = time.perf_counter()
-        scores = self._runner.run(self._score(grid))
+        scores = asyncio.run(self._score(grid))
         return time.perf_counter() - began, scores
 
     def pause(self) -> None:
@@ -90,21 +88,15 @@ class HttpSide:
         """Let the service run on."""
         self._process.resume()
 
-    def close(self) -> None:
-        """Close the connections."""
-        if self._session is not None:
-            self._runner.run(self._session.close())
-        self._runner.close()
-
     async def _score(self, grid: Grid) -> NDArray[np.float32]:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(timeout=_TIMEOUT)
-        session, free = self._session, asyncio.Semaphore(IN_FLIGHT)
+        free = asyncio.Semaphore(IN_FLIGHT)
+        # Connections of its own for each grid: a service closes idle ones, and it was idle while others had their turn.
+        async with aiohttp.ClientSession(timeout=_TIMEOUT) as session:
 
-        async def one(query: str) -> list[float]:
-            async with free, session.post(self._url, json=self._dialect.ask(query, grid.documents)) as response:
-                response.raise_for_status()
-                return self._dialect.read(await response.json())
+            async def one(query: str) -> list[float]:
+                async with free, session.post(self._url, json=self._dialect.ask(query, grid.documents)) as response:
+                    response.raise_for_status()
+                    return self._dialect.read(await response.json())
 
-        rows = await asyncio.gather(*(one(query) for query in grid.queries))
+            rows = await asyncio.gather(*(one(query) for query in grid.queries))
         return np.array(rows, dtype=np.float32)

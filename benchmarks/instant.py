@@ -30,6 +30,10 @@ class InstantEngine:
     async def start(self) -> None:
         """Nothing to load."""
 
+    def choices(self) -> dict[str, object]:
+        """Nothing to choose."""
+        return {}
+
     async def run(self, sequences: Sequence[TokenSequence]) -> NDArray[np.float32]:
         """Zeros, shape ``(n,)``."""
         return np.zeros(len(sequences), dtype=np.float32)

@@ -13,6 +13,7 @@ from grpc import aio
 
 from benchmarks.bench import Bench
 from benchmarks.launch import address_of
+from benchmarks.processes import Child
 from benchmarks.report import Figure
 from benchmarks.rounds import Spread
 from benchmarks.texts import Grid
@@ -99,7 +100,13 @@ class Saturation:
         await self._call.write(pb.RerankStreamRequest(chunk=pb.StreamChunk(id=next(self._ids), grid=grid)))
 
 
-def priority(bench: Bench, engine: str) -> list[Figure]:
+def with_torch(bench: Bench) -> list[Figure]:
+    """``beside_a_stream`` on a server with the tiny model and the torch engine."""
+    with bench.launcher.server(bench.models["tiny"], "torch") as server:
+        return beside_a_stream(bench, server, "torch, tiny")
+
+
+def beside_a_stream(bench: Bench, server: Child, title: str) -> list[Figure]:
     """p95 of ``Rerank`` with 8 documents beside a saturating stream, as a share of the same without priority.
 
     Without priority means: in the order of arrival, behind what the stream has sent. A bulk stream of its own for the
@@ -107,24 +114,32 @@ def priority(bench: Bench, engine: str) -> list[Figure]:
 
     Args:
         bench: The run.
-        engine: "torch" or "vllm"; the tiny model.
+        server: Serves a model that scores about 2,000 pairs a second or more.
+        title: What the figures' names begin with.
     """
     probes = max(5, int(_PROBES * bench.scale))
-    with bench.launcher.server(bench.models["tiny"], engine) as server:
-        rounds = asyncio.run(_measure(bench, address_of(server), probes))
-    title = f"{engine}, tiny: 8 documents beside a stream, p95"
-    names = ("interactive", "fair", "queued", "alone")
-    by_side = {name: [one[name] for one in rounds] for name in names}
-    for name, label in zip(names, ("unary", "bulk stream of its own", "end of the queue", "unary, idle"), strict=True):
-        spread = Spread.of(by_side[name])
-        bench.say(f"{label}: p95 {1000 * spread.value:,.0f} ms")
-    pairs = list(zip(by_side["interactive"], by_side["queued"], strict=True))
-    shares = list(zip(by_side["interactive"], by_side["fair"], strict=True))
+    rounds = asyncio.run(_measure(bench, address_of(server), probes))
+    labels = {
+        "alone": "unary, idle server",
+        "interactive": "unary beside a stream",
+        "fair": "bulk stream of its own beside a stream",
+        "queued": "at the end of the stream",
+    }
+    for name, label in labels.items():
+        bench.say(f"{label}: p95 {1000 * Spread.of([one[name] for one in rounds]).value:,.0f} ms")
+
+    def share(other: str) -> Spread:
+        return Spread.of([one["interactive"] / one[other] for one in rounds])
+
+    def milliseconds(name: str) -> Spread:
+        return Spread.of([1000 * one[name] for one in rounds])
+
+    name = f"{title}: 8 documents beside a stream, p95"
     return [
-        Figure(f"{title}, priority / none", Spread.of([one / other for one, other in pairs]), "x", 0.2, False),
-        Figure(f"{title}, priority / fair share", Spread.of([one / other for one, other in shares]), "x", None, False),
-        Figure(f"{title}, with priority", Spread.of([1000 * one for one in by_side["interactive"]]), "ms", None, False),
-        Figure(f"{title}, idle server", Spread.of([1000 * one for one in by_side["alone"]]), "ms", None, False),
+        Figure(f"{name}, priority / none", share("queued"), "x", 0.2, False),
+        Figure(f"{name}, priority / fair share", share("fair"), "x", None, False),
+        Figure(f"{name}, with priority", milliseconds("interactive"), "ms", None, False),
+        Figure(f"{name}, idle server", milliseconds("alone"), "ms", None, False),
     ]
 
 

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import LogLocator, NullLocator
 from rich import box
 from rich.table import Table
 
 from benchmarks.rounds import Spread
+
+_WIDEST = 8.0  # the greatest multiple of a target that the plot shows
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,36 +82,35 @@ def draw(path: Path, figures: Sequence[Figure]) -> None:
     aimed = [figure for figure in figures if figure.target]
     canvas = Canvas(figsize=(11, 0.42 * len(aimed) + 1.4), layout="constrained")
     axes = canvas.subplots()
-    for place, figure in enumerate(aimed):
-        value, low, high = sorted(_of_target(figure, one) for one in _values(figure))[1], *_ends(figure)
-        color = "tab:green" if figure.reached else "tab:red"
-        axes.barh(place, value, height=0.6, color=color, alpha=0.75)
-        axes.plot([low, high], [place, place], color="black", linewidth=1.2)
-        label = f"{_short(figure.spread.value)} (target {_short(figure.target or 0)} {figure.unit})"
-        axes.annotate(label, (max(value, high), place), xytext=(6, 0), textcoords="offset points", va="center")
-    axes.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
     axes.set_xscale("log")
+    for place, figure in enumerate(aimed):
+        spread = figure.spread
+        low, value, high = (_of_target(figure, one) for one in (spread.low, spread.value, spread.high))
+        # From 1, so that a bar's direction says whether the target is reached.
+        axes.barh(place, value - 1, left=1, height=0.6, color="tab:green" if figure.reached else "tab:red", alpha=0.75)
+        axes.plot([low, high], [place, place], color="black", linewidth=1.2)
+        label = f"{_short(spread.value)} (target {_short(figure.target or 0)} {figure.unit})"
+        axes.annotate(
+            label, (max(1.0, value, low, high), place), xytext=(6, 0), textcoords="offset points", va="center"
+        )
+    axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(aimed)), [figure.name for figure in aimed])
     axes.invert_yaxis()
-    axes.margins(x=0.25)
+    left, right = axes.get_xlim()
+    axes.set_xlim(min(left, 0.5), max(2.0, right) * 2.5)
+    axes.xaxis.set_major_locator(LogLocator(base=2))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("as a multiple of the target, right is better; the line is the spread over the rounds")
     axes.spines[["top", "right"]].set_visible(False)
     canvas.savefig(path, dpi=120)
 
 
-def _values(figure: Figure) -> tuple[float, float, float]:
-    return figure.spread.low, figure.spread.value, figure.spread.high
-
-
-def _ends(figure: Figure) -> tuple[float, float]:
-    ends = [_of_target(figure, one) for one in _values(figure)]
-    return min(ends), max(ends)
-
-
 def _of_target(figure: Figure, value: float) -> float:
+    """How often a value reaches the target, within bounds that a plot can show."""
     assert figure.target
-    share = max(value, 1e-9) / figure.target
-    return share if figure.higher_is_better else 1 / share
+    share = max(value / figure.target, 1 / _WIDEST)
+    return min(share, _WIDEST) if figure.higher_is_better else 1 / share
 
 
 def _short(value: float) -> str:

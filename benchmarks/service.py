@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from transformers.utils import logging
@@ -31,8 +32,7 @@ PARTS: dict[str, Callable[[Bench], list[Figure]]] = {
     "instant": overhead.instant_engine,
     "once": overhead.once_per_text,
     "causal": causal.prefix_cache,
-    "priority-torch": partial(latency.priority, engine="torch"),
-    "priority-vllm": partial(latency.priority, engine="vllm"),
+    "priority": latency.with_torch,
 }
 """What can be measured alone."""
 
@@ -68,7 +68,8 @@ def run(
     began = time.monotonic()
     figures: list[Figure] = []
     machine = Machine.here()
-    logging.disable_progress_bar()
+    silence: Any = logging.disable_progress_bar
+    silence()
     corpus = Corpus()
     with tempfile.TemporaryDirectory(prefix="reranker-bench-") as directory:
         paths = build_models(Path(directory), machine, corpus, names)

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from .engines.base import Engine, TokenSequence
 from .metrics import Metrics
 
-
 # For an engine that pads: one that runs and the next one. What comes meanwhile gathers for a full batch.
 _PADDED_BATCHES = 2
 
