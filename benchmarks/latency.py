@@ -145,6 +145,7 @@ def beside_a_stream(bench: Bench, server: Child, title: str) -> list[Figure]:
 
 async def _measure(bench: Bench, address: str, probes: int) -> list[dict[str, float]]:
     rounds: list[dict[str, float]] = []
+    asyncio.get_running_loop().set_exception_handler(_on_loop_error)
     async with aio.insecure_channel(address) as channel:
         stub: Any = rpc.RerankerServiceStub(channel)
 
@@ -174,6 +175,12 @@ async def _measure(bench: Bench, address: str, probes: int) -> list[dict[str, fl
                 await asyncio.wait({running})
             rounds.append(found)
     return rounds
+
+
+def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    # gRPC wakes any loop of the process for late news of clients whose loop is closed.
+    if str(context.get("exception")) != "Event loop is closed":
+        loop.default_exception_handler(context)
 
 
 async def _queued(bench: Bench, saturation: Saturation, probes: int) -> float:

@@ -168,7 +168,10 @@ class Scheduler:
         while (batch := self._next()) is not None:
             self.running += len(batch)
             self._batches += 1
-            batch.task = asyncio.create_task(self._engine.run(list(chain.from_iterable(batch.sequences))))
+            # Sequences of one job are made as the engine reads them.
+            alone = len(batch.sequences) == 1
+            sequences = batch.sequences[0] if alone else list(chain.from_iterable(batch.sequences))
+            batch.task = asyncio.create_task(self._engine.run(sequences))
             # A callback, not code around the call: it comes also for a task that is cancelled before it begins.
             batch.task.add_done_callback(partial(self._finished, batch))
 
