@@ -76,17 +76,10 @@ class Claim:
 
 
 class ScoreCache:
-    """Raw scores by scope, query and document, bounded in bytes; lives on one event loop.
-
-    Attributes:
-        known_pairs: Pairs found so far.
-        unknown_pairs: Pairs looked for in vain so far, those being scored already included.
-    """
+    """Raw scores by scope, query and document, bounded in bytes; lives on one event loop."""
 
     def __init__(self, max_bytes: int) -> None:
         """Make an empty cache whose rows take up at most ``max_bytes``, roughly."""
-        self.known_pairs = 0
-        self.unknown_pairs = 0
         self._rows: LRUCache[RowKey, _Row] = LRUCache(max_bytes, getsizeof=_Row.size)
         # Rows with pairs in flight: found here even if they have left the cache meanwhile.
         self._active: dict[RowKey, _Row] = {}
@@ -145,8 +138,6 @@ class ScoreCache:
         claim.known = np.flatnonzero(~np.isnan(scores))
         claim.mine = np.array(mine, dtype=np.intp)
         claim.waiting = np.array(waiting, dtype=np.intp)
-        self.known_pairs += len(claim.known)
-        self.unknown_pairs += len(scores) - len(claim.known)
         return claim
 
     def settle(self, claim: Claim, scores: NDArray[np.float32] | None) -> None:
