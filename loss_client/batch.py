@@ -55,9 +55,7 @@ async def _score(job: Job, chunk: Chunk, channels: Channels, patience: Patience)
 
     scores, response = await channels.call(lambda stub: stub.RerankBatch, request, patience, read)
     patience.progress()
-    row_begin, row_end, column_begin, column_end = chunk
-    block = scores.reshape(row_end - row_begin, column_end - column_begin)
-    job.matrix.put(slice(row_begin, row_end), slice(column_begin, column_end), block)
+    job.take(chunk, scores)
     for item in response.items:
         job.matrix.usage.add(item.response.usage)
 

@@ -127,9 +127,9 @@ def _panel_chunks(top: int, bottom: int, left: int, right: int, pairs: int) -> I
 
 
 def list_chunks(count: int, pairs: int) -> Iterator[Chunk]:
-    """Cut one row of ``count`` pairs into pieces of at most ``pairs``."""
+    """Cut a list of ``count`` pairs, each a row of one column, into pieces of at most ``pairs``."""
     for begin in range(0, count, pairs):
-        yield Chunk(0, 1, begin, min(begin + pairs, count))
+        yield Chunk(begin, min(begin + pairs, count), 0, 1)
 
 
 def panel_shape(

@@ -18,6 +18,7 @@ from loss_client.channels import Channels, Patience
 from loss_client.chunks import TextTable, distinct
 from loss_client.endpoints import ChannelSettings
 from loss_client.errors import ClientClosedError, ScoreError
+from loss_client.memory import ScoreMemory
 from loss_client.scores import ScoreMatrix, ScoreType
 from loss_client.stream import Job, run_job
 from loss_client.targets import parse_targets
@@ -67,6 +68,8 @@ class RerankerClient:
         timeout: Seconds that a call may take, or a job may go without a score, reconnecting included.
         metadata: Pairs of key (lower case) and value, sent with every call.
         root_certificates: PEM bytes of the authorities that TLS trusts. Default: gRPC's own.
+        remembered_pairs: How many scores of listed pairs (``score_pairs``, ``stream_pairs``) the client keeps, for
+            pairs that come again; about 300 bytes each. 0: none.
 
     Raises:
         ValueError: A target has none of the right forms, or an argument is out of range.
@@ -79,12 +82,17 @@ class RerankerClient:
         timeout: float = 60.0,
         metadata: Sequence[tuple[str, str]] = (),
         root_certificates: bytes | None = None,
+        remembered_pairs: int = 1 << 18,
     ) -> None:
         targets = parse_targets(target)
         if root_certificates is not None and not any(each.secure for each in targets):
             raise ValueError("root_certificates are given but no target uses TLS: write it as 'grpcs://host:port'")
         self._timeout = _positive("timeout", timeout)
         self._settings = ChannelSettings(targets, tuple((key, value) for key, value in metadata), root_certificates)
+        if remembered_pairs < 0:
+            raise ValueError(f"remembered_pairs is {remembered_pairs}; it has to be 0 or more")
+        self._remembered_pairs = remembered_pairs
+        self._memory = ScoreMemory(remembered_pairs)
         self._background = Background(self._settings)
         self._finalizer = weakref.finalize(self, self._background.close)
 
@@ -147,18 +155,76 @@ class RerankerClient:
         Raises:
             RerankerError: The job failed.
         """
+        every = range(len(pairs))
+        matrix = self.stream_pairs(
+            *([query for query, _ in pairs], [document for _, document in pairs], every, every),
+            instruction=instruction,
+            max_length=max_length,
+            score_type=score_type,
+            chunk_pairs=chunk_pairs,
+            priority=priority,
+            timeout=timeout,
+        )
+        return self._finish(matrix)[:, 0]
+
+    def stream_pairs(
+        self,
+        queries: Sequence[str],
+        documents: Sequence[str],
+        query_ids: Sequence[int] | NDArray[np.integer[Any]],
+        document_ids: Sequence[int] | NDArray[np.integer[Any]],
+        *,
+        instruction: str | None = None,
+        max_length: int | None = None,
+        score_type: ScoreType = "probability",
+        chunk_pairs: int = 128,
+        priority: Priority = "bulk",
+        timeout: float | None = None,
+    ) -> ScoreMatrix:
+        """Begin to score some pairs of queries and documents, and return at once.
+
+        Equal pairs are scored once, and pairs that this client had scored before are not asked for again, as long as
+        the same model is served.
+
+        Args:
+            queries: The queries.
+            documents: The documents.
+            query_ids: For each of the n pairs the position of its query.
+            document_ids: For each of the n pairs the position of its document.
+            instruction: See the class.
+            max_length: See the class.
+            score_type: See the class.
+            chunk_pairs: Most pairs of a message.
+            priority: What the server is told of the job's urgency.
+            timeout: See the class.
+
+        Returns:
+            The scores, shape ``(n, 1)``: a row for each pair, readable as it arrives. Pairs of one query are scored
+            together, queries in order of their first pair.
+
+        Raises:
+            IndexError: A pair names a query or document that there is not.
+        """
         table = TextTable()
-        queries = table.add([query for query, _ in pairs], "queries")
-        documents = table.add([document for _, document in pairs], "documents")
-        # Sorted by query, so that pairs that share a query reach the model next to each other.
+        query_texts = table.add(queries, "queries")[_positions("query_ids", query_ids, len(queries))]
+        document_texts = table.add(documents, "documents")[_positions("document_ids", document_ids, len(documents))]
+        if len(query_texts) != len(document_texts):
+            raise ValueError(
+                f"{len(query_texts)} query_ids and {len(document_texts)} document_ids: each pair needs both"
+            )
         texts = max(len(table.texts), 1)
-        codes, positions = np.unique(queries * texts + documents, return_inverse=True)
-        matrix = self._begin(
-            table, codes // texts, codes % texts, (1, len(codes)), _options(instruction, max_length, score_type),
-            priority, chunk_pairs, timeout, grid=False,
+        codes, row_ids = distinct(query_texts * texts + document_texts)
+        # Pairs that share a query reach the model next to each other.
+        order = _grouped(codes // texts)
+        codes = codes[order]
+        if row_ids is None:
+            row_ids = np.arange(len(order))
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        return self._begin(
+            table, codes // texts, codes % texts, (len(query_texts), 1), _options(instruction, max_length, score_type),
+            priority, chunk_pairs, timeout, grid=False, row_ids=place[row_ids],
         )  # fmt: skip
-        scores: NDArray[np.float32] = self._finish(matrix)[0, positions.reshape(-1)]
-        return scores
 
     def score_grid(
         self,
@@ -250,7 +316,7 @@ class RerankerClient:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A thread and sockets cannot travel: a copy connects by itself.
-        return _rebuild, (self._settings, self._timeout)
+        return _rebuild, (self._settings, self._timeout, self._remembered_pairs)
 
     def _begin(
         self,
@@ -273,7 +339,8 @@ class RerankerClient:
             raise ValueError(f"chunk_pairs is {chunk_pairs}; it has to be 1 or more")
         seconds = self._timeout if timeout is None else _positive("timeout", timeout)
         matrix = ScoreMatrix(shape, row_ids=row_ids, column_ids=column_ids, on_cancel=lambda: future.cancel())
-        job = Job(table, queries, documents, grid, matrix, options, _PRIORITIES[priority], chunk_pairs, seconds)
+        level = _PRIORITIES[priority]
+        job = Job(table, queries, documents, grid, matrix, options, level, chunk_pairs, seconds, self._memory)
         future = self._background.submit(lambda channels: self._run(job, channels))
         return matrix
 
@@ -314,13 +381,27 @@ class RerankerClient:
             raise
 
 
-def _rebuild(settings: ChannelSettings, timeout: float) -> RerankerClient:
+def _rebuild(settings: ChannelSettings, timeout: float, remembered_pairs: int) -> RerankerClient:
     return RerankerClient(
         [str(target) for target in settings.targets],
         timeout=timeout,
         metadata=settings.metadata,
         root_certificates=settings.root_certificates,
+        remembered_pairs=remembered_pairs,
     )
+
+
+def _positions(name: str, ids: Sequence[int] | NDArray[np.integer[Any]], count: int) -> NDArray[np.int64]:
+    positions = np.asarray(ids, dtype=np.int64).reshape(-1)
+    if len(positions) and not 0 <= positions.min() <= positions.max() < count:
+        raise IndexError(f"{name} reach from {positions.min()} to {positions.max()}, but there are {count} texts")
+    return positions
+
+
+def _grouped(values: NDArray[np.int64]) -> NDArray[np.intp]:
+    """An order that puts equal values next to each other, in order of first appearance."""
+    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+    return np.argsort(first[inverse.reshape(-1)], kind="stable")
 
 
 def _ranking(response: pb.RerankResponse, documents: int) -> list[RankedDocument]:

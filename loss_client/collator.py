@@ -1,14 +1,19 @@
-"""The data collator that hands the dataset's own texts to the loss, beside the tokenized ones."""
+"""The data collator that hands the dataset's own texts to the loss, and has them scored a batch ahead."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from sentence_transformers.sentence_transformer.modules import Router
+from torch import nn
 
+from loss_client.filtering import FilterStep
+from loss_client.loss import RerankerCachedGISTEmbedLoss
+from loss_client.prefetch import TICKET, Ticket, register
 from loss_client.texts import RAW_TEXT
 
 
@@ -19,6 +24,10 @@ class RerankerDataCollator(SentenceTransformerDataCollator):
     The texts, before any prompt, are in the batch as a list of strings under ``"{column}_raw_text"``, from where the
     trainer passes them to the loss. They travel from loader workers as they are.
 
+    A collator that is given the loss begins to have each batch scored while it is made, which is one batch ahead of
+    training: the scores have a whole step to arrive. With loader workers that begins where the batch arrives in the
+    process that trains. Batches that are never trained on have their scoring cancelled.
+
     A trainer fills in prompts, router mapping and lengths for its own collator only, so that one made by hand must be
     given those of the training arguments. :meth:`for_training` does that.
 
@@ -28,17 +37,34 @@ class RerankerDataCollator(SentenceTransformerDataCollator):
         router_mapping: As in the training arguments.
         prompts: As in the training arguments. They go before what the model reads, not what the reranker reads.
         max_length: As in the training arguments, where they have one.
+        loss: The loss that the batches are for, or several by dataset name, as the trainer has them: a
+            ``RerankerCachedGISTEmbedLoss``, or a loss around one. Default: nothing is scored ahead.
+        instructions: What the reranker is told, by dataset name, where datasets differ in that. Default, and for
+            datasets that are not named: the loss's own instruction.
     """
+
+    loss: nn.Module | Mapping[str, nn.Module] | None = None
+    instructions: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Copies, in a loader's workers, keep the name, by which their batches find this one.
+        self._name = register(self)
 
     @classmethod
     def for_training(
-        cls, model: SentenceTransformer, args: SentenceTransformerTrainingArguments | None = None
+        cls,
+        model: SentenceTransformer,
+        args: SentenceTransformerTrainingArguments | None = None,
+        loss: nn.Module | Mapping[str, nn.Module] | None = None,
+        instructions: Mapping[str, str] | None = None,
     ) -> RerankerDataCollator:
-        """Make the collator that a trainer with this model and these arguments needs.
+        """Make the collator that a trainer with this model, these arguments and this loss needs.
 
         Args:
             model: The model to train.
             args: The trainer's arguments; ``None`` if the trainer gets none.
+            loss: See the class.
+            instructions: See the class.
 
         Raises:
             ValueError: The model has a Router, but the arguments have no ``router_mapping``.
@@ -54,6 +80,8 @@ class RerankerDataCollator(SentenceTransformerDataCollator):
             router_mapping=router_mapping,
             prompts=getattr(args, "prompts", None),
             max_length=getattr(args, "max_length", None),
+            loss=loss,
+            instructions=instructions or {},
         )
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
@@ -71,7 +99,28 @@ class RerankerDataCollator(SentenceTransformerDataCollator):
         texts = {name: self._texts(name, features) for name in self._text_columns(features)}
         batch: dict[str, Any] = super().__call__(features)
         batch.update({f"{name}_{RAW_TEXT}": column for name, column in texts.items()})
+        if texts and (self.loss is not None or self.instructions):
+            dataset = features[0].get("dataset_name")
+            ticket = Ticket(self._name, list(texts.values()), dataset, self.instructions.get(dataset or ""))
+            batch[f"{next(iter(texts))}_{TICKET}"] = ticket
         return batch
+
+    def begin(
+        self, columns: Sequence[Sequence[str]], dataset: str | None, instruction: str | None
+    ) -> FilterStep | None:
+        """Begin to have a batch scored; ``None`` if there is no loss for it that would need it.
+
+        Args:
+            columns: The texts by column.
+            dataset: Name of the dataset that the batch is from, where there are several.
+            instruction: What the reranker is told. Default: the loss's own.
+        """
+        loss = self.loss.get(dataset or "") if isinstance(self.loss, Mapping) else self.loss
+        parts = loss.modules() if loss is not None else ()
+        inner = next((part for part in parts if isinstance(part, RerankerCachedGISTEmbedLoss)), None)
+        if inner is None or len(columns) < 2:
+            return None
+        return inner.begin(columns, instruction)
 
     def _text_columns(self, features: list[dict[str, Any]]) -> list[str]:
         names = [name for name in features[0] if name != "dataset_name"] if features else []

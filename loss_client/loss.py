@@ -14,7 +14,8 @@ Steps (2) and (4) are ``CachedLossMixin``'s; the scores travel through it as ``l
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -25,11 +26,22 @@ from torch.nn import functional
 from tqdm import trange  # type: ignore[import-untyped]
 
 from loss_client.arguments import check_choice, check_margin, check_positive, describe_reranker
+from loss_client.candidates import Candidates, CandidateStep
 from loss_client.client import RerankerClient
+from loss_client.filtering import (
+    ContrastFilter,
+    FilterSettings,
+    FilterStep,
+    GridClient,
+    LossStatistics,
+    OnError,
+    ScoreRows,
+)
 from loss_client.gather import gather_embeddings
 from loss_client.masking import MarginStrategy
+from loss_client.prefetch import TICKET, Ticket
 from loss_client.scores import ScoreType
-from loss_client.step import ContrastFilter, FilterSettings, GridClient, LossStatistics, ScoreRows, ScoringStep
+from loss_client.step import GridStep
 from loss_client.texts import RAW_TEXT, decode, tokenizer_of
 
 logger = logging.getLogger(__name__)
@@ -80,6 +92,14 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             A row's pair with itself or with an equal text is dropped in any case.
         gather_across_devices: Whether the documents of all devices are candidates for each device's anchors. Texts and
             embeddings are gathered; each device has its own anchors scored.
+        candidates: ``"all"``: every pair is scored. ``"mass"``: only the candidates that the model finds similar enough
+            to matter, until those without a score hold at most ``epsilon`` of each softmax denominator. The loss is
+            then above the full one by at most ``-log(1 - epsilon)``. See ``docs/training.md`` for when this pays.
+        epsilon: See ``candidates``.
+        max_candidates: With ``candidates="mass"``, the most candidates of an anchor to have scored, beside its
+            positive. The bound does not hold for anchors that would need more; they are counted. Default: no limit.
+        on_error: ``"raise"``: a step whose scores cannot be had fails. ``"unfiltered"``: it is trained on without
+            the filter, counted, and warned of.
 
     Raises:
         ValueError: An argument, or a batch, that cannot work. The message says why.
@@ -166,6 +186,10 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         contrast_positives: bool = False,
         contrast_filter: ContrastFilter = "known",
         gather_across_devices: bool = False,
+        candidates: Candidates = "all",
+        epsilon: float = 1e-3,
+        max_candidates: int | None = None,
+        on_error: OnError = "raise",
     ) -> None:
         super().__init__()
         if has_static_embedding_input(model):
@@ -176,8 +200,13 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         check_choice("margin_strategy", margin_strategy, get_args(MarginStrategy))
         check_choice("score_type", score_type, get_args(ScoreType))
         check_choice("contrast_filter", contrast_filter, get_args(ContrastFilter))
+        check_choice("candidates", candidates, get_args(Candidates))
+        check_choice("on_error", on_error, get_args(OnError))
         check_margin(margin, margin_strategy, score_type)
+        if not 0 < epsilon < 1:
+            raise ValueError(f"epsilon must be between 0 and 1, not {epsilon!r}.")
         check_positive(
+            max_candidates=max_candidates,
             temperature=temperature,
             mini_batch_size=mini_batch_size,
             mini_batch_num_tokens=mini_batch_num_tokens,
@@ -201,11 +230,16 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         self.contrast_positives = contrast_positives
         self.contrast_filter = contrast_filter
         self.gather_across_devices = gather_across_devices
+        self.candidates = candidates
+        self.epsilon = epsilon
+        self.max_candidates = max_candidates
+        self.on_error = on_error
         self.statistics = LossStatistics()
         # Connects at first use; a copy of it, or a pickle, connects by itself.
         self._client = reranker_url if isinstance(reranker_url, GridClient) else RerankerClient(reranker_url)
         self._described = describe_reranker(reranker_url)
         self._warned_of_decoding = False
+        self._steps_to_next_warning = 1
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         """Compute the loss of one batch.
@@ -224,14 +258,16 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         """
         # Copies, because texts do not go into the model, and the batch stays the caller's.
         features = [dict(column) for column in sentence_features]
-        columns = self._take_texts(features)
-        step = self._begin(columns)
+        step = self._take(features)
         try:
+            step.settle(self._settings())
             loss: Tensor = self.forward_cached(features, step)  # type: ignore[arg-type]
         except BaseException:
             step.cancel()
             raise
         self.statistics.add(step.statistics())
+        if step.error is not None:
+            self._warn_of_unfiltered(step.error)
         return loss
 
     def calculate_loss(self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False) -> Tensor:
@@ -239,7 +275,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
 
         Args:
             reps: Embeddings by column and mini-batch, each of shape ``(mini_batch_size, dim)``.
-            labels: The step's :class:`ScoringStep`.
+            labels: The step's :class:`FilterStep`.
             with_backward: Whether to back-propagate to ``reps`` right away and return the loss detached.
 
         Returns:
@@ -247,8 +283,8 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             average over devices is the mean over all anchors, also where devices have different numbers of them.
         """
         step = labels
-        if not isinstance(step, ScoringStep):
-            raise TypeError(f"calculate_loss needs the ScoringStep that forward made, not {type(step).__name__}.")
+        if not isinstance(step, FilterStep):
+            raise TypeError(f"calculate_loss needs the FilterStep that forward made, not {type(step).__name__}.")
         size, device = step.rows.sizes[step.rows.rank], reps[0][0].device
         # Cosines are divided by a small temperature: bfloat16 has too few digits for that.
         with torch.autocast(device.type, enabled=False):
@@ -260,6 +296,8 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             # Each mini-batch goes back to these only; the rest of the way, collectives included, is gone once.
             leaves = [root.detach().requires_grad_() for root in roots] if with_backward else roots
 
+            with torch.no_grad():
+                step.select(self.mini_batch_size, lambda begin, end: self._logits(leaves, step, begin, end))
             total = torch.zeros((), device=device)
             for begin in trange(
                 0, size, self.mini_batch_size, desc="Calculating loss", disable=not self.show_progress_bar
@@ -274,41 +312,89 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
                 torch.autograd.backward(roots, [leaf.grad for leaf in leaves])
         return total
 
-    def _rows_loss(self, embeddings: list[Tensor], step: ScoringStep, begin: int, end: int) -> Tensor:
+    def _rows_loss(self, embeddings: list[Tensor], step: FilterStep, begin: int, end: int) -> Tensor:
         """The summed loss of the anchors from ``begin`` to ``end``; ``embeddings`` as ``calculate_loss`` lists them."""
+        logits = self._logits(embeddings, step, begin, end)
+        own = torch.arange(begin, end, device=logits.device) + step.rows.offset
+        mask = torch.from_numpy(step.mask(begin, end)).to(logits.device)
+        step.observe(begin, end, logits.detach())
+        return functional.cross_entropy(logits.masked_fill(mask, -torch.inf), own, reduction="sum")
+
+    def _logits(self, embeddings: list[Tensor], step: FilterStep, begin: int, end: int) -> Tensor:
+        """Similarities of some anchors and their candidates over the temperature, ``(end - begin, candidates)``."""
         anchors, positives, *others = embeddings
-        own = torch.arange(begin, end, device=anchors.device) + step.rows.offset
         rows = anchors[begin:end]  # (mini_batch_size, dim)
         blocks = [rows @ positives.T]
         if self.contrast_anchors:
             blocks.append(rows @ others.pop().T)
         if self.contrast_positives:
-            blocks.append(positives[own] @ positives.T)
+            offset = step.rows.offset
+            blocks.append(positives[begin + offset : end + offset] @ positives.T)
         blocks.extend(rows @ negatives.T for negatives in others)
-        logits = torch.cat(blocks, dim=1) / self.temperature  # (mini_batch_size, candidates)
-        mask = torch.from_numpy(step.mask(begin, end)).to(anchors.device)
-        return functional.cross_entropy(logits.masked_fill(mask, -torch.inf), own, reduction="sum")
+        return torch.cat(blocks, dim=1) / self.temperature
 
-    def _begin(self, columns: list[list[str]]) -> ScoringStep:
-        settings = FilterSettings(
+    def begin(self, columns: Sequence[Sequence[str]], instruction: str | None = None) -> FilterStep:
+        """Begin to score a batch, for a ``forward`` that follows later; the collator does this a batch ahead.
+
+        Args:
+            columns: The texts by column, anchors first, then positives, then any number of negatives.
+            instruction: The task in words. Default: the loss's own.
+
+        Returns:
+            What ``forward`` needs; ``cancel()`` it if it will not be used.
+        """
+        ask = partial(self._ask, instruction=instruction or self.instruction)
+        step: FilterStep
+        if self.candidates == "mass":
+            pairs = partial(ask, self._client.stream_pairs)
+            step = CandidateStep(columns, self.epsilon, self.max_candidates, pairs)
+        else:
+            scored = self.contrast_filter == "scores"
+            contrast = (scored and self.contrast_anchors, scored and self.contrast_positives)
+            step = GridStep(columns, contrast, partial(ask, self._client.stream_grid))
+        step.source = self._source()
+        return step
+
+    def _source(self) -> Hashable:
+        """What a step begun earlier has to have been begun with to be of use now."""
+        return (
+            *(id(self._client), self.instruction, self.max_length, self.score_type),
+            *(self.candidates, self.epsilon, self.max_candidates),
+            *(self.contrast_anchors, self.contrast_positives, self.contrast_filter),
+        )
+
+    def _settings(self) -> FilterSettings:
+        check_margin(self.margin, self.margin_strategy, self.score_type)  # a schedule may have changed it
+        return FilterSettings(
             margin_strategy=self.margin_strategy,
             margin=self.margin,
             contrast_anchors=self.contrast_anchors,
             contrast_positives=self.contrast_positives,
             contrast_filter=self.contrast_filter,
+            gather=self.gather_across_devices,
+            on_error=self.on_error,
         )
-        return ScoringStep(columns, settings, self._ask, gather=self.gather_across_devices)
 
-    def _ask(self, queries: Sequence[str], documents: Sequence[str]) -> ScoreRows:
-        return self._client.stream_grid(
-            queries,
-            documents,
-            instruction=self.instruction,
+    def _ask(self, begin_job: Callable[..., ScoreRows], *texts_and_ids: Any, instruction: str | None) -> ScoreRows:
+        return begin_job(
+            *texts_and_ids,
+            instruction=instruction,
             max_length=self.max_length,
             score_type=self.score_type,
             chunk_pairs=self.reranker_batch_size,
             timeout=self.timeout,
         )
+
+    def _take(self, features: list[dict[str, Any]]) -> FilterStep:
+        """Remove what is not for the model from the features, and return the scoring of the batch, under way."""
+        ticket: Ticket | None = features[0].pop(TICKET, None) if features else None
+        columns = self._take_texts(features)
+        begun = None if ticket is None else ticket.take()
+        if begun is not None and begun.source == self._source():
+            return begun
+        if begun is not None:
+            begun.cancel()
+        return self.begin(columns, None if ticket is None else ticket.instruction)
 
     def _take_texts(self, features: list[dict[str, Any]]) -> list[list[str]]:
         """Remove each column's texts from its features, or decode them, and check that the columns fit together."""
@@ -343,6 +429,18 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             texts[0][:200],
         )
 
+    def _warn_of_unfiltered(self, error: Exception) -> None:
+        """Warn at the 1st, 2nd, 4th, 8th step and so on that had to do without scores."""
+        count = self.statistics.unfiltered_steps
+        if count < self._steps_to_next_warning:
+            return
+        self._steps_to_next_warning = 2 * count
+        logger.warning(
+            "No scores for %d of %d steps so far: these are trained on without the filter (on_error='unfiltered'). "
+            "The next warning comes after as many again. The last error: %s",
+            *(count, self.statistics.steps, error),
+        )
+
     def get_config_dict(self) -> dict[str, Any]:
         """The loss's settings for the model card; addresses without credentials."""
         return {
@@ -360,6 +458,10 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             "contrast_positives": self.contrast_positives,
             "contrast_filter": self.contrast_filter,
             "gather_across_devices": self.gather_across_devices,
+            "candidates": self.candidates,
+            "epsilon": self.epsilon,
+            "max_candidates": self.max_candidates,
+            "on_error": self.on_error,
         }
 
     @property

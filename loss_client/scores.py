@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +20,9 @@ ScoreType = Literal["probability", "raw"]
 
 Positions = slice | Sequence[int] | NDArray[np.integer[Any]]
 
+# Scores of one block of rows: rows are given back in blocks, so that a matrix need never be in memory as a whole.
+_BLOCK_SCORES = 1 << 16
+
 
 @dataclass(slots=True)
 class ScoreUsage:
@@ -28,6 +31,7 @@ class ScoreUsage:
     Attributes:
         pairs: Pairs whose scores have arrived.
         cached_pairs: Of these, pairs whose score the server had in its cache.
+        remembered_pairs: Of these, pairs whose score the client had from an earlier job; the server was not asked.
         shared_pairs: Of these, pairs that shared the score of an identical pair in the server.
         truncated_pairs: Of these, pairs with a text that was cut to fit the length limit.
         tokens: Tokens given to the model.
@@ -36,6 +40,7 @@ class ScoreUsage:
 
     pairs: int = 0
     cached_pairs: int = 0
+    remembered_pairs: int = 0
     shared_pairs: int = 0
     truncated_pairs: int = 0
     tokens: int = 0
@@ -53,7 +58,8 @@ class ScoreUsage:
 class ScoreMatrix:
     """A matrix of scores, shape ``(Q, D)``, float32, that another thread fills block by block.
 
-    Readers block until the rows that they ask for are complete, and no longer. Any number of threads may read.
+    Readers block until the rows that they ask for are complete, and no longer. Any number of threads may read. Rows
+    that nobody needs any more can be given back with ``release``.
 
     Args:
         shape: ``(Q, D)``: queries, documents.
@@ -83,7 +89,10 @@ class ScoreMatrix:
         self._column_ids = column_ids
         rows = shape[0] if row_ids is None else int(row_ids.max(initial=-1)) + 1
         columns = shape[1] if column_ids is None else int(column_ids.max(initial=-1)) + 1
-        self._scores = np.empty((rows, columns), dtype=np.float32)
+        self._columns = columns
+        self._height = max(1, _BLOCK_SCORES // max(columns, 1))  # rows of a block
+        self._blocks: dict[int, NDArray[np.float32]] = {}  # by number; made when the first score of one arrives
+        self._held = np.ones(rows, dtype=np.bool_)  # stored rows that have not been released
         self._missing = np.full(rows, columns, dtype=np.int64)  # scores that each stored row waits for
         self._rows_missing = rows if columns else 0
         self._error: BaseException | None = None
@@ -108,9 +117,25 @@ class ScoreMatrix:
             raise IndexError(f"rows {begin} to {end} of a matrix with {self.shape[0]} rows")
         stored: Positions = slice(begin, end) if self._row_ids is None else self._row_ids[begin:end]
         self._wait(lambda: not self._missing[stored].any(), timeout, f"rows {begin} to {end}")
-        block = self._scores[stored]
-        # Callers may write into what they get: never hand out the store itself.
-        return block.copy() if self._column_ids is None else block[:, self._column_ids]
+        with self._changed:
+            if not self._held[stored].all():
+                raise IndexError(f"rows {begin} to {end} of the scores were released")
+            block = self._read(stored)
+        return block if self._column_ids is None else block[:, self._column_ids]
+
+    def release(self, begin: int, end: int) -> None:
+        """Give back rows that nobody will read again, and with them those that share their scores.
+
+        Args:
+            begin: First row.
+            end: One past the last row.
+        """
+        with self._changed:
+            stored = np.unique(np.arange(begin, end) if self._row_ids is None else self._row_ids[begin:end])
+            self._held[stored] = False
+            for number in np.unique(stored // self._height).tolist():
+                if not self._held[number * self._height : (number + 1) * self._height].any():
+                    self._blocks.pop(number, None)
 
     def result(self, timeout: float | None = None) -> NDArray[np.float32]:
         """Return the whole matrix, shape ``(Q, D)``, once it is complete. Raises what ``rows`` raises."""
@@ -126,35 +151,55 @@ class ScoreMatrix:
         if ended and self._on_cancel and os.getpid() == self._process:
             self._on_cancel()
 
-    def put(self, rows: Positions, columns: Positions, block: NDArray[np.float32]) -> None:
+    def put(self, rows: Positions, columns: slice, block: NDArray[np.float32]) -> None:
         """Fill in scores that have arrived.
 
         Args:
             rows: Stored rows, a slice with both ends or distinct positions.
-            columns: Stored columns, likewise.
+            columns: Stored columns, a slice with both ends.
             block: The scores, shape ``(rows, columns)``.
 
         Raises:
             ValueError: The block has another shape, or some score was there already.
         """
-        if not isinstance(rows, slice):
-            rows = np.asarray(rows)[:, None]
+        positions = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else np.asarray(rows)
         with self._changed:
             if self._error is not None or block.size == 0:
                 return
-            target = self._scores[rows, columns]
-            if target.shape != block.shape:
-                raise ValueError(f"a block of shape {block.shape} for scores of shape {target.shape}")
-            self._scores[rows, columns] = block
-            flat = rows if isinstance(rows, slice) else rows[:, 0]
-            missing = self._missing[flat] - block.shape[1]
-            self._missing[flat] = missing
+            if block.shape != (len(positions), columns.stop - columns.start):
+                wanted = (len(positions), columns.stop - columns.start)
+                raise ValueError(f"a block of shape {block.shape} for scores of shape {wanted}")
+            for number, lines in self._by_block(positions):
+                if number not in self._blocks:
+                    height = min(self._height, len(self._missing) - number * self._height)
+                    self._blocks[number] = np.empty((height, self._columns), dtype=np.float32)
+                self._blocks[number][positions[lines] - number * self._height, columns] = block[lines]
+            missing = self._missing[positions] - block.shape[1]
+            self._missing[positions] = missing
             fewest = missing.min(initial=1)
             if fewest < 0:
                 raise ValueError("a block holds scores that were there already")
             if fewest == 0:
                 self._rows_missing -= len(missing) - int(np.count_nonzero(missing))
                 self._changed.notify_all()
+
+    def _read(self, stored: Positions) -> NDArray[np.float32]:
+        """A copy of stored rows that are complete: callers may write into what they get."""
+        positions = np.arange(stored.start, stored.stop) if isinstance(stored, slice) else np.asarray(stored)
+        found = np.empty((len(positions), self._columns), dtype=np.float32)
+        if found.size:
+            for number, lines in self._by_block(positions):
+                found[lines] = self._blocks[number][positions[lines] - number * self._height]
+        return found
+
+    def _by_block(self, positions: NDArray[np.integer[Any]]) -> Iterator[tuple[int, slice | NDArray[np.bool_]]]:
+        """The numbers of the blocks that hold some rows, each with which of the rows it holds."""
+        numbers = positions // self._height
+        if (numbers == numbers[0]).all():
+            yield int(numbers[0]), slice(0, len(positions))
+            return
+        for number in np.unique(numbers).tolist():
+            yield number, numbers == number
 
     def fail(self, error: BaseException) -> bool:
         """End the job: whoever waits for missing scores gets ``error``. Returns False where it had ended before."""

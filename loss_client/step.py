@@ -1,217 +1,187 @@
-"""What one forward pass of the loss knows of the reranker: the scores on their way, and the masks made from them.
-
-A step is begun before the model embeds anything and travels through the gradient cache as its ``labels``, so that no
-part of it lives on the loss: several forward passes may be under way at a time.
-"""
+"""A batch of which every pair is scored: the job begins with the texts, and rows are given back once they are used."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Literal, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from loss_client.gather import Rows, gather_columns, gather_flags
-from loss_client.masking import MarginStrategy, above, related, same_id, thresholds
-from loss_client.scores import ScoreType, ScoreUsage
+from loss_client.errors import RerankerError
+from loss_client.filtering import FilterStep, ScoreRows
+from loss_client.gather import gather_flags
+from loss_client.masking import above, related, same_id, thresholds
 from loss_client.texts import intern
 
-ContrastFilter = Literal["known", "scores"]
-"""What decides which pairs of anchors, and of positives, are no negatives; see ``RerankerCachedGISTEmbedLoss``."""
+_BLOCK_ROWS = 256
 
 
-class ScoreRows(Protocol):
-    """The scores of a grid of queries and documents; its rows become readable as they arrive."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Number of queries and of documents."""
-
-    @property
-    def seconds_waited(self) -> float:
-        """Seconds that readers have waited for rows so far."""
-
-    @property
-    def usage(self) -> ScoreUsage:
-        """What the scores have cost so far."""
-
-    def rows(self, begin: int, end: int) -> NDArray[np.float32]:
-        """Wait for rows ``begin`` to ``end`` and return them, shape ``(end - begin, documents)``."""
-
-    def cancel(self) -> None:
-        """Give up what has not arrived; without effect on a job that is done."""
-
-
-@runtime_checkable
-class GridClient(Protocol):
-    """What the loss needs of a client; ``RerankerClient`` is one."""
-
-    def stream_grid(
-        self,
-        queries: Sequence[str],
-        documents: Sequence[str],
-        *,
-        instruction: str | None,
-        max_length: int | None,
-        score_type: ScoreType,
-        chunk_pairs: int,
-        timeout: float | None,
-    ) -> ScoreRows:
-        """Begin to score every query with every document; returns at once."""
-
-
-class AskForScores(Protocol):
+class AskForGrid(Protocol):
     """Begins to score every query with every document; returns at once."""
 
     def __call__(self, queries: Sequence[str], documents: Sequence[str]) -> ScoreRows:
         """Begin one job."""
 
 
-@dataclass(frozen=True, slots=True)
-class FilterSettings:
-    """How scores become masks; see ``RerankerCachedGISTEmbedLoss`` for the meaning of each."""
-
-    margin_strategy: MarginStrategy
-    margin: float
-    contrast_anchors: bool
-    contrast_positives: bool
-    contrast_filter: ContrastFilter
-
-
-@dataclass(slots=True)
-class LossStatistics:
-    """What the filter did, summed over the loss's forward passes (evaluation included) since the last ``reset``.
+class _Grid:
+    """Scores of queries, one a local row, with documents that may come in several parts; equal texts are one.
 
     Attributes:
-        steps: Forward passes.
-        negatives: Documents that stood as negatives of an anchor before the filter: for each anchor all documents of
-            the batch but its own positive. Pairs of two anchors or two positives are not counted.
-        masked_negatives: Of these, how many the filter dropped.
-        pairs: Pairs of distinct texts whose score the reranker was asked for.
-        cached_pairs: Of these, how many the server had in its cache.
-        seconds_waited: Seconds that the loss waited for scores.
+        jobs: One for each part.
     """
 
-    steps: int = 0
-    negatives: int = 0
-    masked_negatives: int = 0
-    pairs: int = 0
-    cached_pairs: int = 0
-    seconds_waited: float = 0.0
+    def __init__(self, queries: Sequence[str], ask: AskForGrid) -> None:
+        interned = intern([queries])
+        self.jobs: list[ScoreRows] = []
+        self._ask = ask
+        self._queries = interned.texts
+        self._query_of = interned.ids[0]  # (local rows,)
+        self._readers = np.bincount(self._query_of)  # rows that still need each query's scores
+        self._positions: dict[str, int] = {}
 
-    def add(self, other: LossStatistics) -> None:
-        """Add the counts of ``other`` to these."""
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+    @property
+    def documents(self) -> int:
+        """How many distinct documents there are."""
+        return len(self._positions)
 
-    def reset(self) -> None:
-        """Set every count to zero."""
-        for field in fields(self):
-            setattr(self, field.name, field.default)
+    def ids(self, columns: Iterable[Sequence[str]]) -> list[NDArray[np.intp]]:
+        """Return the documents' ids by column; what is new is asked for."""
+        before = len(self._positions)
+        found = [
+            np.array([self._positions.setdefault(text, len(self._positions)) for text in column], dtype=np.intp)
+            for column in columns
+        ]
+        new = list(self._positions)[before:]
+        if new:
+            self.jobs.append(self._ask(self._queries, new))
+        return found
+
+    def read(self, rows: NDArray[np.intp]) -> NDArray[np.float32]:
+        """Wait for the scores of some local rows, shape ``(rows, documents)``."""
+        return np.concatenate([read_rows(job, self._query_of[rows]) for job in self.jobs], axis=1)
+
+    def release(self, rows: NDArray[np.intp]) -> None:
+        """Give back the scores of local rows, each once, where no other row needs them."""
+        queries = self._query_of[rows]
+        np.subtract.at(self._readers, queries, 1)
+        done = np.unique(queries[self._readers[queries] == 0])
+        for begin, end in _runs(done):
+            for job in self.jobs:
+                job.release(begin, end)
 
 
-class ScoringStep:
-    """One batch: the scores that were asked for, and the masks that follow from them.
+class GridStep(FilterStep):
+    """See :class:`FilterStep`.
 
     Args:
-        columns: This rank's texts by column, anchors first, then positives, then any number of negatives; all of one
-            length.
-        settings: How scores become masks.
+        columns: This rank's texts by column.
+        contrast: Which contrast terms are filtered by scores of their own: between anchors, between positives.
         ask: Begins a scoring job. Called at once, with each distinct text once.
-        gather: Whether the documents of all ranks are candidates.
-
-    Attributes:
-        rows: Whose rows are where among the rows of all ranks.
     """
 
-    rows: Rows
-
-    def __init__(
-        self, columns: Sequence[Sequence[str]], settings: FilterSettings, ask: AskForScores, *, gather: bool
-    ) -> None:
-        self._settings = settings
-        merged: Sequence[Sequence[str]] = columns
-        self.rows = Rows((len(columns[0]),), 0)
-        if gather:
-            merged, self.rows = gather_columns(columns)
-        anchors, documents = merged[0], merged[1:]
-        score_contrast = settings.contrast_filter == "scores"
-        # Anchors are scored as documents of anchors in the same grid: one job, and its rows come in order.
-        scored_columns = [*documents, anchors] if score_contrast and settings.contrast_anchors else documents
-
-        queries, scored = intern([columns[0]]), intern(scored_columns)
-        self._query_rows = queries.ids[0]  # (local rows,)
-        self._document_ids = scored.ids[: len(documents)]  # one (rows of all ranks,) a column
-        self._anchor_columns = scored.ids[-1]
-        self._anchor_ids = intern([anchors]).ids[0]
-        self._related: NDArray[np.bool_] | None = None
-        self._counts = LossStatistics(steps=1)
-        self._rows_counted = 0
-        self._jobs: list[ScoreRows] = []
+    def __init__(self, columns: Sequence[Sequence[str]], contrast: tuple[bool, bool], ask: AskForGrid) -> None:
+        super().__init__(columns)
+        self._contrast = contrast
+        self._grid = _Grid(columns[0], ask)
+        self._positive_grid = _Grid(columns[1], ask) if contrast[1] else None
         try:
-            self._grid = self._begin(ask, queries.texts, scored.texts)
-            self._positive_grid: ScoreRows | None = None
-            if score_contrast and settings.contrast_positives:
-                positives, all_positives = intern([columns[1]]), intern([documents[0]])
-                self._positive_rows, self._positive_columns = positives.ids[0], all_positives.ids[0]
-                self._positive_grid = self._begin(ask, positives.texts, all_positives.texts)
+            self._ask(columns)
         except BaseException:
             self.cancel()
             raise
 
-    def _begin(self, ask: AskForScores, queries: Sequence[str], documents: Sequence[str]) -> ScoreRows:
-        job = ask(queries, documents)
-        self._jobs.append(job)
-        return job
+    def _ask(self, columns: Sequence[Sequence[str]]) -> list[NDArray[np.intp]]:
+        """Have the rest of what these columns need scored; return the ids by column, anchors last if they have some."""
+        # Anchors are scored as documents of anchors in the same grid: one job, and its rows come in order.
+        documents = [*columns[1:], columns[0]] if self._contrast[0] else columns[1:]
+        try:
+            ids = self._grid.ids(documents)
+            if self._positive_grid is not None:
+                self._positive_columns = self._positive_grid.ids([columns[1]])[0]
+        finally:
+            self._jobs = [*self._grid.jobs, *(self._positive_grid.jobs if self._positive_grid else [])]
+        return ids
+
+    def _lay_out(self, merged: Sequence[Sequence[str]]) -> None:
+        ids = self._ask(merged)
+        self._document_ids = ids[: len(merged) - 1]  # one (rows of all ranks,) a column
+        self._anchor_columns = ids[-1]
+        local, documents = len(self._columns[0]), self._grid.documents
+        self._repeats = np.bincount(np.concatenate(self._document_ids), minlength=documents)
+        # One bit a score: what remains of the scores once they have been used.
+        self._decided = np.zeros(local, dtype=np.bool_)
+        self._relevant = np.zeros((local, -(-documents // 8)), dtype=np.uint8)
+        if self._positive_grid is not None:
+            self._relevant_positives = np.zeros((local, -(-self._positive_grid.documents // 8)), dtype=np.uint8)
+        self._related: NDArray[np.bool_] | None = None
+
+    def select(self, size: int, logits: Callable[[int, int], Tensor]) -> None:
+        """Nothing is left to ask for."""
+
+    def observe(self, begin: int, end: int, logits: Tensor) -> None:
+        """Nothing is to be learned from logits."""
 
     def mask(self, begin: int, end: int) -> NDArray[np.bool_]:
-        """Which candidates of some anchors are no negatives of theirs; waits for the scores that decide it.
-
-        Args:
-            begin: First local row.
-            end: The local row after the last.
-
-        Returns:
-            Shape ``(end - begin, candidates)``. Candidates in the order of the loss's logits: all positives, all
-            anchors (with ``contrast_anchors``), all positives again as seen from the anchor's positive (with
-            ``contrast_positives``), then each column of negatives. An anchor's own positive is never masked.
-
-        Raises:
-            ScoreError: A score is NaN or infinite.
-        """
+        """See :meth:`FilterStep.mask`."""
+        self._decide(begin, end)
         own = np.arange(begin, end) + self.rows.offset  # (end - begin,) columns of the anchors' own positives
-        scores = read_rows(self._grid, self._query_rows[begin:end])  # (end - begin, distinct documents)
-        relevant, limits = self._relevant(scores, own)
+        relevant = _unpacked(self._relevant[begin:end], self._grid.documents)
         blocks = [relevant[:, ids] for ids in self._document_ids]
         blocks[0][np.arange(end - begin), own] = False
-        self._count(begin, end, blocks)
-
         contrast: list[NDArray[np.bool_]] = []
-        if self._settings.contrast_filter == "known":
-            repeats = self._settings.contrast_anchors + self._settings.contrast_positives
+        settings = self._settings
+        if settings.contrast_filter == "known":
+            repeats = settings.contrast_anchors + settings.contrast_positives
             contrast = [self._related_rows()[own]] * repeats if repeats else []
         else:
-            if self._settings.contrast_anchors:
-                mask = above(scores, limits)[:, self._anchor_columns]
-                contrast.append(mask | same_id(self._anchor_ids[own], self._anchor_ids))
+            if settings.contrast_anchors:
+                same = same_id(self._anchor_ids[own], self._anchor_ids)
+                contrast.append(relevant[:, self._anchor_columns] | same)
             if self._positive_grid is not None:
-                scores = read_rows(self._positive_grid, self._positive_rows[begin:end])
-                mask = above(scores, limits)[:, self._positive_columns]
-                contrast.append(mask | same_id(self._positive_columns[own], self._positive_columns))
+                columns = self._positive_columns
+                found = _unpacked(self._relevant_positives[begin:end], self._positive_grid.documents)
+                contrast.append(found[:, columns] | same_id(columns[own], columns))
         return np.concatenate([blocks[0], *contrast, *blocks[1:]], axis=1)
 
-    def _relevant(
-        self, scores: NDArray[np.float32], own: NDArray[np.intp]
-    ) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
-        """Which distinct documents are relevant to each anchor, its own positive included, and its threshold."""
-        lines, positives = np.arange(len(own)), self._document_ids[0][own]
-        limits = thresholds(scores[lines, positives], self._settings.margin, self._settings.margin_strategy)
-        relevant = above(scores, limits)
+    def _decide(self, begin: int, end: int) -> None:
+        """Turn the scores of rows into bits, once, and give the scores back."""
+        rows = np.arange(begin, end)[~self._decided[begin:end]]
+        if not len(rows):
+            return
+        lines, positives = np.arange(len(rows)), self._document_ids[0][rows + self.rows.offset]
+        relevant = np.zeros((len(rows), self._grid.documents), dtype=np.bool_)
+        if self.error is None:
+            try:
+                relevant |= self._compare(rows, positives)
+            except RerankerError as error:
+                self._failed(error)
         # A document with the positive's text is the same document here: masked whatever the margin.
         relevant[lines, positives] = True
-        return relevant, limits
+        self._relevant[rows] = np.packbits(relevant, axis=1)
+        self._decided[rows] = True
+        self._counts.negatives += len(rows) * (int(self._repeats.sum()) - 1)
+        self._counts.masked_negatives += int((relevant @ self._repeats).sum()) - len(rows)
+
+    def _compare(self, rows: NDArray[np.intp], positives: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """Which documents score above each row's threshold; ``positives`` holds the rows' own."""
+        settings, counts, lines = self._settings, self._counts, np.arange(len(rows))
+        scores = self._grid.read(rows)  # (rows, distinct documents)
+        own_scores = scores[lines, positives]
+        limits = thresholds(own_scores, settings.margin, settings.margin_strategy)
+        relevant = above(scores, limits)
+        if self._positive_grid is not None:
+            found = above(self._positive_grid.read(rows), limits)
+            self._relevant_positives[rows] = np.packbits(found, axis=1)
+            self._positive_grid.release(rows)
+        self._grid.release(rows)
+        counts.outscored_positives += int(((scores > own_scores[:, None]) & (self._repeats > 0)).any(axis=1).sum())
+        counts.scored_negatives += len(rows) * (int(self._repeats.sum()) - 1)
+        counts.positive_scores += float(own_scores.sum(dtype=np.float64))
+        counts.negative_scores += float((scores @ self._repeats.astype(np.float32)).sum(dtype=np.float64))
+        counts.negative_scores -= float(own_scores.sum(dtype=np.float64))
+        return relevant
 
     def _related_rows(self) -> NDArray[np.bool_]:
         """Which rows of all ranks are about the same thing, shape ``(rows of all ranks, rows of all ranks)``.
@@ -220,44 +190,30 @@ class ScoringStep:
         with contrast terms that are filtered by what is known, the loss waits for all rows before it uses the first.
         """
         if self._related is None:
-            own = np.arange(len(self._query_rows)) + self.rows.offset
-            relevant, _ = self._relevant(read_rows(self._grid, self._query_rows), own)
-            everywhere = gather_flags(relevant[:, self._document_ids[0]], self.rows)
-            self._related = related(everywhere, self._anchor_ids)
+            local, positives = len(self._decided), self._document_ids[0]
+            parts = []
+            for begin in range(0, local, _BLOCK_ROWS):
+                end = min(begin + _BLOCK_ROWS, local)
+                self._decide(begin, end)
+                parts.append(_unpacked(self._relevant[begin:end], self._grid.documents)[:, positives])
+            self._related = related(gather_flags(np.concatenate(parts), self.rows), self._anchor_ids)
         return self._related
 
-    def _count(self, begin: int, end: int, blocks: Sequence[NDArray[np.bool_]]) -> None:
-        # MatryoshkaLoss asks for the same rows once for each of its dimensions.
-        if begin < self._rows_counted:
-            return
-        self._rows_counted = end
-        self._counts.negatives += sum(block.size for block in blocks) - (end - begin)
-        self._counts.masked_negatives += sum(int(np.count_nonzero(block)) for block in blocks)
 
-    def statistics(self) -> LossStatistics:
-        """What this step did so far."""
-        self._counts.pairs = sum(job.shape[0] * job.shape[1] for job in self._jobs)
-        self._counts.cached_pairs = sum(job.usage.cached_pairs for job in self._jobs)
-        self._counts.seconds_waited = sum(job.seconds_waited for job in self._jobs)
-        return self._counts
-
-    def cancel(self) -> None:
-        """Give up the scores that have not arrived."""
-        for job in self._jobs:
-            job.cancel()
+def _unpacked(bits: NDArray[np.uint8], count: int) -> NDArray[np.bool_]:
+    """Flags of shape ``(rows, count)`` from packed ones."""
+    return np.unpackbits(bits, axis=1, count=count).view(np.bool_)
 
 
-def read_rows(matrix: ScoreRows, wanted: NDArray[np.intp]) -> NDArray[np.float32]:
-    """Rows of a score matrix in any order, waiting for no others.
+def _runs(positions: NDArray[np.intp]) -> list[tuple[int, int]]:
+    """Ranges, begin to end (excluded), that cover sorted, distinct positions."""
+    if not len(positions):
+        return []
+    runs = np.split(positions, np.flatnonzero(np.diff(positions) > 1) + 1)
+    return [(int(run[0]), int(run[-1]) + 1) for run in runs]
 
-    Args:
-        matrix: The scores.
-        wanted: Row numbers, any order, repetitions allowed; shape ``(rows,)``.
 
-    Returns:
-        Shape ``(rows, documents)``.
-    """
+def read_rows(job: ScoreRows, wanted: NDArray[np.intp]) -> NDArray[np.float32]:
+    """Rows of a job in any order, repetitions allowed, waiting for no others; shape ``(wanted, documents)``."""
     distinct, positions = np.unique(wanted, return_inverse=True)
-    runs = np.split(distinct, np.flatnonzero(np.diff(distinct) > 1) + 1)
-    parts = [matrix.rows(int(run[0]), int(run[-1]) + 1) for run in runs]
-    return np.concatenate(parts)[positions]
+    return np.concatenate([job.rows(begin, end) for begin, end in _runs(distinct)])[positions]

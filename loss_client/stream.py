@@ -32,6 +32,7 @@ from loss_client.errors import (
     ScoreError,
     from_status,
 )
+from loss_client.memory import ScoreMemory, digests
 from loss_client.scores import ScoreMatrix
 from reranker.v1 import reranker_pb2 as pb
 
@@ -39,7 +40,7 @@ _TEXTS_MESSAGE_BYTES = 1 << 20
 _MESSAGE_OVERHEAD_BYTES = 1 << 10
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Job:
     """What is to be scored, and where the scores go.
 
@@ -47,13 +48,14 @@ class Job:
         table: The distinct texts.
         queries: Text ids. Of a grid: one a stored row of the matrix. Of a list: one a pair.
         documents: Text ids. Of a grid: one a stored column. Of a list: one a pair.
-        grid: Whether every query is paired with every document; else they are paired one by one, and the matrix has
-            one row.
+        grid: Whether every query is paired with every document; else they are paired one by one, and each pair is a
+            row of the matrix, which has one column.
         matrix: Takes the scores.
         options: How pairs are scored.
         priority: What the server is told of the job's urgency.
         chunk_pairs: Most pairs of a chunk.
         timeout: Seconds without a score after which the job fails.
+        memory: Scores of pairs that this client has seen; of a list only.
     """
 
     table: TextTable
@@ -65,17 +67,54 @@ class Job:
     priority: pb.Priority.ValueType
     chunk_pairs: int
     timeout: float
+    memory: ScoreMemory
+    _rows: NDArray[np.intp] | None = None  # of a list: the matrix' row of each pair; None: in order
+    _digests: list[bytes] | None = None
 
     @property
     def pairs(self) -> int:
-        """How many scores the job yields."""
+        """How many scores the job has to ask for."""
         return len(self.queries) * (len(self.documents) if self.grid else 1)
 
     def ids(self, chunk: Chunk) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the text ids of a chunk's queries and documents."""
-        row_begin, row_end, column_begin, column_end = chunk
-        queries = self.queries[row_begin:row_end] if self.grid else self.queries[column_begin:column_end]
-        return queries, self.documents[column_begin:column_end]
+        queries = self.queries[chunk.row_begin : chunk.row_end]
+        if self.grid:
+            return queries, self.documents[chunk.column_begin : chunk.column_end]
+        return queries, self.documents[chunk.row_begin : chunk.row_end]
+
+    def recall(self, fingerprint: str) -> None:
+        """Take the scores that are known from earlier out of what has to be asked for; of a list only.
+
+        Args:
+            fingerprint: The model that would be asked.
+        """
+        scope = fingerprint.encode() + b"\0" + self.options.SerializeToString(deterministic=True)
+        self._digests = digests(scope, self.table.texts)
+        known = self.memory.get(self._keys(self.queries, self.documents))
+        missing = np.isnan(known)
+        rows = np.flatnonzero(~missing)
+        if len(rows):
+            self.matrix.put(rows, slice(0, 1), known[rows, None])
+            self.matrix.usage.pairs += len(rows)
+            self.matrix.usage.remembered_pairs += len(rows)
+            self._rows = np.flatnonzero(missing)
+            self.queries, self.documents = self.queries[missing], self.documents[missing]
+
+    def take(self, chunk: Chunk, scores: NDArray[np.float32]) -> None:
+        """Take in a chunk's scores, shape ``(chunk.pairs,)``."""
+        rows = slice(chunk.row_begin, chunk.row_end)
+        columns = slice(chunk.column_begin, chunk.column_end)
+        block = scores.reshape(chunk.row_end - chunk.row_begin, chunk.column_end - chunk.column_begin)
+        self.matrix.put(rows if self._rows is None else self._rows[rows], columns, block)
+        if self._digests is not None:
+            self.memory.put(self._keys(*self.ids(chunk)), scores)
+
+    def _keys(self, queries: NDArray[np.int64], documents: NDArray[np.int64]) -> Iterator[bytes]:
+        assert self._digests is not None
+        known = self._digests
+        pairs = zip(queries.tolist(), documents.tolist(), strict=True)
+        return (known[query] + known[document] for query, document in pairs)
 
 
 async def run_job(job: Job, channels: Channels) -> None:
@@ -154,6 +193,9 @@ class _JobRunner:
                 f"{opened.fingerprint}: let every server of a client serve the same model"
             )
         limits = opened.limits
+        if self._fingerprint is None and job.memory.keeps and not job.grid:
+            job.recall(opened.fingerprint)
+            self.pairs_left = job.pairs
         if not min(limits.max_pairs_per_chunk, limits.max_texts_per_stream, limits.max_text_bytes_per_stream):
             raise IncompatibleServerError(f"{endpoint.target} opened a stream without saying what its limits are")
         self._fingerprint = opened.fingerprint
@@ -221,18 +263,13 @@ class _JobRunner:
             if outcome == "error":
                 raise from_status(result.error)
             raise ScoreError(f"the server answered chunk {result.id} with neither scores nor an error")
-        row_begin, row_end, column_begin, column_end = chunk
         scores = np.array(result.scores.values, dtype=np.float32)
         if len(scores) != chunk.pairs:
             raise ScoreError(f"the server answered a chunk of {chunk.pairs} pairs with {len(scores)} scores")
         if not np.isfinite(scores).all():
             raise ScoreError("the server sent a score that is not finite")
         del self._unanswered[result.id]
-        self._job.matrix.put(
-            slice(row_begin, row_end),
-            slice(column_begin, column_end),
-            scores.reshape(row_end - row_begin, column_end - column_begin),
-        )
+        self._job.take(chunk, scores)
         self.pairs_left -= len(scores)
         self._job.matrix.usage.add(result.usage)
 

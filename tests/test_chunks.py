@@ -48,7 +48,7 @@ def test_panels_are_finished_one_after_another() -> None:
 @pytest.mark.parametrize(("count", "pairs"), [(1, 1), (10, 3), (1024, 1024), (1025, 1024)])
 def test_a_list_is_covered_in_order(count: int, pairs: int) -> None:
     chunks = list(list_chunks(count, pairs))
-    positions = [position for chunk in chunks for position in range(chunk.column_begin, chunk.column_end)]
+    positions = [position for chunk in chunks for position in range(chunk.row_begin, chunk.row_end)]
     assert positions == list(range(count))
     assert all(chunk.pairs <= pairs for chunk in chunks)
 

@@ -62,6 +62,13 @@ def make(model: Any, scorer: Any, **options: Any) -> RerankerCachedGISTEmbedLoss
     return RerankerCachedGISTEmbedLoss(model, scorer, **{"temperature": 0.05, "score_type": "raw", **options})
 
 
+def masks(loss: RerankerCachedGISTEmbedLoss, columns: list[list[str]]) -> np.ndarray:
+    """What the loss masks of a batch."""
+    step = loss.begin(columns)
+    step.settle(loss._settings())
+    return step.mask(0, len(columns[0]))
+
+
 @pytest.mark.parametrize("columns", [2, 3, 5])
 @pytest.mark.parametrize("mini_batch_size", [3, 32])
 @pytest.mark.parametrize(("strategy", "margin"), MARGINS)
@@ -118,7 +125,7 @@ def test_equals_the_unfiltered_loss_where_nothing_is_above_the_threshold(model: 
 def loops(
     model: SentenceTransformer, columns: list[list[str]], mask: np.ndarray, contrast: tuple[bool, bool]
 ) -> Tensor:
-    """The loss pair by pair, differentiable in the ordinary way; ``mask`` as ``ScoringStep.mask`` gives it."""
+    """The loss pair by pair, differentiable in the ordinary way; ``mask`` as ``FilterStep.mask`` gives it."""
     embedded = [model(model.preprocess(column))["sentence_embedding"] for column in columns]
     anchors, positives, *negatives = embedded
     losses = []
@@ -150,7 +157,7 @@ def test_equals_the_sum_over_pairs_with_repeated_texts(
         contrast_filter=by,
     )
     found = loss_and_gradients(loss, features(model, columns))
-    mask = loss._begin(columns).mask(0, 6)
+    mask = masks(loss, columns)
     loss.zero_grad()
     expected = loops(model, columns, mask, contrast)
     expected.backward()
@@ -191,7 +198,7 @@ def test_dropout_is_replayed(model: SentenceTransformer) -> None:
     loss = make(model, MemoryScorer(random_scores()))
     torch.manual_seed(3)
     found = loss_and_gradients(loss, features(model, batch))
-    mask = loss._begin(batch).mask(0, 6)
+    mask = masks(loss, batch)
     loss.zero_grad()
     torch.manual_seed(3)
     expected = loops(model, batch, mask, (False, False))
@@ -255,7 +262,7 @@ def test_under_autocast_the_cosines_keep_their_digits(model: SentenceTransformer
     with torch.autocast("cpu", dtype=dtype):
         embedded = [model(model.preprocess(column))["sentence_embedding"].detach() for column in batch]
         found, grads = loss_and_gradients(loss, features(model, batch))
-    mask = torch.from_numpy(loss._begin(batch).mask(0, 6))
+    mask = torch.from_numpy(masks(loss, batch))
     documents = torch.cat(embedded[1:]).double()
     logits = nn.functional.cosine_similarity(embedded[0].double()[:, None], documents[None], dim=-1) / 0.01
     expected = nn.functional.cross_entropy(logits.masked_fill(mask, -torch.inf), torch.arange(6))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
 from loss_client.arguments import check_margin
 from loss_client.errors import ScoreError
+from loss_client.filtering import FilterSettings, LossStatistics
 from loss_client.masking import above, related, thresholds
-from loss_client.step import FilterSettings, LossStatistics, ScoringStep, read_rows
+from loss_client.step import GridStep, read_rows
 from loss_client.texts import intern
 
 from .training import MemoryScorer, MemoryScores, random_scores
@@ -155,13 +157,20 @@ def test_masks_follow_the_definition_with_repeated_texts(
     for seed in range(5):
         scorer = MemoryScorer(random_scores(seed))
         columns = [ANCHORS, POSITIVES, NEGATIVES]
-        step = ScoringStep(columns, options, lambda q, d, s=scorer: s.stream_grid(q, d), gather=False)  # type: ignore[misc]
+        step = settled(columns, options, lambda q, d, s=scorer: s.stream_grid(q, d))
         found = np.concatenate([step.mask(0, 4), step.mask(4, 6)])
         assert found.tolist() == [expected_mask(options, seed, row) for row in range(6)]
 
 
-def begin(options: FilterSettings, scorer: MemoryScorer) -> ScoringStep:
-    return ScoringStep([ANCHORS, POSITIVES, NEGATIVES], options, scorer.stream_grid, gather=False)
+def settled(columns: list[list[str]], options: FilterSettings, ask: Any) -> GridStep:
+    scored = options.contrast_filter == "scores"
+    step = GridStep(columns, (scored and options.contrast_anchors, scored and options.contrast_positives), ask)
+    step.settle(options)
+    return step
+
+
+def begin(options: FilterSettings, scorer: MemoryScorer) -> GridStep:
+    return settled([ANCHORS, POSITIVES, NEGATIVES], options, scorer.stream_grid)
 
 
 def test_each_distinct_pair_is_asked_for_once() -> None:
@@ -185,7 +194,7 @@ def test_what_is_known_costs_no_scores_but_scores_of_contrast_pairs_do() -> None
 def test_a_copy_of_the_positive_is_masked_whatever_the_scores() -> None:
     scorer = MemoryScorer(lambda queries, documents: np.zeros((len(queries), len(documents)), np.float32))
     options = settings(margin=-0.9)
-    step = ScoringStep([["a", "b"], ["p", "p"], ["q", "p"]], options, scorer.stream_grid, gather=False)
+    step = settled([["a", "b"], ["p", "p"], ["q", "p"]], options, scorer.stream_grid)
     assert scorer.jobs[0].shape == (2, 2)
     assert step.mask(0, 2).tolist() == [[False, True, False, True], [True, False, False, True]]
 
@@ -225,5 +234,5 @@ def test_a_job_begun_before_another_could_not_be_is_cancelled() -> None:
         return scorer.stream_grid(queries, documents)
 
     with pytest.raises(ConnectionError, match="no second job"):
-        ScoringStep([ANCHORS, POSITIVES], settings(positives=True, by="scores"), ask, gather=False)  # type: ignore[arg-type]
+        settled([ANCHORS, POSITIVES], settings(positives=True, by="scores"), ask)
     assert [job.cancelled for job in scorer.jobs] == [True]

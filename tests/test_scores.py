@@ -31,7 +31,7 @@ def test_rows_are_readable_as_soon_as_they_are_complete() -> None:
     assert not matrix.done()
     with pytest.raises(RerankerTimeoutError):
         matrix.rows(1, 3, timeout=0.01)
-    matrix.put([3, 2], [1, 5, 0, 2, 4, 3], reference[np.ix_([3, 2], [1, 5, 0, 2, 4, 3])])
+    matrix.put([3, 2], slice(0, 6), reference[[3, 2]])
     assert matrix.done()
     np.testing.assert_array_equal(matrix.result(), reference)
     np.testing.assert_array_equal(np.asarray(matrix), reference)

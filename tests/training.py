@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -102,16 +103,14 @@ def cosines_of(model: SentenceTransformer) -> Score:
 
 
 def random_scores(seed: int = 0) -> Score:
-    """A score in [-1, 1] for each pair of texts, the same whenever it is asked for."""
-    known: dict[tuple[str, str], float] = {}
-    generator = np.random.default_rng(seed)
+    """A score in [-1, 1] for each pair of texts, the same whenever and with whatever it is asked for."""
+
+    def one(query: str, document: str) -> float:
+        digest = blake2b(repr((seed, query, document)).encode(), digest_size=6).digest()
+        return int.from_bytes(digest) / 2**47 - 1
 
     def score(queries: Sequence[str], documents: Sequence[str]) -> NDArray[np.float32]:
-        rows = [
-            [known.setdefault((query, document), generator.uniform(-1, 1)) for document in documents]
-            for query in queries
-        ]
-        return np.asarray(rows, dtype=np.float32)
+        return np.array([[one(query, document) for document in documents] for query in queries], dtype=np.float32)
 
     return score
 
@@ -125,6 +124,7 @@ class MemoryScores:
     options: dict[str, Any]
     values: NDArray[np.float32]
     reads: list[tuple[int, int]] = field(default_factory=list)
+    released: list[tuple[int, int]] = field(default_factory=list)
     cancelled: bool = False
     seconds_waited: float = 0.0
     error: Exception | None = None
@@ -132,14 +132,20 @@ class MemoryScores:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return len(self.queries), len(self.documents)
+        rows, columns = self.values.shape
+        return rows, columns
 
     def rows(self, begin: int, end: int) -> NDArray[np.float32]:
         if self.error is not None:
             raise self.error
-        assert 0 <= begin < end <= len(self.queries)
+        assert 0 <= begin < end <= len(self.values)
+        assert not any(first < end and begin < last for first, last in self.released)
         self.reads.append((begin, end))
         return self.values[begin:end]
+
+    def release(self, begin: int, end: int) -> None:
+        assert 0 <= begin < end <= len(self.values)
+        self.released.append((begin, end))
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -159,5 +165,25 @@ class MemoryScorer:
 
     def stream_grid(self, queries: Sequence[str], documents: Sequence[str], **options: Any) -> MemoryScores:
         job = MemoryScores(list(queries), list(documents), options, self._score(queries, documents), error=self._error)
+        self.jobs.append(job)
+        return job
+
+    def stream_pairs(
+        self,
+        queries: Sequence[str],
+        documents: Sequence[str],
+        query_ids: Sequence[int],
+        document_ids: Sequence[int],
+        **options: Any,
+    ) -> MemoryScores:
+        asked = [(queries[query], documents[document]) for query, document in zip(query_ids, document_ids, strict=True)]
+        # Pairs of one query at a time, as a grid of one row, so that every kind of scorer will do.
+        values = np.empty((len(asked), 1), dtype=np.float32)
+        for query in dict.fromkeys(query for query, _ in asked):
+            places = [place for place, pair in enumerate(asked) if pair[0] == query]
+            values[places, 0] = self._score([query], [asked[place][1] for place in places])[0]
+        job = MemoryScores(
+            [query for query, _ in asked], [document for _, document in asked], options, values, error=self._error
+        )
         self.jobs.append(job)
         return job

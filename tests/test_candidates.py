@@ -1,0 +1,253 @@
+"""Mass-covering selection: the bound holds, little is asked for, and what is asked for is what the masks need."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+from torch import Tensor
+
+from loss_client.candidates import choose, unscored_share
+from loss_client.errors import RerankerUnavailableError, ScoreError
+from loss_client.loss import RerankerCachedGISTEmbedLoss
+
+from .training import (
+    MemoryScorer,
+    assert_same_gradients,
+    features,
+    loss_and_gradients,
+    random_scores,
+    student,
+    texts,
+)
+
+CONTRAST = [
+    {"contrast_anchors": anchors, "contrast_positives": positives, "contrast_filter": by}
+    for anchors, positives in itertools.product([False, True], repeat=2)
+    for by in ["known", "scores"]
+]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def shared_model(directory: Path) -> SentenceTransformer:
+    return student(directory)
+
+
+@pytest.fixture
+def model(shared_model: SentenceTransformer) -> Iterator[SentenceTransformer]:
+    """The student, dropout off."""
+    shared_model.eval()
+    yield shared_model
+    shared_model.zero_grad()
+
+
+def make(model: Any, scorer: Any, **options: Any) -> RerankerCachedGISTEmbedLoss:
+    return RerankerCachedGISTEmbedLoss(
+        model, scorer, **{"temperature": 0.05, "score_type": "raw", "mini_batch_size": 5, **options}
+    )
+
+
+def masses(logits: Tensor, decided: Tensor, masked: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
+    """By brute force: each row's mass without a score once ``extra`` is scored, and what is kept for sure."""
+    weights = torch.exp(logits.double())
+    left = (weights * ~(decided | extra)).sum(1)
+    kept = (weights * (decided & ~masked)).sum(1)
+    return left, kept
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.05, 0.3])
+@pytest.mark.parametrize("epsilon", [1e-1, 1e-3, 1e-6])
+@pytest.mark.parametrize("assume_masked", [False, True])
+def test_the_choice_suffices_and_no_smaller_one_does(temperature: float, epsilon: float, assume_masked: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.rand(40, 60, generator=generator) / temperature
+    decided = torch.rand(40, 60, generator=generator) < 0.2
+    masked = decided & (torch.rand(40, 60, generator=generator) < 0.5)
+    decided[:, 0], masked[:, 0] = True, False
+    chosen = choose(logits, decided, masked, epsilon, assume_masked=assume_masked)
+    assert not (chosen & decided).any()
+
+    def suffices(choice: Tensor) -> Tensor:
+        left, kept = masses(logits, decided, masked, choice)
+        weights = torch.exp(logits.double())
+        gained = torch.zeros_like(kept) if assume_masked else (weights * choice).sum(1)
+        return left <= epsilon * (kept + gained + left) * (1 + 1e-12)
+
+    assert suffices(chosen).all()
+    assert chosen.any()
+    # Without the least similar of the chosen ones it does not suffice.
+    least = logits.masked_fill(~chosen, math.inf).argmin(1)
+    fewer = chosen.clone()
+    fewer[torch.arange(40), least] = False
+    some = chosen.any(1)
+    assert not suffices(fewer)[some].any()
+
+
+def test_a_limit_keeps_the_most_similar() -> None:
+    logits = torch.tensor([[9.0, 3.0, 5.0, 4.0, 1.0]])
+    decided = torch.tensor([[True, False, False, False, False]])
+    none = torch.zeros_like(decided)
+    chosen = choose(logits, decided, none, 1e-9, assume_masked=True, most=np.array([2]))
+    assert chosen.tolist() == [[False, False, True, True, False]]
+    nothing = choose(logits, decided, none, 1e-9, assume_masked=True, most=np.array([0]))
+    assert not nothing.any()
+
+
+def test_weights_far_below_a_masked_one_still_count() -> None:
+    # All but nothing of the softmax is masked; what is left decides.
+    logits = torch.tensor([[0.0, 180.0, 0.0]])
+    decided, masked = torch.tensor([[True, True, False]]), torch.tensor([[False, True, False]])
+    assert float(unscored_share(logits, decided, masked)[0]) == pytest.approx(0.5)
+    assert choose(logits, decided, masked, 0.1, assume_masked=True).tolist() == [[False, False, True]]
+
+
+@pytest.mark.parametrize("contrast", CONTRAST)
+@pytest.mark.parametrize(("strategy", "margin"), [("absolute", 0.0), ("absolute", 0.6), ("relative", -0.3)])
+def test_with_nothing_left_out_it_is_the_full_loss(
+    model: SentenceTransformer, contrast: dict[str, Any], strategy: str, margin: float
+) -> None:
+    anchors, positives, negatives = texts(3, 12)
+    # Repeated texts in every place where they can stand.
+    columns = [
+        [*anchors[:11], anchors[2]],
+        [*positives[:10], positives[1], positives[11]],
+        [positives[4], *negatives[1:]],
+    ]
+    options = {**contrast, "margin_strategy": strategy, "margin": margin}
+    full = make(model, MemoryScorer(random_scores()), **options)
+    expected = loss_and_gradients(full, features(model, columns))
+    few = make(model, MemoryScorer(random_scores()), candidates="mass", epsilon=1e-12, **options)
+    found = loss_and_gradients(few, features(model, columns))
+    assert found[0] == pytest.approx(expected[0], abs=1e-5)
+    assert_same_gradients(found[1], expected[1])
+    assert few.statistics.masked_negatives == full.statistics.masked_negatives > 0
+    assert few.statistics.negatives == full.statistics.negatives
+    assert few.statistics.outscored_positives == full.statistics.outscored_positives
+
+
+@pytest.mark.parametrize("contrast", CONTRAST)
+@pytest.mark.parametrize("temperature", [0.01, 0.02, 0.05, 0.1])
+@pytest.mark.parametrize("margin", [0.0, 0.8])
+def test_the_loss_is_above_the_full_one_by_no_more_than_the_bound(
+    model: SentenceTransformer, contrast: dict[str, Any], temperature: float, margin: float
+) -> None:
+    epsilon, columns = 0.05, texts(4, 12)
+    options = {**contrast, "temperature": temperature, "margin": margin}
+    full = make(model, MemoryScorer(random_scores()), **options)
+    expected = float(full(features(model, columns), None).detach())
+    few = make(model, MemoryScorer(random_scores()), candidates="mass", epsilon=epsilon, **options)
+    found = float(few(features(model, columns), None).detach())
+    assert -1e-5 <= found - expected <= -math.log1p(-epsilon) + 1e-5
+    assert few.statistics.unscored_share <= epsilon * 12 * (1 + 1e-6)
+    assert few.statistics.capped_anchors == 0
+    # The positives, and at most two rounds.
+    assert few.statistics.rounds <= 3
+
+
+def test_rows_that_lose_most_of_their_mass_are_looked_at_again(model: SentenceTransformer) -> None:
+    columns = texts(2, 12)
+
+    def all_above(queries: Any, documents: Any) -> np.ndarray:
+        # Every document but the positive is relevant: each score that comes takes a candidate out.
+        positive = dict(zip(*columns, strict=True))
+        return np.array([[0.0 if positive[query] == document else 1.0 for document in documents] for query in queries])
+
+    options = {"candidates": "mass", "epsilon": 0.3, "temperature": 0.05}
+    scorer = MemoryScorer(all_above)
+    few = make(model, scorer, **options)
+    value = float(few(features(model, columns), None).detach())
+    assert len(scorer.jobs) == 3
+    assert value <= -math.log1p(-0.3)
+    assert few.statistics.unscored_share <= 12 * 0.3
+
+
+def test_each_pair_is_asked_for_once_and_equal_texts_are_one(model: SentenceTransformer) -> None:
+    anchors, positives = texts(2, 6)
+    columns = [[*anchors[:5], anchors[0]], [*positives[:5], positives[1]], [positives[2]] * 6]
+    scorer = MemoryScorer(random_scores())
+    loss = make(model, scorer, candidates="mass", epsilon=1e-12)
+    loss(features(model, columns), None)
+    later = [pair for job in scorer.jobs[1:] for pair in zip(job.queries, job.documents, strict=True)]
+    assert len(set(later)) == len(later)
+    assert not set(later) & set(zip(*columns[:2], strict=True))
+    assert loss.statistics.pairs == 5 * 5
+    assert loss.statistics.skipped_pairs == 0
+
+
+def test_a_limit_on_candidates_is_kept_and_what_is_left_is_counted(model: SentenceTransformer) -> None:
+    columns = texts(3, 12)
+    scorer = MemoryScorer(random_scores())
+    loss = make(model, scorer, candidates="mass", epsilon=1e-9, max_candidates=2, temperature=0.3)
+    loss(features(model, columns), None)
+    assert loss.statistics.pairs <= 12 * 3
+    assert loss.statistics.capped_anchors == 12
+    assert loss.statistics.unscored_share > 12 * 1e-9
+    assert loss.statistics.skipped_pairs == 12 * 24 - loss.statistics.pairs
+
+
+def test_few_pairs_are_asked_for_where_few_matter(model: SentenceTransformer) -> None:
+    columns = texts(2, 24)
+    scorer = MemoryScorer(random_scores())
+    loss = make(model, scorer, candidates="mass", temperature=0.01)
+    loss(features(model, columns), None)
+    assert 24 <= loss.statistics.pairs < 24 * 24 / 2
+    assert loss.statistics.pairs + loss.statistics.skipped_pairs == 24 * 24
+
+
+def test_matryoshka_asks_for_a_pair_once(model: SentenceTransformer) -> None:
+    columns, dims = texts(3, 8), [32, 16, 8]
+    results = {}
+    for candidates in ("all", "mass"):
+        scorer = MemoryScorer(random_scores())
+        inner = make(model, scorer, candidates=candidates, epsilon=1e-12)
+        results[candidates] = loss_and_gradients(MatryoshkaLoss(model, inner, dims), features(model, columns))
+        assert inner.statistics.negatives == 8 * 15
+        if candidates == "mass":
+            later = [pair for job in scorer.jobs for pair in zip(job.queries, job.documents, strict=True)]
+            assert len(set(later)) == len(later) == 8 * 16
+    assert results["mass"][0] == pytest.approx(results["all"][0], abs=1e-5)
+    assert_same_gradients(results["mass"][1], results["all"][1])
+
+
+def test_scores_that_are_not_finite_are_refused(model: SentenceTransformer) -> None:
+    scorer = MemoryScorer(lambda queries, documents: np.full((len(queries), len(documents)), np.nan, np.float32))
+    with pytest.raises(ScoreError, match="4 of 4 scores are not finite"):
+        make(model, scorer, candidates="mass")(features(model, texts(2, 4)), None)
+
+
+@pytest.mark.parametrize("candidates", ["all", "mass"])
+@pytest.mark.parametrize("contrast", CONTRAST)
+def test_without_scores_a_step_can_go_on_unfiltered(
+    model: SentenceTransformer, candidates: str, contrast: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    anchors, positives = texts(2, 6)
+    columns = [anchors, [*positives[:5], positives[0]]]
+    failing = MemoryScorer(random_scores(), RerankerUnavailableError("nobody there"))
+    loss = make(model, failing, candidates=candidates, on_error="unfiltered", **contrast)
+    found = loss_and_gradients(loss, features(model, columns))
+    # What a reranker that finds nothing relevant leaves: only equal texts are masked.
+    nothing = MemoryScorer(lambda queries, documents: np.zeros((len(queries), len(documents)), np.float32))
+    expected = loss_and_gradients(make(model, nothing, **contrast), features(model, columns))
+    assert found[0] == pytest.approx(expected[0], abs=1e-5)
+    assert_same_gradients(found[1], expected[1])
+    assert loss.statistics.unfiltered_steps == 1
+    for _ in range(4):
+        loss(features(model, columns), None)
+    warnings = [record.getMessage() for record in caplog.records if "without the filter" in record.getMessage()]
+    assert [warning.partition(":")[0] for warning in warnings] == [
+        f"No scores for {count} of {count} steps so far" for count in (1, 2, 4)
+    ]
+    assert "nobody there" in warnings[0]
