@@ -346,6 +346,7 @@ class CandidateStep(FilterStep):
         counts.masked_negatives += int(masked[:, :every].sum() + others.sum())
         if self.error is None:
             known = ~np.isnan(scores)
+            counts.scored_anchors += rows
             counts.scored_negatives += int((known @ self._repeats).sum()) - rows
             counts.outscored_positives += int((scores > own_scores[:, None]).any(axis=1).sum())
             counts.positive_scores += float(own_scores.sum(dtype=np.float64))

@@ -107,6 +107,7 @@ class LossStatistics:
         steps: Forward passes.
         unfiltered_steps: Of these, those whose scores could not be had, with ``on_error="unfiltered"``.
         anchors: Anchors.
+        scored_anchors: Of these, those whose scores came.
         outscored_positives: Of these, those with a document of another text that scored above their own positive.
         negatives: Documents that stood as negatives of an anchor before the filter: for each anchor all documents of
             the batch but its own positive. Pairs of two anchors or two positives are not counted.
@@ -119,15 +120,17 @@ class LossStatistics:
         rounds: How often scores were asked for.
         reconnects: Streams that were lost and begun again.
         seconds_waited: Seconds that the loss waited for scores.
-        positive_scores: Sum of the scores of the anchors' positives.
+        positive_scores: Sum of the scores of the scored anchors' positives.
         negative_scores: Sum of the scores of the negatives that had one.
-        unscored_share: Sum over the anchors of the share of the softmax denominator, after masking, that had no score.
+        unscored_share: Sum over the scored anchors of the share of the softmax denominator, after masking, that had no
+            score.
         capped_anchors: Anchors whose share is above ``epsilon``, because of ``max_candidates``.
     """
 
     steps: int = 0
     unfiltered_steps: int = 0
     anchors: int = 0
+    scored_anchors: int = 0
     outscored_positives: int = 0
     negatives: int = 0
     masked_negatives: int = 0

@@ -177,6 +177,7 @@ class GridStep(FilterStep):
             self._positive_grid.release(rows)
         self._grid.release(rows)
         counts.outscored_positives += int(((scores > own_scores[:, None]) & (self._repeats > 0)).any(axis=1).sum())
+        counts.scored_anchors += len(rows)
         counts.scored_negatives += len(rows) * (int(self._repeats.sum()) - 1)
         counts.positive_scores += float(own_scores.sum(dtype=np.float64))
         counts.negative_scores += float((scores @ self._repeats.astype(np.float32)).sum(dtype=np.float64))

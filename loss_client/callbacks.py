@@ -1,0 +1,163 @@
+"""Callbacks for the trainer: the filter's figures in the trainer's logs, and a margin that changes in training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from loss_client.filtering import LossStatistics
+from loss_client.loss import RerankerCachedGISTEmbedLoss
+
+Losses = nn.Module | Mapping[str, nn.Module]
+"""A loss, or several by dataset name, as a trainer takes them; each with a ``RerankerCachedGISTEmbedLoss`` inside."""
+
+
+class RerankerMetricsCallback(TrainerCallback):
+    """Puts what the filter did since the last log into the trainer's logs.
+
+    The names begin with ``reranker/``, and with ``eval_reranker/`` for what was done in evaluation:
+
+    - ``masked_share``: share of the negatives that the filter dropped.
+    - ``outscored_positives``: share of the anchors with a document of another text above their own positive.
+    - ``positive_score``, ``negative_score``: mean score of the positives, and of the negatives that were scored.
+    - ``pairs``, ``cached_pairs``, ``remembered_pairs``, ``skipped_pairs``: pairs that were scored, of these those from
+      the server's cache and from the client's memory, and pairs left out; each a step.
+    - ``seconds_waited``: seconds that a step waited for scores.
+    - ``unscored_share``: with ``candidates="mass"``, mean share of the softmax denominator without a score.
+    - ``reconnects``, ``unfiltered_steps``: how many there were.
+
+    Given among a trainer's ``callbacks`` it comes after the callbacks of TensorBoard, W&B and the like, which then see
+    nothing of it. ``attach`` puts it before them::
+
+        RerankerMetricsCallback(loss).attach(trainer)
+
+    Args:
+        loss: The trainer's loss or losses.
+    """
+
+    def __init__(self, loss: Losses) -> None:
+        self._losses = reranker_losses(loss)
+        self._seen = [LossStatistics() for _ in self._losses]
+        self._training, self._evaluation = LossStatistics(), LossStatistics()
+
+    def attach(self, trainer: Trainer) -> RerankerMetricsCallback:
+        """Add this callback to a trainer, before all others, and return it."""
+        handler = trainer.callback_handler
+        handler.add_callback(self)  # type: ignore[no-untyped-call]
+        handler.callbacks.remove(self)
+        handler.callbacks.insert(0, self)
+        return self
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin to count."""
+        self._collect(LossStatistics())
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count a batch of several that make one step."""
+        self._collect(self._training)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count a step."""
+        self._collect(self._training)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count a batch of the evaluation."""
+        self._collect(self._evaluation)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add to what is logged."""
+        if logs is None:
+            return
+        found: dict[str, float] = {}
+        if any(name.startswith("eval_") for name in logs):
+            found = {f"eval_{name}": value for name, value in _metrics(self._evaluation).items()}
+            self._evaluation.reset()
+        elif self._training.steps:
+            found = _metrics(self._training)
+            self._training.reset()
+        logs.update(found)
+        if state.log_history:
+            state.log_history[-1].update(found)  # written before the callbacks are asked
+
+    def _collect(self, total: LossStatistics) -> None:
+        for number, loss in enumerate(self._losses):
+            now, seen = replace(loss.statistics), self._seen[number]
+            # Somebody may have reset them in between.
+            total.add(now.since(seen) if now.steps >= seen.steps else now)
+            self._seen[number] = now
+
+
+class RerankerMarginCallback(TrainerCallback):
+    """Changes the margin while training goes on.
+
+    Example:
+        A margin that grows from 0 to 0.2 in the first half of training::
+
+            callbacks=[RerankerMarginCallback(loss, lambda progress: 0.2 * min(1.0, 2 * progress))]
+
+    Args:
+        loss: The trainer's loss or losses.
+        schedule: Gives the margin for the share of the training steps that are done, in [0, 1].
+    """
+
+    def __init__(self, loss: Losses, schedule: Callable[[float], float]) -> None:
+        self._losses = reranker_losses(loss)
+        self._schedule = schedule
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the margin for the coming step; scores that are on their way for it stay of use."""
+        margin = self._schedule(state.global_step / max(state.max_steps, 1))
+        for loss in self._losses:
+            loss.margin = margin
+
+
+def reranker_losses(loss: Losses) -> list[RerankerCachedGISTEmbedLoss]:
+    """The losses of this package in a trainer's loss or losses, those inside of others included.
+
+    Raises:
+        ValueError: There is none.
+    """
+    parts = loss.values() if isinstance(loss, Mapping) else [loss]
+    found = [inner for part in parts for inner in part.modules() if isinstance(inner, RerankerCachedGISTEmbedLoss)]
+    if not found:
+        raise ValueError("The callback needs the trainer's RerankerCachedGISTEmbedLoss, but there is none.")
+    return list(dict.fromkeys(found))
+
+
+def _metrics(counts: LossStatistics) -> dict[str, float]:
+    """A trainer's log entries; means and shares where there is something to divide by."""
+    if not counts.steps:
+        return {}
+    values: dict[str, float] = {
+        name: getattr(counts, name) / counts.steps
+        for name in ("pairs", "cached_pairs", "remembered_pairs", "skipped_pairs", "seconds_waited")
+    }
+    values["masked_share"] = counts.masked_negatives / max(counts.negatives, 1)
+    if counts.scored_anchors:
+        values["outscored_positives"] = counts.outscored_positives / counts.scored_anchors
+        values["positive_score"] = counts.positive_scores / counts.scored_anchors
+        if counts.scored_negatives:
+            values["negative_score"] = counts.negative_scores / counts.scored_negatives
+        values["unscored_share"] = counts.unscored_share / counts.scored_anchors
+    values["reconnects"] = counts.reconnects
+    values["unfiltered_steps"] = counts.unfiltered_steps
+    return {f"reranker/{name}": value for name, value in values.items()}
