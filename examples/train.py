@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformerTrainer, SentenceTransforme
 
 from examples.docstrings import collect
 from examples.student import load_student
-from loss_client import RerankerCachedGISTEmbedLoss, RerankerDataCollator
+from loss_client import RerankerCachedGISTEmbedLoss, RerankerDataCollator, RerankerMetricsCallback
 
 
 def train(reranker_url: str, output: str, steps: int = 20, batch_size: int = 32) -> None:
@@ -21,15 +21,19 @@ def train(reranker_url: str, output: str, steps: int = 20, batch_size: int = 32)
     dataset = Dataset.from_dict({"anchor": [one.summary for one in pairs], "positive": [one.body for one in pairs]})
     model = load_student()
     args = SentenceTransformerTrainingArguments(
-        output, max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=1e-4, report_to="none"
-    )
+        output, max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=1e-4, report_to="none",
+        logging_steps=5,
+    )  # fmt: skip
+    loss = RerankerCachedGISTEmbedLoss(model, reranker_url)
     trainer = SentenceTransformerTrainer(
         model=model,
         args=args,
         train_dataset=dataset,
-        loss=RerankerCachedGISTEmbedLoss(model, reranker_url),
-        data_collator=RerankerDataCollator.for_training(model, args),
+        loss=loss,
+        # Given the loss, it has each batch scored while the batch before it trains.
+        data_collator=RerankerDataCollator.for_training(model, args, loss),
     )
+    RerankerMetricsCallback(loss).attach(trainer)
     trainer.train()
     model.save_pretrained(output)
 

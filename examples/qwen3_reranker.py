@@ -1,0 +1,65 @@
+"""A server of Qwen3-Reranker, asked with an instruction of one's own.
+
+``python -m examples.qwen3_reranker path/to/Qwen3-Reranker-0.6B`` takes a directory with the downloaded model, starts
+the server on it, ranks a few documents, and ends the server. ``--serve`` leaves it running until Ctrl-C, to train with
+``python -m examples.train`` in another terminal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from examples.serving import ServerStartError, reranker_server
+from loss_client import RerankerClient
+
+INSTRUCTION = "Given the summary of a Python function, retrieve the text that describes the function in detail"
+QUERY = "Return the absolute value of a number."
+DOCUMENTS = [
+    "The argument may be an integer or a floating point number. If it is a complex number, its magnitude is returned.",
+    "Opens the file and returns a corresponding file object. If the file cannot be opened, an OSError is raised.",
+    "Rounds the number to ndigits precision after the decimal point. If ndigits is omitted, the nearest integer.",
+]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve and ask.
+
+    Returns:
+        The exit status: 0, or 1 if the server did not start.
+    """
+    parser = argparse.ArgumentParser(prog="python -m examples.qwen3_reranker", description=__doc__.partition("\n")[0])
+    parser.add_argument("model", type=Path, help="directory of the model")
+    parser.add_argument("--engine", choices=("auto", "vllm", "torch"), default="auto")
+    parser.add_argument("--serve", action="store_true", help="leave the server running until Ctrl-C")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as directory:
+        flags = ["--model", str(options.model)]
+        try:
+            with reranker_server(Path(directory) / "server.log", options.engine, flags) as server:
+                address = server.wait_ready()
+                _ask(address)
+                if options.serve:
+                    print(f"The server answers at {address}; Ctrl-C ends it")
+                    signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        except ServerStartError as error:
+            print(error, file=sys.stderr)
+            return 1
+    return 0
+
+
+def _ask(address: str) -> None:
+    with RerankerClient(address) as client:
+        info = client.model_info()
+        print(f"{info.model}: {info.max_length} tokens at most; its own instruction: {info.default_instruction!r}")
+        for instruction in (None, INSTRUCTION):
+            print(f"Instruction: {instruction or 'the default'}")
+            for found in client.rerank(QUERY, DOCUMENTS, instruction=instruction, return_documents=True):
+                print(f"  {found.score:.3f}  {found.document}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

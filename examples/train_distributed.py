@@ -1,0 +1,63 @@
+"""Training on several devices or machines: each rank has its own anchors scored against the documents of all ranks.
+
+Serve a reranker with ``make serve``, then::
+
+    torchrun --nproc-per-node 2 -m examples.train_distributed 127.0.0.1:50051
+
+With one server for each GPU that scores, give their addresses with commas between them: ranks, and jobs of a rank, are
+spread over them.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from datasets import Dataset  # type: ignore[import-untyped]
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+
+from examples.docstrings import collect
+from examples.student import load_student
+from loss_client import RerankerCachedGISTEmbedLoss, RerankerDataCollator, RerankerMetricsCallback
+
+
+def train(reranker_urls: list[str], output: str, steps: int = 20, batch_size: int = 16) -> None:
+    """Train the demo's student on all ranks and save it in the directory ``output``.
+
+    Args:
+        reranker_urls: Addresses of servers of one and the same model.
+        output: Where the model goes.
+        steps: Training steps.
+        batch_size: Pairs of one rank; every anchor is compared with the documents of all ranks.
+    """
+    pairs = collect(4096, packages=["stdlib"])
+    dataset = Dataset.from_dict({"anchor": [one.summary for one in pairs], "positive": [one.body for one in pairs]})
+    model = load_student()
+    args = SentenceTransformerTrainingArguments(
+        output,
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=1e-4,
+        logging_steps=5,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=not torch.cuda.is_available(),
+    )
+    loss = RerankerCachedGISTEmbedLoss(model, reranker_urls, gather_across_devices=True)
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        loss=loss,
+        data_collator=RerankerDataCollator.for_training(model, args, loss),
+    )
+    RerankerMetricsCallback(loss).attach(trainer)
+    trainer.train()
+    if trainer.is_world_process_zero():
+        model.save_pretrained(output)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    train(sys.argv[1].split(","), output="build/trained-distributed")
