@@ -20,7 +20,7 @@ class InstantEngine:
 
     name = "instant"
     dtype = "float32"
-    pads = False
+    batch_tokens = None
 
     def __init__(self) -> None:
         self.max_batch = 1 << 14

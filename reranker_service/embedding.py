@@ -102,13 +102,9 @@ class EmbeddingScorer:
         if table.options.reject_over_long and any(cut):
             raise over_long(f"{sum(cut)} texts are too long; the first is text {ids[cut.index(True)]}", max_length)
         lengths = np.array([len(sequence.ids) for sequence in sequences])
-        # Like lengths together; vectors come back in this order.
-        order = np.argsort(-lengths, kind="stable")
-        job = Job(table.ticket, lengths[order], lambda begin, end: [sequences[one] for one in order[begin:end]])
-        found = await self._scheduler.run(job)
+        job = Job(table.ticket, lengths, lambda positions: [sequences[one] for one in positions])
+        vectors = await self._scheduler.run(job)
         cost.add(job)
-        vectors = np.empty_like(found)
-        vectors[order] = found
         # Copies: a view would keep the vectors of all texts alive with the cached one.
         return [Embedding(vector.copy(), was_cut) for vector, was_cut in zip(vectors, cut, strict=True)]
 

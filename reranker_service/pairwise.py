@@ -72,7 +72,6 @@ class PairScorer:
         texts: TextEncoder,
         scheduler: Scheduler,
         *,
-        sort_by_length: bool,
         cache: ScoreCache | None,
         disk: DiskCache | None,
     ) -> None:
@@ -82,14 +81,12 @@ class PairScorer:
             encoder: Joins pairs.
             texts: Encodes texts.
             scheduler: Runs sequences.
-            sort_by_length: Whether sequences of like length should reach the engine together, because it pads.
             cache: Scores already known; ``None`` to look every pair up on disk or score it.
             disk: Scores known from earlier; ``None`` for none.
         """
         self._encoder = encoder
         self._texts = texts
         self._scheduler = scheduler
-        self._sort_by_length = sort_by_length
         self._cache = cache
         self._disk = disk
 
@@ -161,12 +158,11 @@ class PairScorer:
                 f"{document_ids[first]}, has {lengths[first]} tokens",
                 max_length,
             )
-        # The longest first, so that a batch too large for the memory fails at once. Where the engine does not pad, one
-        # query's documents next to each other: they share a prefix, which it keeps.
-        order = np.argsort(-lengths if self._sort_by_length else query_at, kind="stable")
+        # One query's documents next to each other: they share a prefix, which an engine may keep.
+        order = np.argsort(query_at, kind="stable")
 
-        def make(begin: int, end: int) -> Sequence[TokenSequence]:
-            part = order[begin:end]
+        def make(positions: NDArray[np.intp]) -> Sequence[TokenSequence]:
+            part = order[positions]
             return _Joined(self._encoder, queries, documents, query_at[part], document_at[part], max_length)
 
         job = Job(table.ticket, np.minimum(lengths, max_length)[order], make)

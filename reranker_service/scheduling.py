@@ -3,6 +3,9 @@
 The engine is given batches of sequences, never more in all than it wants at a time, so that what has not entered it can
 still be overtaken or withdrawn. Interactive work goes first. Among streams of one priority the one that has been
 given the fewest tokens so far goes next, so that a stream with many chunks waiting cannot starve another.
+
+An engine that takes sequences one by one gets what stands together in one job. One that pads gets batches of like
+length, out of a window over all that waits; it holds two of them, one that runs and the next one.
 """
 
 from __future__ import annotations
@@ -20,9 +23,11 @@ from numpy.typing import NDArray
 
 from .engines.base import Engine, TokenSequence
 from .metrics import Metrics
+from .padding import Pace, Part, Window
 
-# For an engine that pads: one that runs and the next one. What comes meanwhile gathers for a full batch.
 _PADDED_BATCHES = 2
+# How many sequences one stream puts into a window before it is another's turn.
+_TURN = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,45 +50,54 @@ class Job:
     Attributes:
         ticket: Whose work it is.
         lengths: Tokens of each sequence, int64, shape ``(n,)``.
-        make: Gives the sequences at positions ``[begin, end)``; they may be made as they are read.
+        make: Gives the sequences at some positions, shape ``(k,)``; they may be made as they are read.
         started: When its first sequence entered the engine; 0 before.
         tokens: Tokens that have entered the engine so far.
     """
 
     ticket: Ticket
     lengths: NDArray[np.int64]
-    make: Callable[[int, int], Sequence[TokenSequence]]
+    make: Callable[[NDArray[np.intp]], Sequence[TokenSequence]]
     started: float = 0.0
     tokens: int = 0
-    _taken: int = 0
-    _results: dict[int, NDArray[np.float32]] = field(default_factory=dict)
-    _missing: int = 0
+    _order: NDArray[np.intp] = field(default_factory=lambda: np.empty(0, dtype=np.intp))
+    _drawn: int = 0
+    _entered: int = 0
+    _done: int = 0
+    _results: NDArray[np.float32] | None = None
     _running: set[_Batch] = field(default_factory=set)
-    _done: asyncio.Future[None] | None = None
+    _end: asyncio.Future[None] | None = None
 
     @property
     def left(self) -> int:
         """How many of its sequences have not entered the engine."""
-        return len(self.lengths) - self._taken
+        return len(self.lengths) - self._entered
 
 
 @dataclass(eq=False, slots=True)
 class _Batch:
     """What one call of the engine is given: parts of one job, or of several."""
 
-    sequences: list[Sequence[TokenSequence]] = field(default_factory=list)
-    parts: list[tuple[Job, int]] = field(default_factory=list)  # each with its first position
+    parts: list[Part] = field(default_factory=list)
+    sequences: list[Sequence[TokenSequence]] = field(default_factory=list)  # of each part
+    tokens: int = 0
+    entered: float = field(default_factory=time.monotonic)
     wanted: set[Job] = field(default_factory=set)  # jobs that still wait for it
     task: asyncio.Task[NDArray[np.float32]] | None = None
 
     def __len__(self) -> int:
-        return sum(map(len, self.sequences))
+        return sum(len(positions) for _, positions in self.parts)
 
 
 class _Queue:
-    """Jobs of one priority, fairly shared between streams by tokens."""
+    """Jobs of one priority, fairly shared between streams by tokens.
+
+    Attributes:
+        window: What was drawn for an engine that pads and has not entered it.
+    """
 
     def __init__(self) -> None:
+        self.window = Window()
         self._jobs: dict[Hashable, deque[Job]] = {}
         self._served: dict[Hashable, int] = {}
 
@@ -100,17 +114,27 @@ class _Queue:
             return None
         return self._jobs[min(self._jobs, key=self._served.__getitem__)][0]
 
-    def charge(self, job: Job, tokens: int) -> None:
-        self._served[job.ticket.stream] += tokens
+    def draw(self, job: Job, most: int) -> Part:
+        """Take the next sequences of a job out."""
+        positions = job._order[job._drawn : job._drawn + most]
+        self._served[job.ticket.stream] += int(job.lengths[positions].sum())
+        if job._drawn + len(positions) == len(job.lengths):
+            self._drop(job)
+        job._drawn += len(positions)
+        return job, positions
 
     def remove(self, job: Job) -> None:
-        jobs = self._jobs.get(job.ticket.stream)
-        if jobs is None or job not in jobs:
-            return
-        jobs.remove(job)
-        if not jobs:
-            del self._jobs[job.ticket.stream]
-            del self._served[job.ticket.stream]
+        """Drop all of a job that has not entered the engine."""
+        if job._drawn < len(job.lengths):
+            self._drop(job)
+        if job._entered < job._drawn:
+            self.window.remove(job)
+
+    def _drop(self, job: Job) -> None:
+        stream = job.ticket.stream
+        self._jobs[stream].remove(job)
+        if not self._jobs[stream]:
+            del self._jobs[stream], self._served[stream]
 
 
 class Scheduler:
@@ -132,6 +156,8 @@ class Scheduler:
         self._bulk = _Queue()
         self._arrivals: dict[Job, float] = {}
         self._batches = 0
+        self._pace = Pace()
+        self._last_finish = 0.0
 
     async def run(self, job: Job) -> NDArray[np.float32]:
         """Run a job to its end.
@@ -144,91 +170,128 @@ class Scheduler:
 
         Cancelling the call withdraws what has not run yet.
         """
-        job._done = asyncio.get_running_loop().create_future()
-        job._missing = len(job.lengths)
+        job._end = asyncio.get_running_loop().create_future()
+        # The longest first where the engine pads, so that a job larger than a window is sorted as a whole.
+        padded = self._engine.batch_tokens is not None
+        job._order = np.argsort(-job.lengths, kind="stable") if padded else np.arange(len(job.lengths))
         self._queue(job).push(job)
         self._arrivals[job] = time.monotonic()
         self.waiting_since = self.waiting_since or self._arrivals[job]
         self.waiting += len(job.lengths)
         self._admit()
         try:
-            await job._done
+            await job._end
         finally:
             self._leave(job)
             for batch in job._running:
                 batch.wanted.discard(job)
                 if not batch.wanted and batch.task is not None:
                     batch.task.cancel()
-        return np.concatenate([job._results[begin] for begin in sorted(job._results)])
+        assert job._results is not None
+        return job._results
 
     def _queue(self, job: Job) -> _Queue:
         return self._interactive if job.ticket.interactive else self._bulk
 
     def _admit(self) -> None:
-        while (batch := self._next()) is not None:
-            self.running += len(batch)
-            self._batches += 1
-            # Sequences of one job are made as the engine reads them.
-            alone = len(batch.sequences) == 1
-            sequences = batch.sequences[0] if alone else list(chain.from_iterable(batch.sequences))
-            batch.task = asyncio.create_task(self._engine.run(sequences))
-            # A callback, not code around the call: it comes also for a task that is cancelled before it begins.
-            batch.task.add_done_callback(partial(self._finished, batch))
+        budget = self._engine.batch_tokens
+        while parts := self._next() if budget is None else self._next_padded(budget):
+            self._enter(parts)
 
-    def _next(self) -> _Batch | None:
-        """Take the next batch out of the queue; ``None`` if nothing waits or the engine has no room."""
+    def _next(self) -> list[Part]:
+        """Take the next batch out, all of one job; nothing if nothing waits or the engine has no room."""
         engine = self._engine
-        batch = _Batch()
-        if engine.pads and self._batches >= _PADDED_BATCHES:
-            return None
         queue = self._interactive if self._interactive.first() else self._bulk
-        while (job := queue.first()) is not None and len(batch) < engine.max_batch:
-            count = min(engine.max_batch - len(batch), job.left)
-            # An idle engine takes anything; a busy one waits for room for the whole batch rather than get crumbs.
-            if not batch.parts and self.running and self.running + count > engine.max_in_flight:
-                return None
-            self._take(queue, job, count, batch)
-            if batch.parts and not engine.pads:
-                # One that pads finds sequences of like length among many; for others a batch of one job is done sooner.
-                break
-        return batch if batch.parts else None
+        job = queue.first()
+        if job is None:
+            return []
+        count = min(engine.max_batch, job.left)
+        # An idle engine takes anything; a busy one waits for room for the whole batch rather than get crumbs.
+        if self.running and self.running + count > engine.max_in_flight:
+            return []
+        return [queue.draw(job, count)]
 
-    def _take(self, queue: _Queue, job: Job, count: int, batch: _Batch) -> None:
-        begin, end = job._taken, job._taken + count
-        try:
-            sequences = job.make(begin, end)
-        except Exception as error:
-            self._fail(job, error)
+    def _next_padded(self, budget: int) -> list[Part]:
+        """Take the next batch of like lengths out, within ``budget`` tokens; nothing as ``_next``."""
+        if self._batches >= _PADDED_BATCHES:
+            return []
+        for queue in (self._interactive, self._bulk):
+            if not queue.window and queue.first():
+                queue.window.fill(self._draw(queue))
+            if queue.window:
+                return queue.window.take(budget, self._engine.max_batch)
+        return []
+
+    def _draw(self, queue: _Queue) -> list[Part]:
+        """Take a window's worth of sequences out."""
+        parts: list[Part] = []
+        sequences = tokens = 0
+        while (job := queue.first()) and not self._pace.fills_window(sequences, tokens, self._engine.max_batch):
+            parts.append(queue.draw(job, _TURN))
+            positions = parts[-1][1]
+            sequences += len(positions)
+            tokens += int(job.lengths[positions].sum())
+        return parts
+
+    def _enter(self, parts: list[Part]) -> None:
+        """Give the engine a batch."""
+        batch = _Batch()
+        for job, positions in parts:
+            try:
+                sequences = job.make(positions)
+                if len(parts) > 1:
+                    # Made now: what is wrong with one job's must not fail the others. A job that is alone has the
+                    # engine make them as it reads.
+                    sequences = list(sequences)
+            except Exception as error:
+                self._fail(job, error)
+                continue
+            batch.parts.append((job, positions))
+            batch.sequences.append(sequences)
+            batch.wanted.add(job)
+            job._running.add(batch)
+            job.started = job.started or batch.entered
+            tokens = int(job.lengths[positions].sum())
+            job.tokens += tokens
+            batch.tokens += tokens
+            job._entered += len(positions)
+            self.waiting -= len(positions)
+            if not job.left:
+                self._leave(job)
+        if not batch.parts:
             return
-        batch.sequences.append(sequences)
-        batch.parts.append((job, begin))
-        batch.wanted.add(job)
-        job._running.add(batch)
-        tokens = int(job.lengths[begin:end].sum())
-        self._metrics.batch(count, tokens)
-        job.started = job.started or time.monotonic()
-        job.tokens += tokens
-        job._taken = end
-        queue.charge(job, tokens)
-        self.waiting -= count
-        if not job.left:
-            self._leave(job)
+        self._metrics.batch(len(batch), batch.tokens)
+        self.running += len(batch)
+        self._batches += 1
+        alone = len(batch.parts) == 1
+        sequences = batch.sequences[0] if alone else list(chain.from_iterable(batch.sequences))
+        batch.task = asyncio.create_task(self._engine.run(sequences))
+        # A callback, not code around the call: it comes also for a task that is cancelled before it begins.
+        batch.task.add_done_callback(partial(self._finished, batch))
 
     def _finished(self, batch: _Batch, task: asyncio.Task[NDArray[np.float32]]) -> None:
         self.running -= len(batch)
         self._batches -= 1
+        now = time.monotonic()
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if error is None:
+            # While it waited for the batch before it, the engine was busy with that one.
+            self._pace.add(batch.tokens, now - max(batch.entered, self._last_finish))
+        self._last_finish = now
         row = 0
-        for (job, begin), sequences in zip(batch.parts, batch.sequences, strict=True):
+        for job, positions in batch.parts:
             job._running.discard(batch)
             if error is not None:
                 self._fail(job, error)
                 continue
-            job._results[begin] = task.result()[row : row + len(sequences)]
-            row += len(sequences)
-            job._missing -= len(sequences)
-            if job._missing == 0 and job._done is not None and not job._done.done():
-                job._done.set_result(None)
+            found = task.result()[row : row + len(positions)]
+            row += len(positions)
+            if job._results is None:
+                job._results = np.empty((len(job.lengths), *found.shape[1:]), dtype=found.dtype)
+            job._results[positions] = found
+            job._done += len(positions)
+            if job._done == len(job.lengths) and job._end is not None and not job._end.done():
+                job._end.set_result(None)
         self._admit()
 
     def _leave(self, job: Job) -> None:
@@ -241,9 +304,9 @@ class Scheduler:
 
     def _fail(self, job: Job, error: BaseException) -> None:
         self._leave(job)
-        if job._done is None or job._done.done():
+        if job._end is None or job._end.done():
             return
         if isinstance(error, asyncio.CancelledError):
-            job._done.cancel()
+            job._end.cancel()
         else:
-            job._done.set_exception(error)
+            job._end.set_exception(error)

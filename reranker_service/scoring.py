@@ -80,9 +80,7 @@ class Scorer:
             self._raw = EmbeddingScorer(encoder, self._texts, self.scheduler, cache=embeddings, disk=disk)
         else:
             self.cache = scores = ScoreCache(cache_bytes) if cache_bytes else None
-            self._raw = PairScorer(
-                encoder, self._texts, self.scheduler, sort_by_length=engine.pads, cache=scores, disk=disk
-            )
+            self._raw = PairScorer(encoder, self._texts, self.scheduler, cache=scores, disk=disk)
 
     @property
     def facts(self) -> ModelFacts:

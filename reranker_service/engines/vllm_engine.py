@@ -42,7 +42,7 @@ class VllmEngine:
     """Implements ``Engine`` with vLLM."""
 
     name = "vllm"
-    pads = False
+    batch_tokens = None
 
     def __init__(
         self, spec: ModelSpec, *, dtype: str = "auto", engine_args: Mapping[str, object] | None = None
