@@ -17,8 +17,8 @@ from benchmarks.sides import BareSide, BatchSide, StreamSide, UnarySide
 from loss_client import RerankerClient
 
 _LARGE_CHUNK = 1024
-_TORCH_SECONDS = {"minilm": 60.0, "tiny": 20.0}
-_VLLM_SECONDS = {"minilm": 75.0, "tiny": 40.0}
+_TORCH_SECONDS = {"minilm": 55.0, "tiny": 20.0}
+_VLLM_SECONDS = {"minilm": 70.0, "tiny": 40.0}
 _BARE_TARGET = {"minilm": 0.97, "tiny": 0.9}
 _HTTP_TARGETS = {"minilm": (1.05, 1.3), "tiny": (1.5, 2.0)}
 

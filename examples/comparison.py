@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import random
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset  # type: ignore[import-untyped]
 from rich.console import Console
-from sentence_transformers import (
-    SentenceTransformer,
-    SentenceTransformerTrainer,
-    SentenceTransformerTrainingArguments,
-)
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from examples import docstrings, report, student
 from examples.contenders import Contender, contenders
 from examples.serving import reranker_server
+from examples.training import Recipe, train
 
 #: Mining loses a pair here and there; with these to spare every step has a full batch of fresh ones.
 _SPARE_PAIRS = 1.03
@@ -175,42 +169,11 @@ def _train(
     console.print(
         f"Training with {contender.loss} ({contender.name}): {settings.steps} steps of {settings.batch_size} triplets"
     )
-    set_seed(settings.seed)
-    model = student.load_student()
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(settings.output),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
-        dataloader_drop_last=True,
-        learning_rate=settings.learning_rate,
-        warmup_steps=max(1, settings.steps // 10),
-        logging_steps=max(1, settings.steps // 10),
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=settings.seed,
-    )
-    loss = contender.make_loss(model)
-    progress = _Progress(console)
-    trainer = SentenceTransformerTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=triplets,
-        loss=loss,
-        data_collator=contender.make_collator(model, arguments) if contender.make_collator else None,
-        callbacks=[progress],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    counts = contender.read_counts(loss)
-    found = _examine(contender.name, model, evaluator, console)
-    return model, replace(
-        found,
-        loss=contender.loss,
-        step_seconds=progress.step_seconds,
-        counts=counts,
-        losses=tuple(progress.losses),
+    recipe = Recipe(settings.steps, settings.batch_size, settings.learning_rate, settings.seed)
+    done = train(contender, student.load_student, triplets, recipe, settings.output, console.print)
+    found = _examine(contender.name, done.model, evaluator, console)
+    return done.model, replace(
+        found, loss=contender.loss, step_seconds=done.step_seconds, counts=done.counts, losses=done.losses
     )
 
 
@@ -221,35 +184,3 @@ def _examine(
     ndcg, mrr = (found[f"{evaluator.name}_cosine_{measure}@10"] for measure in ("ndcg", "mrr"))
     console.print(f"  {name}: nDCG@10 {ndcg:.3f}, MRR@10 {mrr:.3f}")
     return report.Result(name=name, loss="", ndcg=ndcg, mrr=mrr)
-
-
-class _Progress(TrainerCallback):
-    """Prints how training goes and times its steps, from the end of one to the end of the next."""
-
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
-        self.losses: list[tuple[int, float]] = []
-        self._console = console
-        self._clock = clock
-        self._ends: list[float] = []
-
-    @property
-    def step_seconds(self) -> float:
-        """Median over the steps so far."""
-        return statistics.median(after - before for before, after in zip(self._ends, self._ends[1:], strict=False))
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._ends.append(self._clock())
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._ends.append(self._clock())
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        loss = state.log_history[-1].get("loss")
-        if loss is not None:
-            self.losses.append((state.global_step, float(loss)))
-            self._console.print(
-                f"  step {state.global_step:>4} of {state.max_steps}: loss {float(loss):.3f}, "
-                f"{self.step_seconds:.2f} s a step"
-            )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
@@ -46,7 +47,7 @@ class Contender:
         loss: The loss's class.
         make_loss: Makes the loss for a student.
         read_counts: What the filter of a loss made by ``make_loss`` did so far.
-        make_collator: Makes the collator that the loss needs; ``None`` for the trainer's own.
+        make_collator: Makes the collator that the loss, its last argument, needs; ``None`` for the trainer's own.
     """
 
     name: str
@@ -54,7 +55,10 @@ class Contender:
     make_loss: Callable[[SentenceTransformer], nn.Module]
     read_counts: Callable[[nn.Module], FilterCounts]
     make_collator: (
-        Callable[[SentenceTransformer, SentenceTransformerTrainingArguments], SentenceTransformerDataCollator] | None
+        Callable[
+            [SentenceTransformer, SentenceTransformerTrainingArguments, nn.Module], SentenceTransformerDataCollator
+        ]
+        | None
     ) = None
 
 
@@ -108,30 +112,52 @@ def contenders(
         mini_batch_size: Of all three.
     """
     return [
-        Contender(
-            "no filter",
-            "CachedMultipleNegativesRankingLoss",
-            lambda student: CachedMultipleNegativesRankingLoss(
-                student, scale=1 / temperature, mini_batch_size=mini_batch_size
-            ),
-            lambda loss: FilterCounts(),
-        ),
-        Contender(
-            "local guide",
-            "CachedGISTEmbedLoss",
-            lambda student: CountingGISTEmbedLoss(student, guide, temperature, mini_batch_size),
-            _gist_counts,
-        ),
-        Contender(
-            "reranker service",
-            "RerankerCachedGISTEmbedLoss",
-            lambda student: RerankerCachedGISTEmbedLoss(
-                student, reranker_url, temperature=temperature, mini_batch_size=mini_batch_size, max_length=MAX_TOKENS
-            ),
-            _reranker_counts,
-            RerankerDataCollator.for_training,
-        ),
+        unfiltered("no filter", temperature, mini_batch_size),
+        guided("local guide", guide, temperature, mini_batch_size),
+        reranked("reranker service", reranker_url, temperature, mini_batch_size, max_length=MAX_TOKENS),
     ]
+
+
+def reranked(
+    name: str, reranker_url: str, temperature: float, mini_batch_size: int, max_length: int, **options: Any
+) -> Contender:
+    """Training with :class:`RerankerCachedGISTEmbedLoss`; ``options`` are more of its arguments."""
+    return Contender(
+        name,
+        "RerankerCachedGISTEmbedLoss",
+        lambda student: RerankerCachedGISTEmbedLoss(
+            student,
+            reranker_url,
+            temperature=temperature,
+            mini_batch_size=mini_batch_size,
+            max_length=max_length,
+            **options,
+        ),
+        _reranker_counts,
+        RerankerDataCollator.for_training,
+    )
+
+
+def guided(name: str, guide: SentenceTransformer, temperature: float, mini_batch_size: int) -> Contender:
+    """Training with :class:`CachedGISTEmbedLoss`, whose ``guide`` runs beside the student."""
+    return Contender(
+        name,
+        "CachedGISTEmbedLoss",
+        lambda student: CountingGISTEmbedLoss(student, guide, temperature, mini_batch_size),
+        _gist_counts,
+    )
+
+
+def unfiltered(name: str, temperature: float, mini_batch_size: int, **options: Any) -> Contender:
+    """Training with :class:`CachedMultipleNegativesRankingLoss`; ``options`` are more of its arguments."""
+    return Contender(
+        name,
+        "CachedMultipleNegativesRankingLoss",
+        lambda student: CachedMultipleNegativesRankingLoss(
+            student, scale=1 / temperature, mini_batch_size=mini_batch_size, **options
+        ),
+        lambda loss: FilterCounts(),
+    )
 
 
 def _gist_counts(loss: nn.Module) -> FilterCounts:

@@ -15,7 +15,7 @@ import re
 import sysconfig
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,26 +95,50 @@ def pairs_of_source(source: bytes, module: str) -> list[Pair]:
     Raises:
         SyntaxError, ValueError: The file is not valid Python.
     """
-    with warnings.catch_warnings():
-        # Invalid escapes in other people's strings.
-        warnings.simplefilter("ignore")
-        tree = ast.parse(source)
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = sorted(
-        (node for node in ast.walk(tree) if isinstance(node, documented)), key=lambda node: getattr(node, "lineno", 0)
+    docstrings = (
+        ast.get_docstring(node)
+        for node in nodes_of_source(source)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
     )
-    docstrings = (ast.get_docstring(node) for node in nodes)
     pairs = (_pair_of_docstring(docstring, module) for docstring in docstrings if docstring)
     return [pair for pair in pairs if pair is not None]
 
 
-def collect(limit: int, packages: Sequence[str] = PACKAGES) -> list[Pair]:
+def nodes_of_source(source: bytes) -> list[ast.AST]:
+    """All nodes of one file's syntax tree in the order of the file; raises what :func:`pairs_of_source` raises."""
+    with warnings.catch_warnings():
+        # Invalid escapes in other people's strings.
+        warnings.simplefilter("ignore")
+        tree = ast.parse(source)
+    return sorted(ast.walk(tree), key=lambda node: getattr(node, "lineno", 0))
+
+
+def one_line_summary(docstring: str) -> str | None:
+    """The first paragraph of a docstring on one line; ``None`` where it is too short or too long for a query."""
+    summary = _one_line(docstring.partition("\n\n")[0])
+    return summary if len(summary) in _SUMMARY_CHARACTERS else None
+
+
+def shortened(text: str) -> str:
+    """A text on one line, cut between two words to the length of a document."""
+    line = _one_line(text)
+    if len(line) <= _BODY_MOST:
+        return line
+    return line[: _BODY_MOST + 1].rpartition(" ")[0] or line[:_BODY_MOST]
+
+
+def collect(
+    limit: int,
+    packages: Sequence[str] = PACKAGES,
+    extract: Callable[[bytes, str], list[Pair]] = pairs_of_source,
+) -> list[Pair]:
     """Read pairs from installed packages.
 
     Args:
         limit: At most how many pairs. No package gives more than an equal share of what is still missing when its
             turn comes.
         packages: Import names; ``"stdlib"`` is the standard library. Those that are not installed are left out.
+        extract: Takes the pairs out of one file, given its bytes and what becomes :attr:`Pair.module`.
 
     Returns:
         The pairs, equal ones included, package by package.
@@ -130,7 +154,7 @@ def collect(limit: int, packages: Sequence[str] = PACKAGES) -> list[Pair]:
     pairs: list[Pair] = []
     for position, (name, root) in enumerate(roots.items()):
         share = -(-(limit - len(pairs)) // (len(roots) - position))
-        pairs += _package_pairs(name, root, share)
+        pairs += _package_pairs(name, root, share, extract)
     return pairs[:limit]
 
 
@@ -164,23 +188,16 @@ def repeated_share(pairs: Collection[Pair]) -> float:
 
 
 def _pair_of_docstring(docstring: str, module: str) -> Pair | None:
-    summary, _, rest = docstring.partition("\n\n")
-    summary = _one_line(summary)
-    paragraphs = (_SESSION.sub("", part) for part in re.split(r"\n\s*\n", rest))
-    body = _shortened(_one_line(_VERSION_NOTE.sub("", _UNDERLINE.sub("", "\n".join(paragraphs)))))
-    if len(summary) not in _SUMMARY_CHARACTERS or len(body) < _BODY_LEAST:
+    summary = one_line_summary(docstring)
+    paragraphs = (_SESSION.sub("", part) for part in re.split(r"\n\s*\n", docstring.partition("\n\n")[2]))
+    body = shortened(_VERSION_NOTE.sub("", _UNDERLINE.sub("", "\n".join(paragraphs))))
+    if summary is None or len(body) < _BODY_LEAST:
         return None
     return Pair(summary, body, module)
 
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _shortened(text: str) -> str:
-    if len(text) <= _BODY_MOST:
-        return text
-    return text[: _BODY_MOST + 1].rpartition(" ")[0] or text[:_BODY_MOST]
 
 
 def _package_root(name: str) -> Path | None:
@@ -190,11 +207,11 @@ def _package_root(name: str) -> Path | None:
     return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
 
 
-def _package_pairs(name: str, root: Path, limit: int) -> list[Pair]:
+def _package_pairs(name: str, root: Path, limit: int, extract: Callable[[bytes, str], list[Pair]]) -> list[Pair]:
     pairs: list[Pair] = []
     for path, module in _source_files(name, root):
         try:
-            pairs += pairs_of_source(path.read_bytes(), module)
+            pairs += extract(path.read_bytes(), module)
         except (SyntaxError, ValueError):
             # Templates and samples of broken code lie among the sources.
             continue

@@ -1,7 +1,6 @@
 """Training with a reranker that is served elsewhere: a client, and a sentence-transformers loss built on it.
 
-Importing this package needs neither torch nor sentence-transformers; the loss and the collator import them when first
-named.
+Importing this package needs neither torch nor sentence-transformers; what needs them imports them when first named.
 """
 
 from __future__ import annotations
@@ -25,12 +24,17 @@ from loss_client.errors import (
 from loss_client.scores import ScoreMatrix, ScoreType, ScoreUsage
 
 if TYPE_CHECKING:
+    from loss_client.callbacks import RerankerMarginCallback, RerankerMetricsCallback
     from loss_client.collator import RerankerDataCollator
+    from loss_client.cross_encoder import RemoteCrossEncoder
     from loss_client.loss import RerankerCachedGISTEmbedLoss
 
 _LAZY = {
+    "RemoteCrossEncoder": "loss_client.cross_encoder",
     "RerankerCachedGISTEmbedLoss": "loss_client.loss",
     "RerankerDataCollator": "loss_client.collator",
+    "RerankerMarginCallback": "loss_client.callbacks",
+    "RerankerMetricsCallback": "loss_client.callbacks",
 }
 
 __all__ = [
@@ -41,10 +45,13 @@ __all__ = [
     "ModelChangedError",
     "Priority",
     "RankedDocument",
+    "RemoteCrossEncoder",
     "RerankerCachedGISTEmbedLoss",
     "RerankerClient",
     "RerankerDataCollator",
     "RerankerError",
+    "RerankerMarginCallback",
+    "RerankerMetricsCallback",
     "RerankerRequestError",
     "RerankerTimeoutError",
     "RerankerUnavailableError",

