@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 REQUIREMENTS := requirements/$(DEVICE).txt
 INSTALLED := $(VENV)/.installed-$(DEVICE)
 STUBS := protos/reranker/v1/reranker_pb2.py
-SOURCES := reranker_service loss_client tests examples benchmarks tools hatch_build.py
+SOURCES := reranker_service loss_client tests examples benchmarks quality tools hatch_build.py
 
 # For `make serve`. Empty: the server's own default (RERANKER_* variables count too).
 MODEL ?=
@@ -20,10 +20,10 @@ HOST ?=
 PORT ?=
 # For `make demo`. Empty: the demo's own default.
 STEPS ?=
-# For `make test` and `make bench`: more arguments, such as ARGS="-k stream -x" for pytest.
+# For `make test`, `make bench` and `make quality`: more arguments, such as ARGS="-k stream -x" for pytest.
 ARGS ?=
 
-.PHONY: help install proto serve demo bench test lint compat lock clean
+.PHONY: help install proto serve demo bench bench-loss quality test lint compat lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,12 @@ demo: $(STUBS) ## Train with and without the reranker and compare (STEPS=...)
 
 bench: $(STUBS) ## Measure the service against the bare engine and what else a user would take (ARGS="--quick")
 	$(BIN)/python -m benchmarks.service $(ARGS)
+
+bench-loss: $(STUBS) ## Measure what a training step with the loss costs (ARGS="--quick")
+	$(BIN)/python -m benchmarks.loss $(ARGS)
+
+quality: $(STUBS) ## Measure whether the filter makes better models; under an hour, goes on where it was (ARGS="--quick")
+	$(BIN)/python -m quality.study $(ARGS)
 
 test: $(STUBS) ## Run the tests (ARGS="..." for pytest)
 	$(BIN)/python -m pytest $(ARGS)

@@ -13,6 +13,7 @@ import argparse
 import random
 import signal
 import sys
+import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -33,13 +34,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description="Mines hard negatives that a reranker service has judged, and trains a small model on them.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--pairs", type=int, default=8_000, help="docstrings to read, at most")
+    parser.add_argument("--pairs", type=int, default=4_000, help="docstrings to read, at most")
     parser.add_argument("--anchors", type=int, default=400, help="pairs to mine for, at most")
     parser.add_argument("--candidates", type=int, default=10, help="nearest documents of an anchor that are judged")
     parser.add_argument("--margin", type=float, default=0.05, help="share of the positive's score to stay below it")
     parser.add_argument("--steps", type=int, default=12, help="training steps")
     parser.add_argument("--batch-size", type=int, default=32, help="triplets of a step")
-    parser.add_argument("--queries", type=int, default=1_000, help="held-out queries to ask, at most")
+    parser.add_argument("--queries", type=int, default=500, help="held-out queries to ask, at most")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
     parser.add_argument("--engine", choices=("auto", "vllm", "torch"), default="auto", help="of the reranker server")
     parser.add_argument("--reranker-url", help="use this running server, such as 127.0.0.1:50051")
@@ -47,7 +48,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def mine(pairs: dict[str, list[str]], corpus: list[str], model: Any, judge: Any, candidates: int, margin: float) -> Any:
+def mine(
+    pairs: dict[str, list[str]],
+    corpus: list[str],
+    model: Any,
+    judge: Any,
+    candidates: int,
+    margin: float,
+    embeddings: str,
+) -> Any:
     """Mine one hard negative for each pair.
 
     Args:
@@ -57,6 +66,7 @@ def mine(pairs: dict[str, list[str]], corpus: list[str], model: Any, judge: Any,
         judge: The cross-encoder that scores them; ``None`` takes the nearest candidate unjudged.
         candidates: How many of the nearest documents stand for choice.
         margin: A candidate has to score below the positive by this share of the positive's score.
+        embeddings: Directory that keeps the embeddings for the next time, with the same model and texts.
 
     Returns:
         A data set with the columns ``anchor``, ``positive`` and ``negative``. Pairs without a negative are left out.
@@ -73,6 +83,7 @@ def mine(pairs: dict[str, list[str]], corpus: list[str], model: Any, judge: Any,
         range_max=candidates,
         num_negatives=_NEGATIVES,
         verbose=False,
+        cache_folder=embeddings,
     )
 
 
@@ -107,8 +118,8 @@ def run(options: argparse.Namespace, address: str, say: Any) -> None:
     set_seed(options.seed)
     model = load_student()
     corpus = [pair.body for pair in others]
-    with RemoteCrossEncoder(address) as judge:
-        nearest = mine(pairs, corpus, model, None, options.candidates, options.margin)
+    with RemoteCrossEncoder(address) as judge, tempfile.TemporaryDirectory() as embeddings:
+        nearest = mine(pairs, corpus, model, None, options.candidates, options.margin, embeddings)
         of_positive, of_negative = (
             judge.predict(list(zip(nearest["anchor"], nearest[column], strict=True)))
             for column in ("positive", "negative")
@@ -118,7 +129,7 @@ def run(options: argparse.Namespace, address: str, say: Any) -> None:
             f"{(of_negative > of_positive).mean():.0%} of these above the positive."
         )
         began = time.monotonic()
-        mined = mine(pairs, corpus, model, judge, options.candidates, options.margin)
+        mined = mine(pairs, corpus, model, judge, options.candidates, options.margin, embeddings)
         seconds = time.monotonic() - began
     unjudged = set(zip(nearest["anchor"], nearest["negative"], strict=True))
     kept = sum(pair in unjudged for pair in zip(mined["anchor"], mined["negative"], strict=True))

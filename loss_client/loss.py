@@ -28,6 +28,7 @@ from tqdm import trange  # type: ignore[import-untyped]
 from loss_client.arguments import check_choice, check_margin, check_positive, describe_reranker
 from loss_client.candidates import Candidates, CandidateStep
 from loss_client.client import RerankerClient
+from loss_client.errors import IncompatibleServerError
 from loss_client.filtering import (
     ContrastFilter,
     FilterSettings,
@@ -99,7 +100,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         max_candidates: With ``candidates="mass"``, the most candidates of an anchor to have scored, beside its
             positive. The bound does not hold for anchors that would need more; they are counted. Default: no limit.
         on_error: ``"raise"``: a step whose scores cannot be had fails. ``"unfiltered"``: it is trained on without
-            the filter, counted, and warned of.
+            the filter, counted, and warned of; but a server that speaks another contract ends training all the same.
 
     Raises:
         ValueError: An argument, or a batch, that cannot work. The message says why.
@@ -262,6 +263,8 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         try:
             step.settle(self._settings())
             loss: Tensor = self.forward_cached(features, step)  # type: ignore[arg-type]
+            if isinstance(step.error, IncompatibleServerError):
+                raise step.error  # no later step would fare better
         except BaseException:
             step.cancel()
             raise

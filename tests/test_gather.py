@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,28 +15,44 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
+from loss_client.collator import RerankerDataCollator
+from loss_client.errors import RerankerUnavailableError
 from loss_client.loss import RerankerCachedGISTEmbedLoss
 
 from .models import build_bi_encoder
+from .test_prefetch import batch_of
 from .training import (
     MemoryScorer,
+    MemoryScores,
     assert_same_gradients,
     cosines_of,
     features,
     gradients,
     guide,
     loss_and_gradients,
+    random_scores,
     texts,
 )
 
 COLUMNS, ROWS, RANKS = 3, 8, 2
+NAMES = ["anchor", "positive", "negative"]
+
+Result = dict[str, Any]
+
 # The second batch is uneven: each rank has another number of rows, and of mini-batches.
 SPLITS = [(4, 4), (2, 6)]
+BOTH: dict[str, Any] = {"contrast_anchors": True, "contrast_positives": True}
 CONTRASTS: list[dict[str, Any]] = [
     {},
-    {"contrast_anchors": True, "contrast_positives": True},
-    {"contrast_anchors": True, "contrast_positives": True, "contrast_filter": "scores"},
+    BOTH,
+    {**BOTH, "contrast_filter": "scores"},
+    {"contrast_anchors": True},
+    {"contrast_positives": True, "contrast_filter": "scores"},
 ]
+# With so small an epsilon nothing is left out.
+CHOICES: list[dict[str, Any]] = [{"candidates": "all"}, {"candidates": "mass", "epsilon": 1e-12}]
+RUNS = list(itertools.product(SPLITS, CONTRASTS, CHOICES))
+WAIT = timedelta(seconds=60)
 
 
 def batch() -> list[list[str]]:
@@ -51,30 +68,102 @@ def load(directory: Path) -> tuple[SentenceTransformer, MemoryScorer]:
 
 
 def make(model: Any, scorer: Any, contrast: dict[str, Any], **options: Any) -> RerankerCachedGISTEmbedLoss:
-    return RerankerCachedGISTEmbedLoss(
-        model, scorer, temperature=0.05, mini_batch_size=3, margin=0.1, score_type="raw", **contrast, **options
+    defaults: dict[str, Any] = {"temperature": 0.05, "mini_batch_size": 3, "margin": 0.1, "score_type": "raw"}
+    return RerankerCachedGISTEmbedLoss(model, scorer, **{**defaults, **contrast, **options})
+
+
+def part_of(columns: list[list[str]], split: tuple[int, int], rank: int) -> list[list[str]]:
+    """A rank's rows."""
+    first = sum(split[:rank])
+    return [column[first : first + split[rank]] for column in columns]
+
+
+def one_step(model: SentenceTransformer, scorer: MemoryScorer, batch: list[dict[str, Any]], **options: Any) -> Result:
+    """One step of this rank, with the gradients averaged by DistributedDataParallel."""
+    model.zero_grad()
+    begun = len(scorer.jobs)
+    loss = make(model, scorer, {}, gather_across_devices=True, **options)
+    # BERT's pooler takes no part.
+    loss.model = DistributedDataParallel(model, find_unused_parameters=True)
+    value = loss(batch, None)
+    value.backward()
+    jobs = scorer.jobs[begun:]
+    return {
+        "value": float(value.detach()),
+        "gradients": gradients(model),
+        "queries": [query for job in jobs for query in job.queries],
+        "released": [sum(end - begin for begin, end in job.released) == job.shape[0] for job in jobs],
+        "unfiltered": loss.statistics.unfiltered_steps,
+    }
+
+
+def prefetched(
+    model: SentenceTransformer,
+    scorer: MemoryScorer,
+    rank: int,
+    columns: list[list[str]],
+    store: dist.Store,
+    choice: dict[str, Any],
+    name: str,
+) -> Result:
+    """A step on a batch that the collator had scored ahead; the second rank waits until the first has collated."""
+    rows = [dict(zip(NAMES, row, strict=True)) for row in zip(*columns, strict=True)]
+    ahead = RerankerDataCollator.for_training(
+        model, loss=make(model, scorer, BOTH, gather_across_devices=True, **choice)
+    )
+    if rank == 1:
+        store.wait([name], WAIT)
+    begun = len(scorer.jobs)
+    collated = ahead(rows)
+    asked = {text for job in scorer.jobs[begun:] for text in (*job.queries, *job.documents)}
+    store.set(name, "collated")
+    loss = ahead.loss
+    assert isinstance(loss, RerankerCachedGISTEmbedLoss)
+    model.zero_grad()
+    loss.model = DistributedDataParallel(model, find_unused_parameters=True)
+    value = loss(batch_of(collated), None)
+    value.backward()
+    jobs = scorer.jobs[begun:]
+    pairs = [(query, document) for job in jobs for query, document in asked_pairs(job)]
+    return {"value": float(value.detach()), "gradients": gradients(model), "ahead": asked, "pairs": pairs}
+
+
+def asked_pairs(job: MemoryScores) -> list[tuple[str, str]]:
+    """What a job scores: a grid, or, with one column, the pairs that it lists."""
+    listed = job.shape[1] == 1 and len(job.queries) == len(job.documents)
+    return list(
+        zip(job.queries, job.documents, strict=True) if listed else itertools.product(job.queries, job.documents)
     )
 
 
 def work(rank: int, directory: Path, columns: list[list[str]]) -> None:
-    """One rank: every split with every contrast, gradients averaged by DistributedDataParallel."""
+    """One rank: every split with every contrast and both ways of choosing candidates, then the other tests' steps."""
     torch.set_num_threads(1)
     model, scorer = load(directory)
-    dist.init_process_group("gloo", f"file://{directory / 'meet'}", timedelta(seconds=60), world_size=RANKS, rank=rank)
+    store = dist.FileStore(str(directory / "meet"), RANKS)
+    dist.init_process_group("gloo", store=store, timeout=WAIT, world_size=RANKS, rank=rank)
     try:
-        results = []
-        for split in SPLITS:
-            first = sum(split[:rank])
-            part = [column[first : first + split[rank]] for column in columns]
-            for contrast in CONTRASTS:
-                model.zero_grad()
-                loss = make(model, scorer, contrast, gather_across_devices=True)
-                prepared = features(model, part)
-                # BERT's pooler takes no part.
-                loss.model = DistributedDataParallel(model, find_unused_parameters=True)
-                value = loss(prepared, None)
-                value.backward()
-                results.append((value.detach(), gradients(model), scorer.jobs[-1].queries))
+        results: dict[str, Any] = {
+            "runs": [
+                one_step(model, scorer, features(model, part_of(columns, split, rank)), **contrast, **choice)
+                for split, contrast, choice in RUNS
+            ]
+        }
+        results["prefetched"] = [
+            prefetched(model, scorer, rank, part_of(columns, SPLITS[1], rank), store, choice, f"collated-{number}")
+            for number, choice in enumerate(CHOICES)
+        ]
+        # The second rank has no reranker.
+        failing = MemoryScorer(random_scores(), RerankerUnavailableError("nobody there"))
+        mine = features(model, part_of(columns, SPLITS[1], rank))
+        results["unfiltered"] = [
+            one_step(model, failing if rank else scorer, mine, **BOTH, **choice, on_error="unfiltered")
+            for choice in CHOICES
+        ]
+        try:
+            one_step(model, scorer, mine[: 2 + rank])
+        except ValueError as error:
+            results["columns"] = str(error)
         torch.save(results, directory / f"result-{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -89,24 +178,67 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(directory: Path) -> list[list[tuple[Tensor, dict[str, Tensor], list[str]]]]:
+def results(directory: Path) -> list[dict[str, Any]]:
     spawn(work, (directory, batch()), nprocs=RANKS)
     return [torch.load(directory / f"result-{rank}.pt") for rank in range(RANKS)]
 
 
-@pytest.mark.parametrize("split", range(len(SPLITS)))
+def whole(directory: Path, contrast: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
+    """One process with the whole batch, every pair scored."""
+    model, scorer = load(directory)
+    return loss_and_gradients(make(model, scorer, contrast), features(model, batch()))
+
+
+def assert_same(ranks: list[Result], expected: tuple[float, dict[str, Tensor]]) -> None:
+    assert sum(rank["value"] for rank in ranks) / RANKS == pytest.approx(expected[0], abs=1e-5)
+    for rank in ranks:
+        assert_same_gradients(rank["gradients"], expected[1])
+
+
 @pytest.mark.parametrize("contrast", range(len(CONTRASTS)))
 def test_two_processes_equal_one_with_the_whole_batch(
-    directory: Path, results: list[Any], split: int, contrast: int
+    directory: Path, results: list[dict[str, Any]], contrast: int
 ) -> None:
-    model, scorer = load(directory)
-    expected = loss_and_gradients(make(model, scorer, CONTRASTS[contrast]), features(model, batch()))
-    ranks = [result[split * len(CONTRASTS) + contrast] for result in results]
-    assert sum(float(value) for value, _, _ in ranks) / RANKS == pytest.approx(expected[0], abs=1e-5)
-    for _, found, _ in ranks:
-        assert_same_gradients(found, expected[1])
+    expected = whole(directory, CONTRASTS[contrast])
+    for number, (_, used, _) in enumerate(RUNS):
+        if used == CONTRASTS[contrast]:
+            assert_same([rank["runs"][number] for rank in results], expected)
 
 
-def test_each_process_has_its_own_anchors_scored_only(results: list[Any]) -> None:
+def test_each_process_has_its_own_anchors_scored_only(results: list[dict[str, Any]]) -> None:
     anchors = batch()[0]
-    assert [rank[0][2] for rank in results] == [anchors[:4], anchors[4:]]
+    for number, (split, contrast, _) in enumerate(RUNS):
+        if not contrast:  # what is known of the other rows' anchors takes scores of theirs, and positives may be asked
+            asked = [set(rank["runs"][number]["queries"]) for rank in results]
+            assert asked == [set(anchors[: split[0]]), set(anchors[split[0] :])]
+
+
+def test_each_process_gives_its_scores_back(results: list[dict[str, Any]]) -> None:
+    assert all(all(run["released"]) and run["released"] for rank in results for run in rank["runs"])
+
+
+@pytest.mark.parametrize("choice", range(len(CHOICES)))
+def test_a_batch_scored_ahead_needs_no_other_process_until_the_loss_does(
+    directory: Path, results: list[dict[str, Any]], choice: int
+) -> None:
+    ranks = [rank["prefetched"][choice] for rank in results]
+    assert_same(ranks, whole(directory, BOTH))
+    for number, rank in enumerate(ranks):
+        own = {text for column in part_of(batch(), SPLITS[1], number) for text in column}
+        assert rank["ahead"] <= own
+        assert rank["ahead"] >= {text for column in part_of(batch(), SPLITS[1], number)[:2] for text in column}
+        asked = {document for _, document in rank["pairs"]}
+        assert asked == {text for column in batch()[1:] for text in column}
+
+
+@pytest.mark.parametrize("choice", range(len(CHOICES)))
+def test_a_process_without_a_reranker_does_not_hold_up_the_other(results: list[dict[str, Any]], choice: int) -> None:
+    ranks = [rank["unfiltered"][choice] for rank in results]
+    assert [rank["unfiltered"] for rank in ranks] == [0, 1]
+    assert_same_gradients(ranks[0]["gradients"], ranks[1]["gradients"])
+    assert ranks[0]["value"] != pytest.approx(ranks[1]["value"])
+
+
+def test_processes_with_other_columns_are_told(results: list[dict[str, Any]]) -> None:
+    for rank in results:
+        assert r"[2, 3] columns" in rank["columns"]

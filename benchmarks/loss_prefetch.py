@@ -1,0 +1,298 @@
+"""Never waiting: how long a training step takes beside the longer of training alone and scoring alone.
+
+A server of fixed speed scores what real training asks for, over real gRPC. The rate is set so that scoring a batch
+takes a given multiple of a training step. Training alone is the same training with
+``CachedMultipleNegativesRankingLoss``: what it costs where there is no reranker at all.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset  # type: ignore[import-untyped]
+from matplotlib import rc_context
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import FixedLocator, NullLocator
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from torch import nn
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from benchmarks.bench import Bench
+from benchmarks.launch import address_of
+from benchmarks.loss_pace import RATE_FILE, write_rate
+from benchmarks.report import Figure
+from benchmarks.rounds import Spread
+from examples.student import load_student
+from loss_client import RerankerCachedGISTEmbedLoss, RerankerClient, RerankerDataCollator
+
+Mode = Literal["alone", "prefetch", "no prefetch"]
+
+RATIOS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
+_QUICK_RATIOS = (0.5, 2.0)
+_TARGET = 1.05
+# The first step has no lead. Even numbers: jobs of two batches may share the server, and steps then come in twos.
+_SKIPPED_STEPS = 2
+_STEPS = 4
+# Small, so that steps are short: the ratio matters, not the model.
+_LAYERS = 1
+_TOKENS = 32
+_MINI_BATCH = 16
+_CHUNK_PAIRS = 64
+_FASTEST = 1e9
+_TIMEOUT = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """A training.
+
+    Attributes:
+        seconds: Of a step, on average.
+        embedding: Of these, in the pass without gradients, which ends before the loss needs the first score.
+    """
+
+    seconds: float
+    embedding: float
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One ratio in one round: what was measured one right after the other.
+
+    Attributes:
+        alone: Training without a reranker.
+        score: Seconds that scoring one batch took, with nothing else going on.
+        prefetch: Seconds of a step, scores asked for a batch ahead.
+        without: Seconds of a step, scores asked for as the step begins.
+    """
+
+    alone: Steps
+    score: float
+    prefetch: float
+    without: float
+
+    @property
+    def bound(self) -> float:
+        """No training that needs all these scores can take less, in seconds a step."""
+        return max(self.alone.seconds, self.score)
+
+    @property
+    def predicted(self) -> float:
+        """Seconds of a step without prefetch: scoring is hidden behind the embedding pass alone."""
+        return self.alone.seconds + max(0.0, self.score - self.alone.embedding)
+
+
+class StepClock(TrainerCallback):
+    """Times steps and embedding passes of one training.
+
+    Args:
+        skipped: Steps at the beginning that do not count.
+        clock: Gives seconds.
+    """
+
+    def __init__(self, skipped: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._skipped = skipped
+        self._clock = clock
+        self._ends: list[float] = []
+        self._embedding: list[float] = []
+
+    def watch(self, loss: nn.Module) -> None:
+        """Note how long each forward pass of a cached loss takes until it has all embeddings."""
+        forward, calculate = loss.forward, loss.calculate_loss
+        began = 0.0
+
+        def timed_forward(*arguments: Any, **options: Any) -> Any:
+            nonlocal began
+            began = self._clock()
+            return forward(*arguments, **options)
+
+        def timed_calculate(*arguments: Any, **options: Any) -> Any:
+            self._embedding.append(self._clock() - began)
+            return calculate(*arguments, **options)  # type: ignore[operator]
+
+        loss.forward = timed_forward
+        loss.calculate_loss = timed_calculate  # type: ignore[assignment]
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note the time."""
+        self._ends.append(self._clock())
+
+    def steps(self) -> Steps:
+        """What was measured; at least one step more than are skipped is needed, and one is."""
+        first, last = self._ends[self._skipped - 1], self._ends[-1]
+        counted = self._embedding[self._skipped :]
+        return Steps((last - first) / (len(self._ends) - self._skipped), sum(counted) / len(counted))
+
+
+@dataclass(slots=True)
+class _Training:
+    """Trains one small model over and over, always on the same batches."""
+
+    model: SentenceTransformer
+    client: RerankerClient
+    dataset: Dataset
+    batch: int
+    steps: int
+    output: Path
+
+    def run(self, mode: Mode) -> Steps:
+        """One training from the first batch on."""
+        arguments = SentenceTransformerTrainingArguments(
+            str(self.output),
+            max_steps=_SKIPPED_STEPS + self.steps,
+            per_device_train_batch_size=self.batch,
+            optim="sgd",  # AdamW over the embedding table would take longer than so small a model
+            learning_rate=1e-6,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+        )
+        loss: Any
+        collator: RerankerDataCollator | None = None
+        if mode == "alone":
+            loss = CachedMultipleNegativesRankingLoss(self.model, mini_batch_size=_MINI_BATCH)
+        else:
+            loss = RerankerCachedGISTEmbedLoss(
+                self.model, self.client, 0.05, _MINI_BATCH, reranker_batch_size=_CHUNK_PAIRS, timeout=_TIMEOUT
+            )
+            ahead = loss if mode == "prefetch" else None
+            collator = RerankerDataCollator.for_training(self.model, arguments, ahead)
+        clock = StepClock(_SKIPPED_STEPS)
+        clock.watch(loss)
+        trainer = SentenceTransformerTrainer(
+            self.model, arguments, self.dataset, loss=loss, data_collator=collator, callbacks=[clock]
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        return clock.steps()
+
+
+def never_waiting(bench: Bench, plot: Path) -> list[Figure]:
+    """Step times with and without prefetch over the bound and the prediction, for each ratio; drawn into ``plot``."""
+    quick = bench.scale < 1
+    batch, steps, ratios = (8, 2, _QUICK_RATIOS) if quick else (24, _STEPS, RATIOS)
+    # One batch more than is trained on, so that there always is one to ask for ahead.
+    rows = batch * (_SKIPPED_STEPS + steps + 1)
+    texts = bench.corpus.grid(rows, rows)
+    model = load_student(_LAYERS)
+    model.max_seq_length = _TOKENS
+    found: dict[float, list[Round]] = {ratio: [] for ratio in ratios}
+    accuracy: list[float] = []
+    with _one_core_left(bench), tempfile.TemporaryDirectory(prefix="reranker-bench-") as directory:
+        rate = Path(directory) / "rate"
+        write_rate(rate, _FASTEST)
+        with (
+            bench.launcher.server(
+                bench.models["tiny"], "torch", module="benchmarks.loss_pace", **{RATE_FILE: str(rate)}
+            ) as server,
+            RerankerClient(address_of(server), timeout=_TIMEOUT) as client,
+        ):
+            dataset = Dataset.from_dict({"anchor": list(texts.queries), "positive": list(texts.documents)})
+            training = _Training(model, client, dataset, batch, steps, Path(directory))
+            for mode in ("prefetch", "alone"):  # the first one warms up
+                usual = training.run(mode).seconds
+            for number in range(bench.rounds):
+                for ratio in ratios:
+                    alone = training.run("alone")
+                    nominal = ratio * usual
+                    write_rate(rate, batch * batch / nominal)
+                    score = _score_seconds(client, texts.queries[:batch], texts.documents[:batch])
+                    accuracy.append(score / nominal)
+                    prefetch, without = (training.run(mode).seconds for mode in ("prefetch", "no prefetch"))
+                    one = Round(alone, score, prefetch, without)
+                    found[ratio].append(one)
+                    bench.say(
+                        f"round {number + 1}, ratio {ratio}: train {alone.seconds:.3f} s (embedding "
+                        f"{alone.embedding:.3f} s), score {score:.3f} s; step {prefetch:.3f} s with prefetch, "
+                        f"{without:.3f} s without ({one.predicted:.3f} s predicted)"
+                    )
+    draw(plot, found)
+    return list(figures(found, accuracy))
+
+
+def figures(found: Mapping[float, Sequence[Round]], accuracy: Sequence[float]) -> Iterator[Figure]:
+    """The figures of all rounds, by ratio; ``accuracy`` is measured over intended seconds of scoring alone."""
+    for ratio, rounds in found.items():
+        shares = Spread.of([one.prefetch / one.bound for one in rounds])
+        yield Figure(f"prefetch, score/train {ratio:g}: step / max(train, score)", shares, "x", _TARGET, False)
+    for ratio, rounds in found.items():
+        shares = Spread.of([one.without / one.predicted for one in rounds])
+        yield Figure(f"no prefetch, score/train {ratio:g}: step / predicted", shares, "x", _TARGET, False)
+    for ratio, rounds in found.items():
+        gain = Spread.of([one.without / one.prefetch for one in rounds])
+        yield Figure(f"score/train {ratio:g}: step without / with prefetch", gain)
+    every = [one for rounds in found.values() for one in rounds]
+    yield Figure("train alone: step", Spread.of([one.alone.seconds for one in every]), "s", None, False)
+    yield Figure(
+        "train alone: embedding pass / step",
+        Spread.of([one.alone.embedding / one.alone.seconds for one in every]),
+        higher_is_better=False,
+    )
+    yield Figure("score alone: measured / intended", Spread.of(accuracy), higher_is_better=False)
+
+
+def _score_seconds(client: RerankerClient, queries: Sequence[str], documents: Sequence[str]) -> float:
+    began = time.perf_counter()
+    client.stream_grid(queries, documents, chunk_pairs=_CHUNK_PAIRS, timeout=_TIMEOUT).result()
+    return time.perf_counter() - began
+
+
+@contextmanager
+def _one_core_left(bench: Bench) -> Iterator[None]:
+    """Leave a core to client and server: the reranker stands for one on a machine of its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, min(before, len(bench.launcher.machine.cores) - 1)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def draw(path: Path, found: Mapping[float, Sequence[Round]]) -> None:
+    """Draw step times over the bound against the ratio, both modes beside what is predicted; as SVG."""
+    ratios = sorted(found)
+    every = [one for rounds in found.values() for one in rounds]
+    share = Spread.of([one.alone.embedding / one.alone.seconds for one in every]).value
+    canvas = Canvas(figsize=(7, 4), layout="constrained")
+    axes = canvas.subplots()
+    axes.set_xscale("log", base=2)
+    curve = [ratios[0] * (ratios[-1] / ratios[0]) ** (place / 200) for place in range(201)]
+    predicted = [(1 + max(0.0, ratio - share)) / max(1.0, ratio) for ratio in curve]
+    axes.plot(curve, predicted, color="tab:red", linestyle="--", linewidth=1, label="without prefetch, predicted")
+    axes.axhline(1.0, color="tab:green", linestyle="--", linewidth=1, label="with prefetch, predicted")
+    for name, color, shares in (
+        ("without prefetch", "tab:red", {ratio: [one.without / one.bound for one in found[ratio]] for ratio in ratios}),
+        ("with prefetch", "tab:green", {ratio: [one.prefetch / one.bound for one in found[ratio]] for ratio in ratios}),
+    ):
+        spreads = [Spread.of(shares[ratio]) for ratio in ratios]
+        values = [spread.value for spread in spreads]
+        errors = [
+            [spread.value - spread.low for spread in spreads],
+            [spread.high - spread.value for spread in spreads],
+        ]
+        axes.errorbar(ratios, values, errors, fmt="o", markersize=4, capsize=2, color=color, label=name)
+    axes.xaxis.set_major_locator(FixedLocator(ratios))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(0.9, None)
+    axes.set_xlabel("time to score a batch / time to train on it")
+    axes.set_ylabel("step / the longer of both")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small")
+    with rc_context({"svg.hashsalt": "loss-prefetch"}):
+        canvas.savefig(path, format="svg", metadata={"Date": None})
