@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loss_client.errors import RerankerError
+from loss_client.errors import IncompatibleServerError, RerankerError
 from loss_client.gather import Rows, gather_columns
 from loss_client.masking import MarginStrategy
 from loss_client.scores import ScoreType, ScoreUsage
@@ -256,7 +256,8 @@ class FilterStep(ABC):
 
     def _failed(self, error: RerankerError) -> None:
         """Go on without scores, or raise."""
-        if self._settings.on_error == "raise":
+        # No later step would fare better with a server that speaks another contract.
+        if self._settings.on_error == "raise" or isinstance(error, IncompatibleServerError):
             raise error
         self.error = error
         self.cancel()

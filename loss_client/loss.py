@@ -28,7 +28,6 @@ from tqdm import trange  # type: ignore[import-untyped]
 from loss_client.arguments import check_choice, check_margin, check_positive, describe_reranker
 from loss_client.candidates import Candidates, CandidateStep
 from loss_client.client import RerankerClient
-from loss_client.errors import IncompatibleServerError
 from loss_client.filtering import (
     ContrastFilter,
     FilterSettings,
@@ -263,8 +262,6 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         try:
             step.settle(self._settings())
             loss: Tensor = self.forward_cached(features, step)  # type: ignore[arg-type]
-            if isinstance(step.error, IncompatibleServerError):
-                raise step.error  # no later step would fare better
         except BaseException:
             step.cancel()
             raise
