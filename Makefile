@@ -20,7 +20,7 @@ HOST ?=
 PORT ?=
 # For `make demo`. Empty: the demo's own default.
 STEPS ?=
-# For `make test`, `make bench` and `make quality`: more arguments, such as ARGS="-k stream -x" for pytest.
+# For `make test`, `make bench` and `make quality`: more arguments, such as ARGS="-n 0 -x -k stream" for pytest.
 ARGS ?=
 
 .PHONY: help install proto serve demo bench bench-loss quality test lint compat lock clean
@@ -60,8 +60,8 @@ bench-loss: $(STUBS) ## Measure what a training step with the loss costs (ARGS="
 quality: $(STUBS) ## Measure whether the filter makes better models; under an hour, goes on where it was (ARGS="--quick")
 	$(BIN)/python -m quality.study $(ARGS)
 
-test: $(STUBS) ## Run the tests (ARGS="..." for pytest)
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STUBS) ## Run the tests, two files at a time (ARGS="..." for pytest, such as "-n 0 -x -k stream")
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(STUBS) ## Check style and types: ruff, mypy, buf
 	$(BIN)/ruff check $(SOURCES)

@@ -47,11 +47,12 @@ class Saturation:
         self._waiting: dict[int, asyncio.Event] = {}
         self._replies = 0
         self._replied = asyncio.Condition()
+        self._writing = asyncio.Lock()
 
     async def run(self) -> None:
         """Keep the engine full until cancelled."""
         self._call = self._stub.RerankStream()
-        await self._call.write(pb.RerankStreamRequest(open=pb.StreamOpen(priority=pb.PRIORITY_BULK)))
+        await self._write(pb.RerankStreamRequest(open=pb.StreamOpen(priority=pb.PRIORITY_BULK)))
         await self._send_texts([*self._table.queries, *self._table.documents])
         for _ in range(_DEPTH // _CHUNK_PAIRS):
             await self._send_block()
@@ -85,19 +86,24 @@ class Saturation:
         grid = pb.PairGrid(query_ids=[first], document_ids=range(first + 1, self._texts))
         chunk = pb.StreamChunk(id=next(self._ids), grid=grid)
         answered = self._waiting[chunk.id] = asyncio.Event()
-        await self._call.write(pb.RerankStreamRequest(chunk=chunk))
+        await self._write(pb.RerankStreamRequest(chunk=chunk))
         await answered.wait()
         return time.perf_counter() - began
 
     async def _send_texts(self, texts: list[str]) -> None:
         self._texts += len(texts)
-        await self._call.write(pb.RerankStreamRequest(texts=pb.StreamTexts(texts=texts)))
+        await self._write(pb.RerankStreamRequest(texts=pb.StreamTexts(texts=texts)))
 
     async def _send_block(self) -> None:
         query, document = next(self._blocks)
         first = len(self._table.queries) + document
         grid = pb.PairGrid(query_ids=[query], document_ids=range(first, first + _CHUNK_PAIRS))
-        await self._call.write(pb.RerankStreamRequest(chunk=pb.StreamChunk(id=next(self._ids), grid=grid)))
+        await self._write(pb.RerankStreamRequest(chunk=pb.StreamChunk(id=next(self._ids), grid=grid)))
+
+    async def _write(self, message: pb.RerankStreamRequest) -> None:
+        # A call takes one message at a time; probes and blocks come from different tasks.
+        async with self._writing:
+            await self._call.write(message)
 
 
 def with_torch(bench: Bench) -> list[Figure]:

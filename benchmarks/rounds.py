@@ -16,6 +16,7 @@ DOCUMENTS = 64
 """Documents of a grid: what HTTP services get in one request."""
 _MOST_QUERIES = 64
 _LEAST_QUERIES = 2
+_TRIAL_QUERIES = (1, 2)
 
 
 class Side(Protocol):
@@ -56,12 +57,12 @@ class Contest:
     """What came of a comparison.
 
     Attributes:
-        queries: Queries of each round's grid.
+        queries: Queries of the grid, round by round.
         rates: By side, pairs a second in each round.
         difference: Largest difference between raw scores of two sides.
     """
 
-    queries: int
+    queries: list[int]
     rates: dict[str, list[float]]
     difference: float
 
@@ -88,7 +89,8 @@ def contest(
     Args:
         sides: Who competes; all are paused but the one whose turn it is.
         make_grid: Gives a fresh grid with so many queries.
-        rounds: How many rounds, after a round to warm up and one to find out how long a round may be.
+        rounds: How many rounds, after one to warm up and one to find out how long a round takes; every round is made
+            as long as those before it leave time for, so that a machine that changes its speed changes their size.
         seconds: What all rounds together should take.
         tolerance: Largest difference between raw scores that still counts as the same.
         say: Is told what is going on.
@@ -98,21 +100,29 @@ def contest(
     """
     for side in sides:
         side.pause()
-    _round(sides, make_grid(_LEAST_QUERIES))
-    sample = make_grid(2 * _LEAST_QUERIES)
-    trial, difference = _round(sides, sample)
-    _check(difference, tolerance)
-    cost = sum(len(sample.documents) / rate for rate in trial.values())  # seconds a query of the grid
-    queries = int(min(max(seconds / rounds / cost, _LEAST_QUERIES), _MOST_QUERIES))
-    rates: dict[str, list[float]] = {side.name: [] for side in sides}
-    for number in range(rounds):
-        found, apart = _round(sides, make_grid(queries))
+    difference = 0.0
+
+    def play(queries: int) -> tuple[dict[str, float], float]:
+        nonlocal difference
+        grid = make_grid(queries)
+        found, apart = _round(sides, grid)
+        _check(apart, tolerance)
         difference = max(difference, apart)
-        _check(difference, tolerance)
+        return found, sum(grid.pairs / rate for rate in found.values())
+
+    for trial in _TRIAL_QUERIES:
+        _, taken = play(trial)
+    cost = taken / trial  # seconds a query of the grid, all sides together
+    rates: dict[str, list[float]] = {side.name: [] for side in sides}
+    sizes: list[int] = []
+    for number in range(rounds):
+        sizes.append(int(min(max(seconds / (rounds - number) / cost, _LEAST_QUERIES), _MOST_QUERIES)))
+        found, taken = play(sizes[-1])
+        seconds, cost = seconds - taken, taken / sizes[-1]
         for name, rate in found.items():
             rates[name].append(rate)
         say(f"round {number + 1}: " + ", ".join(f"{name} {rate:,.0f}/s" for name, rate in found.items()))
-    return Contest(queries, rates, difference)
+    return Contest(sizes, rates, difference)
 
 
 def _round(sides: Sequence[Side], grid: Grid) -> tuple[dict[str, float], float]:

@@ -107,7 +107,9 @@ def test_means_of_scores_are_those_of_the_scores(directory: Path, model: Sentenc
         return np.array([[0.75 if (q, d) in positives else 0.25 for d in documents] for q in queries], np.float32)
 
     for candidates in ("all", "mass"):
-        loss, reporter = make(model, MemoryScorer(score), candidates=candidates), Reporter()
+        # Capped, so that some pairs are skipped whatever the weights of the model.
+        cap = {"max_candidates": 2} if candidates == "mass" else {}
+        loss, reporter = make(model, MemoryScorer(score), candidates=candidates, **cap), Reporter()
         trainer = trainer_for(directory, model, loss, [reporter], eval_strategy="no")
         RerankerMetricsCallback(loss).attach(trainer)
         trainer.train()

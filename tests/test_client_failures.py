@@ -127,7 +127,8 @@ def test_a_server_that_stays_away(server: StubServer) -> None:
         message = str(caught.value)
         assert server.target in message
         assert "attempts" in message
-        assert "UNAVAILABLE" in message
+        # The last attempt was refused, or cut off by the end of the time.
+        assert "UNAVAILABLE" in message or "sent nothing" in message
         assert "0 of 12 pairs are scored, 12 are left" in message
         with pytest.raises(RerankerUnavailableError, match="attempts"):
             client.rerank("q", ["d"])

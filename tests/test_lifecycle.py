@@ -76,6 +76,12 @@ def test_a_call_longer_than_the_grace_period_is_ended(cross_encoder: Path) -> No
         assert server.wait() == 0
 
 
+def assert_ended(children: list[psutil.Process]) -> None:
+    """On a busy machine the last of them takes a moment longer than its parent."""
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []
+
+
 def test_the_vllm_engine_leaves_no_process_behind_and_its_death_ends_the_server(bi_encoder: Path) -> None:
     with ServerProcess("--model", str(bi_encoder), "--engine", "vllm") as server:
         children = psutil.Process(server.process.pid).children(recursive=True)
@@ -85,7 +91,7 @@ def test_the_vllm_engine_leaves_no_process_behind_and_its_death_ends_the_server(
             child.kill()
         assert server.wait() == 1
         server.wait_for("engine died")
-        assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+        assert_ended(children)
 
 
 def test_ctrl_c_reaches_vllm_too_and_calls_in_flight_finish_all_the_same(cross_encoder: Path) -> None:
@@ -101,7 +107,7 @@ def test_ctrl_c_reaches_vllm_too_and_calls_in_flight_finish_all_the_same(cross_e
         os.killpg(server.process.pid, signal.SIGINT)
         assert len(call.result().results) == 1000
         assert server.wait() == 0
-        assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+        assert_ended(children)
 
 
 def test_a_signal_while_the_model_loads_ends_the_server(bi_encoder: Path) -> None:

@@ -39,8 +39,10 @@ class Running:
     def __init__(self, name: str, model: Path) -> None:
         self.name, self.model, self.spec = name, model, read_model(str(model))
         self.runner = asyncio.Runner()
+        before = processes()
         self.engine = VllmEngine(self.spec, dtype="float32", engine_args={"kv_cache_memory_bytes": 1 << 27})
         self.runner.run(self.engine.start())
+        self.processes = processes() - before
 
     def run(self, sequences: list[TokenSequence]) -> NDArray[np.float32]:
         return self.runner.run(self.engine.run(sequences))
@@ -51,7 +53,7 @@ class Running:
 
 
 def processes() -> set[int]:
-    """Our child processes that vLLM started."""
+    """Our child processes; servers of other tests may be among them."""
     found = set()
     for child in psutil.Process().children(recursive=True):
         try:
@@ -66,7 +68,7 @@ def processes() -> set[int]:
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     before = processes()
     running = Running(request.param, BUILDERS[request.param](tmp_path_factory.mktemp(request.param)))
-    assert processes() - before
+    assert running.processes
     yield running
     running.close()
     assert not processes() - before
@@ -154,7 +156,7 @@ def test_a_killed_engine_is_reported(running: Running) -> None:
         watch = asyncio.create_task(running.engine.wait_dead())
         run = asyncio.create_task(running.engine.run(sequences))
         await asyncio.sleep(0)
-        for pid in processes():
+        for pid in running.processes:
             psutil.Process(pid).kill()
         assert isinstance(await asyncio.wait_for(watch, 60), EngineDeadError)
         with pytest.raises(EngineDeadError):
