@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import time
 from collections.abc import Awaitable, Callable
@@ -124,7 +125,7 @@ def beside_a_stream(bench: Bench, server: Child, title: str) -> list[Figure]:
         title: What the figures' names begin with.
     """
     probes = max(5, int(_PROBES * bench.scale))
-    rounds = asyncio.run(_measure(bench, address_of(server), probes))
+    rounds = _runner().run(_measure(bench, address_of(server), probes))
     labels = {
         "alone": "unary, idle server",
         "interactive": "unary beside a stream",
@@ -149,9 +150,14 @@ def beside_a_stream(bench: Bench, server: Child, title: str) -> list[Figure]:
     ]
 
 
+@functools.cache
+def _runner() -> asyncio.Runner:
+    """One loop for as long as the program runs: gRPC wakes any loop for late news of clients of another."""
+    return asyncio.Runner()
+
+
 async def _measure(bench: Bench, address: str, probes: int) -> list[dict[str, float]]:
     rounds: list[dict[str, float]] = []
-    asyncio.get_running_loop().set_exception_handler(_on_loop_error)
     async with aio.insecure_channel(address) as channel:
         stub: Any = rpc.RerankerServiceStub(channel)
 
@@ -181,12 +187,6 @@ async def _measure(bench: Bench, address: str, probes: int) -> list[dict[str, fl
                 await asyncio.wait({running})
             rounds.append(found)
     return rounds
-
-
-def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    # gRPC wakes any loop of the process for late news of clients whose loop is closed.
-    if str(context.get("exception")) != "Event loop is closed":
-        loop.default_exception_handler(context)
 
 
 async def _queued(bench: Bench, saturation: Saturation, probes: int) -> float:

@@ -152,9 +152,8 @@ def _compare(bench: Bench, name: str, embedder: SentenceTransformer, embeddings:
             say=bench.say,
         )
         server.resume()  # to be ended in order
-    bench.say(
-        f"{min(found.queries)} to {max(found.queries)} queries a round; scores of mined texts differ by at most {found.difference:.1e}"
-    )
+    queries = f"{min(found.queries)} to {max(found.queries)}"
+    bench.say(f"{queries} queries a round; scores of mined texts differ by at most {found.difference:.1e}")
     title = f"mine_hard_negatives, torch, {name}: service / local CrossEncoder"
     yield Figure(title, found.ratio("service", "local"), "x", _TARGET[name])
 

@@ -115,9 +115,9 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
 
 def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     # gRPC wakes every loop of a process for the news of one, and all but one find nothing to read; after the last
-    # channel of the process they find the socket closed.
+    # channel of the process they find the socket closed, and late news of a loop that is closed finds no loop.
     error = context.get("exception")
-    frames = traceback.extract_tb(error.__traceback__) if isinstance(error, OSError) else []
+    frames = traceback.extract_tb(error.__traceback__) if isinstance(error, OSError | RuntimeError) else []
     if not any("_handle_events" in frame.name for frame in frames):
         loop.default_exception_handler(context)
 

@@ -102,6 +102,16 @@ class Encoder:
         """
         return self._layout.join(query, document, max_length)
 
+    def join_all(
+        self, queries: Sequence[EncodedText], documents: Sequence[EncodedText], max_length: int
+    ) -> list[TokenSequence]:
+        """``join`` of many pairs, in less time: the first query with the first document, and so on.
+
+        Raises:
+            NoRoomError: As ``join``.
+        """
+        return self._layout.join_all(queries, documents, max_length)
+
     def single(self, text: EncodedText, max_length: int) -> tuple[TokenSequence, bool]:
         """Make the input for one text; for bi-encoders.
 

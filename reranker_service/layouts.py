@@ -86,6 +86,12 @@ class Layout(ABC):
         """The input for a pair, and whether a text was cut."""
         raise TypeError("this model takes each text alone")
 
+    def join_all(
+        self, queries: Sequence[EncodedText], documents: Sequence[EncodedText], max_length: int
+    ) -> list[TokenSequence]:
+        """The inputs of pairs."""
+        return [self.join(query, document, max_length)[0] for query, document in zip(queries, documents, strict=True)]
+
     def single(self, text: EncodedText, max_length: int) -> tuple[TokenSequence, bool]:
         """The input for one text, and whether it was cut."""
         raise TypeError("this model takes both texts of a pair together")
@@ -144,20 +150,33 @@ class PairLayout(Layout):
 
     def join(self, query: EncodedText, document: EncodedText, max_length: int) -> tuple[TokenSequence, bool]:
         """The input for a pair, and whether a text was cut."""
-        left, right = query.ids, document.ids
+        (sequence,) = self.join_all([query], [document], max_length)
+        return sequence, self.length(query, document) > max_length
+
+    def join_all(
+        self, queries: Sequence[EncodedText], documents: Sequence[EncodedText], max_length: int
+    ) -> list[TokenSequence]:
+        """The inputs of pairs, all in one array: a call of numpy a pair is what would take longest."""
         room = max_length - self._special
         if room < 2:
             raise NoRoomError(
                 f"max_length {max_length} leaves no room for both texts; the least is {self._special + 2}"
             )
-        cut = len(left) + len(right) > room
-        if cut:
-            first, second = longest_first(len(left), len(right), room)
-            left, right = keep(left, first, self._side), keep(right, second, self._side)
-        ids = np.concatenate((self._before, left, self._between, right, self._after))
-        if self._first_between is None:
-            return TokenSequence(ids, len(ids)), cut
-        return TokenSequence(ids, len(self._before) + len(left) + self._first_between), cut
+        parts: list[NDArray[np.int32]] = []
+        spans: list[tuple[int, int, int]] = []
+        start = 0
+        for query, document in zip(queries, documents, strict=True):
+            left, right = query.ids, document.ids
+            if len(left) + len(right) > room:
+                first, second = longest_first(len(left), len(right), room)
+                left, right = keep(left, first, self._side), keep(right, second, self._side)
+            parts += (self._before, left, self._between, right, self._after)
+            length = self._special + len(left) + len(right)
+            between = None if self._first_between is None else len(self._before) + len(left) + self._first_between
+            spans.append((start, start + length, length if between is None else between))
+            start += length
+        ids = np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
+        return [TokenSequence(ids[begin:end], first_segment) for begin, end, first_segment in spans]
 
 
 class SingleLayout(Layout):

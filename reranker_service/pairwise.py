@@ -7,7 +7,7 @@ from the encoded texts, one sequence a pair, as the engine reads them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import overload
 
 import numpy as np
@@ -29,7 +29,7 @@ _UNKNOWN = np.array(np.nan, dtype=_STORED).tobytes()
 
 
 class _Joined(Sequence[TokenSequence]):
-    """The inputs of some pairs, joined when they are read: what never reaches the engine costs nothing."""
+    """The inputs of some pairs, joined when they are read, all at once: what never reaches the engine costs nothing."""
 
     def __init__(
         self,
@@ -58,9 +58,16 @@ class _Joined(Sequence[TokenSequence]):
 
     def __getitem__(self, index: int | slice) -> TokenSequence | list[TokenSequence]:
         if isinstance(index, slice):
-            return [self[one] for one in range(*index.indices(len(self)))]
-        query, document = self._queries[self._query_at[index]], self._documents[self._document_at[index]]
-        return self._encoder.join(query, document, self._max_length)[0]
+            return self._join(self._query_at[index], self._document_at[index])
+        return self._join(self._query_at[index : index + 1 or None], self._document_at[index : index + 1 or None])[0]
+
+    def __iter__(self) -> Iterator[TokenSequence]:
+        return iter(self._join(self._query_at, self._document_at))
+
+    def _join(self, query_at: NDArray[np.intp], document_at: NDArray[np.intp]) -> list[TokenSequence]:
+        queries = [self._queries[place] for place in query_at.tolist()]
+        documents = [self._documents[place] for place in document_at.tolist()]
+        return self._encoder.join_all(queries, documents, self._max_length)
 
 
 class PairScorer:

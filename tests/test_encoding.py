@@ -121,6 +121,27 @@ def test_joined_pairs_are_the_tokenizers_own(pair_model: Path) -> None:
     check()
 
 
+def test_pairs_joined_together_are_pairs_joined_one_by_one(pair_model: Path, causal_model: Path) -> None:
+    for model in (pair_model, causal_model):
+        check_joined_together(Encoder(read_model(str(model))))
+
+
+def check_joined_together(encoder: Encoder) -> None:
+    limit = encoder.min_length + 12
+    queries = encoder.encode_queries(["", "a query", "a long query " * 9], None)
+    documents = encoder.encode_documents(["a document", "", "a long document " * 9])
+    pairs = [(query, document) for query in queries for document in documents]
+    together = encoder.join_all(*zip(*pairs, strict=True), limit)
+    alone = [encoder.join(query, document, limit) for query, document in pairs]
+    assert {cut for _, cut in alone} == {False, True}
+    for found, (expected, _) in zip(together, alone, strict=True):
+        assert found.ids.tolist() == expected.ids.tolist()
+        assert found.first_segment == expected.first_segment
+    assert encoder.join_all([], [], limit) == []
+    with pytest.raises(NoRoomError):
+        encoder.join_all(*zip(*pairs, strict=True), 1)
+
+
 @pytest.mark.parametrize("which", ["causal_model", "spm_causal_model"])
 def test_joined_causal_pairs_are_the_model_cards(which: str, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(which)

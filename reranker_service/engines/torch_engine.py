@@ -213,6 +213,8 @@ class TorchEngine:
 
 def _batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Positions of sequences that share a batch, the longest first; padded, a batch stays within the budget."""
+    if max(lengths, default=0) * len(lengths) <= budget:
+        return [list(range(len(lengths)))] if lengths else []
     batches: list[list[int]] = []
     width = 0
     for position in sorted(range(len(lengths)), key=lambda one: -lengths[one]):
