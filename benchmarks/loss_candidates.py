@@ -57,6 +57,7 @@ class _Scores:
         self.shape = values.shape[0], values.shape[1]
         self.seconds_waited = 0.0
         self.usage = ScoreUsage()
+        self.error = None
 
     def rows(self, begin: int, end: int) -> NDArray[np.float32]:
         return self._values[begin:end]

@@ -55,9 +55,10 @@ async def _score(job: Job, chunk: Chunk, channels: Channels, patience: Patience)
 
     scores, response = await channels.call(lambda stub: stub.RerankBatch, request, patience, read)
     patience.progress()
-    job.take(chunk, scores)
+    # Before the scores: who waits for the last of them may read the counts next.
     for item in response.items:
         job.matrix.usage.add(item.response.usage)
+    job.take(chunk, scores)
 
 
 def _requests(job: Job, chunk: Chunk) -> list[pb.RerankRequest]:

@@ -19,7 +19,8 @@ Losses = nn.Module | Mapping[str, nn.Module]
 class RerankerMetricsCallback(TrainerCallback):
     """Puts what the filter did since the last log into the trainer's logs.
 
-    The names begin with ``reranker/``, and with ``eval_reranker/`` for what was done in evaluation:
+    The names begin with ``reranker/``, and with ``eval_reranker/`` (the evaluation's own prefix in the place of "eval")
+    for what was done in evaluation. Where several processes train, they are the first process's own figures:
 
     - ``masked_share``: share of the negatives that the filter dropped.
     - ``outscored_positives``: share of the anchors with a document of another text above their own positive.
@@ -86,8 +87,10 @@ class RerankerMetricsCallback(TrainerCallback):
         if logs is None:
             return
         found: dict[str, float] = {}
-        if any(name.startswith("eval_") for name in logs):
-            found = {f"eval_{name}": value for name, value in _metrics(self._evaluation).items()}
+        # Every evaluation logs its own time under its own prefix; training does at its end.
+        prefixes = [name.removesuffix("_runtime") for name in logs if name.endswith("_runtime")]
+        if prefixes and prefixes != ["train"]:
+            found = {f"{prefixes[0]}_{name}": value for name, value in _metrics(self._evaluation).items()}
             self._evaluation.reset()
         elif self._training.steps:
             found = _metrics(self._training)

@@ -89,6 +89,8 @@ def unscored_share(logits: Tensor, decided: Tensor, masked: Tensor) -> Tensor:
 
 def _masses(logits: Tensor, decided: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
     """The sum of the kept candidates' softmax weights, ``(rows, 1)``, and the weights of the undecided ones, else 0."""
+    if logits.device.type == "mps":  # has no doubles
+        logits, decided, masked = logits.cpu(), decided.cpu(), masked.cpu()
     # Weights next to the largest kept one may be tiny and yet all that masking leaves: only doubles reach so far.
     exact = logits.double().masked_fill(masked, -torch.inf)
     weights = torch.exp(exact - exact.amax(dim=1, keepdim=True))
@@ -188,6 +190,8 @@ class CandidateStep(FilterStep):
         self._scores = _PairScores(len(queries.texts), len(documents.texts))
         self._repeats = np.bincount(np.concatenate(self._document_ids), minlength=len(documents.texts))
         self._rows_counted = 0
+        # Candidates of each row that were chosen so far. MatryoshkaLoss has them chosen for each of its dimensions.
+        self._chosen = np.zeros(len(self._columns[0]), dtype=np.int64)
         self._own = np.arange(len(self._columns[0])) + self.rows.offset
         self._own_documents = self._document_ids[0][self._own]
         self._positives_arrived = False
@@ -200,7 +204,7 @@ class CandidateStep(FilterStep):
         """See :meth:`FilterStep.select`."""
         if self.error is not None:
             return
-        scored = np.zeros(len(self._columns[0]), dtype=np.int64)  # candidates of each row that were chosen before
+        scored = self._chosen
         try:
             for assume_masked in (False, True):
                 wanted = [] if self._positives_arrived else self._first_wanted()
@@ -359,7 +363,8 @@ class CandidateStep(FilterStep):
             known = ~np.isnan(scores)
             counts.scored_anchors += rows
             counts.scored_negatives += int((known @ self._repeats).sum()) - rows
-            counts.outscored_positives += int((scores > own_scores[:, None]).any(axis=1).sum())
+            above_own = (scores > own_scores[:, None]) & (self._repeats > 0)  # anchors may be among the documents
+            counts.outscored_positives += int(above_own.any(axis=1).sum())
             counts.positive_scores += float(own_scores.sum(dtype=np.float64))
             counts.negative_scores += float((np.nan_to_num(scores) @ self._repeats).sum() - own_scores.sum())
 

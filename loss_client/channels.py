@@ -103,6 +103,8 @@ class Channels:
             except _SuspendedError:
                 continue
             except _StalledError:
+                # The next job or call had better try another one first.
+                endpoint.failed(asyncio.get_running_loop().time())
                 stalled = f"{endpoint.target} sent nothing for {patience.seconds:g} s"
                 if tried == 1 or patience.last_progress > begun:
                     failure = RerankerTimeoutError(f"{stalled}{left()}")

@@ -39,8 +39,8 @@ class RerankerDataCollator(SentenceTransformerDataCollator):
         max_length: As in the training arguments, where they have one.
         loss: The loss that the batches are for, or several by dataset name, as the trainer has them: a
             ``RerankerCachedGISTEmbedLoss``, or a loss around one. Default: nothing is scored ahead.
-        instructions: What the reranker is told, by dataset name, where datasets differ in that. Default, and for
-            datasets that are not named: the loss's own instruction.
+        instructions: What the reranker is told, by dataset name, where datasets differ in that; the trainer has to
+            get losses by dataset name, too. Default, and for datasets that are not named: the loss's own instruction.
     """
 
     loss: nn.Module | Mapping[str, nn.Module] | None = None
@@ -95,15 +95,29 @@ class RerankerDataCollator(SentenceTransformerDataCollator):
 
         Raises:
             TypeError: A column that is not a label holds something else than strings.
+            ValueError: There are instructions by dataset, but the rows do not say which dataset they are from.
         """
         texts = {name: self._texts(name, features) for name in self._text_columns(features)}
+        # Before the texts are tokenized: the reranker works meanwhile.
+        ticket = self._ticket(texts, features)
         batch: dict[str, Any] = super().__call__(features)
         batch.update({f"{name}_{RAW_TEXT}": column for name, column in texts.items()})
-        if texts and (self.loss is not None or self.instructions):
-            dataset = features[0].get("dataset_name")
-            ticket = Ticket(self._name, list(texts.values()), dataset, self.instructions.get(dataset or ""))
+        if ticket is not None:
             batch[f"{next(iter(texts))}_{TICKET}"] = ticket
         return batch
+
+    def _ticket(self, texts: Mapping[str, list[str]], features: list[dict[str, Any]]) -> Ticket | None:
+        if not texts or (self.loss is None and not self.instructions):
+            return None
+        dataset = features[0].get("dataset_name")
+        if self.instructions and dataset is None:
+            raise ValueError(
+                f"There are instructions for {', '.join(map(repr, self.instructions))}, but the batch does not say "
+                "which dataset it is from, so none of them would be used. The trainer names datasets where it gets "
+                "them as a DatasetDict and the losses as a dict by the same names, which may hold one loss for all. "
+                "For a single dataset give the loss itself the instruction."
+            )
+        return Ticket(self._name, list(texts.values()), dataset, self.instructions.get(dataset or ""))
 
     def begin(
         self, columns: Sequence[Sequence[str]], dataset: str | None, instruction: str | None

@@ -43,6 +43,10 @@ class ScoreRows(Protocol):
     def usage(self) -> ScoreUsage:
         """What the scores have cost so far."""
 
+    @property
+    def error(self) -> BaseException | None:
+        """Why scores that are missing will not arrive; ``None`` while they may, or if none is missing."""
+
     def rows(self, begin: int, end: int) -> NDArray[np.float32]:
         """Wait for rows ``begin`` to ``end`` and return them, shape ``(end - begin, columns)``."""
 
@@ -248,6 +252,10 @@ class FilterStep(ABC):
         counts.pairs = sum(job.shape[0] * job.shape[1] for job in self._jobs)
         counts.seconds_waited = sum(job.seconds_waited for job in self._jobs)
         return counts
+
+    def failed(self) -> bool:
+        """Whether something that was asked for will not arrive."""
+        return any(job.error is not None for job in self._jobs)
 
     def cancel(self) -> None:
         """Give up the scores that have not arrived."""

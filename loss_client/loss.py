@@ -343,7 +343,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         Returns:
             What ``forward`` needs; ``cancel()`` it if it will not be used.
         """
-        ask = partial(self._ask, instruction=instruction or self.instruction)
+        ask = partial(self._ask, instruction=self.instruction if instruction is None else instruction)
         step: FilterStep
         if self.candidates == "mass":
             pairs = partial(ask, self._client.stream_pairs)
@@ -390,7 +390,8 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         ticket: Ticket | None = features[0].pop(TICKET, None) if features else None
         columns = self._take_texts(features)
         begun = None if ticket is None else ticket.take()
-        if begun is not None and begun.source == self._source():
+        if begun is not None and begun.source == self._source() and not (self.on_error == "raise" and begun.failed()):
+            # What failed while the batch waited may work by now, after a long evaluation say; it is asked for anew.
             return begun
         if begun is not None:
             begun.cancel()

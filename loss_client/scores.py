@@ -22,6 +22,8 @@ Positions = slice | Sequence[int] | NDArray[np.integer[Any]]
 
 # Scores of one block of rows: rows are given back in blocks, so that a matrix need never be in memory as a whole.
 _BLOCK_SCORES = 1 << 16
+# Rows that are looked at together for the first one that is not complete.
+_LOOK_AHEAD = 1 << 12
 
 
 @dataclass(slots=True)
@@ -115,8 +117,21 @@ class ScoreMatrix:
         """
         if not 0 <= begin <= end <= self.shape[0]:
             raise IndexError(f"rows {begin} to {end} of a matrix with {self.shape[0]} rows")
-        stored: Positions = slice(begin, end) if self._row_ids is None else self._row_ids[begin:end]
-        self._wait(lambda: not self._missing[stored].any(), timeout, f"rows {begin} to {end}")
+        stored = np.arange(begin, end) if self._row_ids is None else self._row_ids[begin:end]
+        complete = 0  # of the stored rows, from the first on
+
+        def all_complete() -> bool:
+            # Asked after every reply: what was complete once is not looked at again.
+            nonlocal complete
+            while complete < len(stored):
+                missing = self._missing[stored[complete : complete + _LOOK_AHEAD]] != 0
+                if missing.any():
+                    complete += int(missing.argmax())
+                    return False
+                complete += len(missing)
+            return True
+
+        self._wait(all_complete, timeout, f"rows {begin} to {end}")
         with self._changed:
             if not self._held[stored].all():
                 raise IndexError(f"rows {begin} to {end} of the scores were released")
@@ -140,6 +155,11 @@ class ScoreMatrix:
     def result(self, timeout: float | None = None) -> NDArray[np.float32]:
         """Return the whole matrix, shape ``(Q, D)``, once it is complete. Raises what ``rows`` raises."""
         return self.rows(0, self.shape[0], timeout)
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why the missing scores will not arrive; ``None`` while they may, or if none is missing."""
+        return self._error
 
     def done(self) -> bool:
         """Whether nothing more will arrive: all scores are there, or the job failed or was cancelled."""
@@ -183,9 +203,8 @@ class ScoreMatrix:
                 self._rows_missing -= len(missing) - int(np.count_nonzero(missing))
                 self._changed.notify_all()
 
-    def _read(self, stored: Positions) -> NDArray[np.float32]:
+    def _read(self, positions: NDArray[np.int64]) -> NDArray[np.float32]:
         """A copy of stored rows that are complete: callers may write into what they get."""
-        positions = np.arange(stored.start, stored.stop) if isinstance(stored, slice) else np.asarray(stored)
         found = np.empty((len(positions), self._columns), dtype=np.float32)
         if found.size:
             for number, lines in self._by_block(positions):

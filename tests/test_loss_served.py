@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from loss_client import RerankerCachedGISTEmbedLoss, RerankerClient, RerankerDataCollator, RerankerUnavailableError
 
+from .scrapes import scrape
 from .servers import ServerProcess
 from .test_collator import arguments
 from .training import (
@@ -105,6 +107,32 @@ def test_a_training_run(
         histories.append([*losses, trainer.evaluate()["eval_loss"]])
         assert loss.statistics.steps == 4 * 2 + 2
     assert histories[0] == pytest.approx(histories[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_was_scored_ahead_and_never_trained_on_ends_on_the_server(
+    tmp_path: Path, model: SentenceTransformer, cross_encoder: Path, workers: int
+) -> None:
+    flags = ["--model", str(cross_encoder), "--engine", "torch", "--threads", "1", "--metrics-port", "0"]
+    with ServerProcess(*flags) as server, RerankerClient(server.address) as client:
+        loss = RerankerCachedGISTEmbedLoss(model, client, temperature=0.05)
+        # More batches than steps: those that are collated ahead of the last step have no use.
+        args = arguments(tmp_path, dataloader_num_workers=workers, max_steps=2)
+        collator = RerankerDataCollator.for_training(model, args, loss)
+        trainer = SentenceTransformerTrainer(model, args, dataset(3, 64), loss=loss, data_collator=collator)
+        trainer.train()
+        assert loss.statistics.steps == 2
+        del trainer
+        gc.collect()
+        for _ in range(1000):
+            # Each call gives the server another turn at noticing.
+            client.model_info()
+            left = scrape(server)
+            names = ("reranker_requests_in_progress", "reranker_queue_sequences", "reranker_engine_sequences")
+            if sum(left[name] for name in names) == 0:
+                break
+        assert [left[name] for name in names] == [0, 0, 0]
+        assert left["reranker_requests_total", "RerankStream", "OK"] >= 2
 
 
 def test_a_reranker_that_is_not_there_ends_the_step(model: SentenceTransformer) -> None:

@@ -17,9 +17,19 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
 from loss_client.collator import RerankerDataCollator
+from loss_client.errors import RerankerUnavailableError
 from loss_client.loss import RerankerCachedGISTEmbedLoss
 
-from .training import MemoryScorer, MemoryScores, assert_same_gradients, dataset, gradients, random_scores, student
+from .training import (
+    MemoryScorer,
+    MemoryScores,
+    assert_same_gradients,
+    dataset,
+    gradients,
+    random_scores,
+    student,
+    texts,
+)
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +212,44 @@ def test_each_dataset_has_its_loss_and_its_instruction(directory: Path, model: S
     assert {job.options["instruction"] for job in scorers["one"].jobs} == {"by default"}
     assert {job.options["instruction"] for job in scorers["two"].jobs} == {"Find the body"}
     assert all(used(job) for scorer in scorers.values() for job in scorer.jobs[:2])
+
+
+def test_instructions_by_dataset_need_datasets_with_names(model: SentenceTransformer) -> None:
+    collator = RerankerDataCollator.for_training(model, instructions={"one": "Find it"})
+    with pytest.raises(ValueError, match="does not say which dataset"):
+        collator(rows())
+
+
+def test_an_empty_instruction_is_an_instruction(model: SentenceTransformer) -> None:
+    scorer = MemoryScorer(random_scores())
+    loss = make(model, scorer, instruction="by default")
+    loss.begin(texts(2, 4), "")
+    loss.begin(texts(2, 4))
+    assert [job.options["instruction"] for job in scorer.jobs] == ["", "by default"]
+
+
+def test_what_failed_ahead_is_asked_for_anew(model: SentenceTransformer) -> None:
+    scorer = MemoryScorer(random_scores())
+    loss = make(model, scorer)
+    batch = batch_of(RerankerDataCollator.for_training(model, loss=loss)(rows()))
+    scorer.jobs[0].error = RerankerUnavailableError("gone for a while")
+    loss(batch, None)
+    assert [job.cancelled for job in scorer.jobs] == [True, False]
+
+
+def test_the_job_begins_before_the_texts_are_tokenized(model: SentenceTransformer) -> None:
+    scorer = MemoryScorer(random_scores())
+    collator = RerankerDataCollator.for_training(model, loss=make(model, scorer))
+    jobs: list[int] = []
+    inner = collator.preprocess_fn
+
+    def preprocess(*args: Any, **kwargs: Any) -> Any:
+        jobs.append(len(scorer.jobs))
+        return inner(*args, **kwargs)
+
+    collator.preprocess_fn = preprocess
+    collator(rows())
+    assert set(jobs) == {1}
 
 
 def test_an_instruction_needs_no_prefetch(model: SentenceTransformer) -> None:
