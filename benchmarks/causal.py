@@ -22,7 +22,7 @@ from reranker_service.model import read_model
 
 _DOCUMENTS = 16
 _PREFIX_TOKENS = 300
-_SECONDS = 20.0
+_SECONDS = 15.0
 
 
 class WholeBlocks:

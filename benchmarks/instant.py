@@ -26,6 +26,7 @@ class InstantEngine:
         self.max_batch = 1 << 14
         self.max_in_flight = 1 << 15
         self.versions: dict[str, str] = {}
+        self.scoring_args: dict[str, object] = {}
 
     async def start(self) -> None:
         """Nothing to load."""

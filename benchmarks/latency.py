@@ -24,8 +24,8 @@ from reranker.v1 import reranker_pb2_grpc as rpc
 _DOCUMENTS = 8
 _CHUNK_PAIRS = 128
 _DEPTH = 4096
-_PROBES = 20
-_SEEN_BETWEEN_PROBES = 2
+_PROBES = 10
+_SEEN_BETWEEN_PROBES = 1
 
 
 class Saturation:

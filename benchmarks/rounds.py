@@ -15,7 +15,7 @@ from benchmarks.texts import Grid
 DOCUMENTS = 64
 """Documents of a grid: what HTTP services get in one request."""
 _MOST_QUERIES = 64
-_LEAST_QUERIES = 2
+_LEAST_QUERIES = 1
 _TRIAL_QUERIES = (1, 2)
 
 

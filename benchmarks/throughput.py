@@ -17,9 +17,9 @@ from benchmarks.sides import BareSide, BatchSide, StreamSide, UnarySide
 from loss_client import RerankerClient
 
 _LARGE_CHUNK = 1024
-_LIMIT_SECONDS = {"minilm": 40.0, "tiny": 30.0}
-_OTHERS_SECONDS = {"minilm": 20.0, "tiny": 20.0}
-_VLLM_SECONDS = {"minilm": 70.0, "tiny": 50.0}
+_LIMIT_SECONDS = {"minilm": 35.0, "tiny": 25.0}
+_OTHERS_SECONDS = {"minilm": 15.0, "tiny": 15.0}
+_VLLM_SECONDS = {"minilm": 60.0, "tiny": 40.0}
 _BARE_TARGET = {"minilm": 0.97, "tiny": 0.9}
 _HTTP_TARGETS = {"minilm": (1.05, 1.3), "tiny": (1.5, 2.0)}
 
@@ -111,6 +111,8 @@ def _contest(bench: Bench, sides: list[Side], seconds: float) -> Contest:
         lambda queries: bench.corpus.grid(queries, DOCUMENTS),
         rounds=bench.rounds,
         seconds=seconds * bench.scale,
+        # In 16 bits, sums over batches of other shapes differ more.
+        tolerance=0.02 if bench.launcher.machine.dtype == "float32" else 0.5,
         say=bench.say,
     )
     queries = f"{min(found.queries)} to {max(found.queries)}"

@@ -43,6 +43,8 @@ class DiskCache:
             directory.mkdir(parents=True, exist_ok=True)
             # Without metasync a crash of the machine may lose the last writes, but never the store.
             self._store = lmdb.open(str(directory), map_size=max_bytes, metasync=False, readahead=False)
+            # Places that killed servers have left taken.
+            self._store.reader_check()
         except (OSError, lmdb.Error) as error:
             raise DiskCacheError(f"--cache-dir {directory}: {error}") from error
         self._model = scope_of(fingerprint)
@@ -69,6 +71,19 @@ class DiskCache:
         self._store.close()
 
     def _get(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        try:
+            try:
+                return self._read(keys)
+            except lmdb.MapResizedError:
+                # Another server, with a larger --cache-dir-bytes, has made it grow. No transaction of this process may
+                # be open for the change: this thread has none, and on its own thread the writer has none.
+                self._writer.submit(self._store.set_mapsize, 0).result()
+                return self._read(keys)
+        except lmdb.Error as error:
+            log.warning("disk cache not read", reason=str(error))
+            return [None] * len(keys)
+
+    def _read(self, keys: Sequence[bytes]) -> list[bytes | None]:
         with self._store.begin() as transaction:
             return [transaction.get(self._model + key) for key in keys]
 

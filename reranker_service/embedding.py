@@ -46,6 +46,9 @@ class EmbeddingScorer:
 
     async def score(self, table: TextTable, pairs: Pairs, cost: Cost) -> NDArray[np.float32]:
         """Cosines of pairs, shape ``(n,)``."""
+        if table.options.reject_over_long:
+            await self._refuse_over_long(table, "query", pairs.query_ids)
+            await self._refuse_over_long(table, "document", pairs.document_ids)
         queries, documents = await asyncio.gather(
             self._embed(table, "query", pairs.query_ids, cost), self._embed(table, "document", pairs.document_ids, cost)
         )
@@ -57,10 +60,18 @@ class EmbeddingScorer:
         )
         cut = combine_or([one.truncated for one in queries], [one.truncated for one in documents])
         known = combine_and([one.known for one in queries], [one.known for one in documents])
-        cost.truncated += int(np.count_nonzero(cut))
+        cost.truncated += int(np.count_nonzero(cut & ~known))
         cost.cached += int(np.count_nonzero(known))
         # Rounding can take the cosine of equal texts a hair past 1.
         return np.clip(scores, -1.0, 1.0, out=scores)
+
+    async def _refuse_over_long(self, table: TextTable, role: Role, ids: NDArray[np.int64]) -> None:
+        """Raise if one of these texts is over-long. Not where texts are embedded, which others may wait for as well."""
+        max_length, distinct = table.options.max_length, np.unique(ids)
+        encoded = await self._texts.encode(table, role, distinct)
+        cut = [one for one, text in zip(distinct, encoded, strict=True) if self._encoder.single(text, max_length)[1]]
+        if cut:
+            raise over_long(f"{len(cut)} texts are too long; the first is text {cut[0]}", max_length)
 
     async def _embed(self, table: TextTable, role: Role, ids: NDArray[np.int64], cost: Cost) -> list[Embedding]:
         async def compute(missing: list[int]) -> list[Embedding]:
@@ -99,8 +110,6 @@ class EmbeddingScorer:
         max_length = table.options.max_length
         encoded = await self._texts.encode(table, role, np.array(ids))
         sequences, cut = zip(*(self._encoder.single(text, max_length) for text in encoded), strict=True)
-        if table.options.reject_over_long and any(cut):
-            raise over_long(f"{sum(cut)} texts are too long; the first is text {ids[cut.index(True)]}", max_length)
         lengths = np.array([len(sequence.ids) for sequence in sequences])
         job = Job(table.ticket, lengths, lambda positions: [sequences[one] for one in positions])
         vectors = await self._scheduler.run(job)

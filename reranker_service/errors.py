@@ -13,6 +13,9 @@ import structlog
 from google.rpc import error_details_pb2, status_pb2
 from grpc import StatusCode
 
+# A status travels in headers, once as text and once in base64: gRPC drops calls whose headers exceed 8 kB.
+_TOLD_CHARACTERS = 2000
+
 log = structlog.get_logger()
 
 
@@ -49,8 +52,12 @@ class InvalidRequestError(RerankError):
     code = StatusCode.INVALID_ARGUMENT
 
     def __init__(self, violations: Sequence[Violation]) -> None:
-        super().__init__("; ".join(f"{violation.field}: {violation.description}" for violation in violations))
-        self.violations = tuple(violations)
+        told = _first(violations)
+        parts = [f"{violation.field}: {violation.description}" for violation in told]
+        if len(told) < len(violations):
+            parts.append(f"and {len(violations) - len(told)} more")
+        super().__init__("; ".join(parts))
+        self.violations = told
 
     def to_status(self) -> status_pb2.Status:
         """Express the error as a status with one ``BadRequest`` detail."""
@@ -62,8 +69,18 @@ class InvalidRequestError(RerankError):
         return status
 
 
+def _first(violations: Sequence[Violation]) -> tuple[Violation, ...]:
+    """As many of the first violations as a status has room for, at least one."""
+    size = 0
+    for number, violation in enumerate(violations):
+        size += len(violation.field) + len(violation.description)
+        if number and size > _TOLD_CHARACTERS:
+            return tuple(violations[:number])
+    return tuple(violations)
+
+
 class NotReadyError(RerankError):
-    """The model is still loading, or the server is about to end; another try may succeed."""
+    """The model is still loading; another try may succeed."""
 
     code = StatusCode.UNAVAILABLE
 

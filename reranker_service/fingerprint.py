@@ -35,7 +35,7 @@ def fingerprint(spec: ModelSpec, engine: Engine) -> str:
     Args:
         spec: The model. Its weights, tokenizer, configuration, kind, lengths and prompts count; its name and place do
             not.
-        engine: Its name, number format and the versions of its libraries count.
+        engine: Its name, number format, the versions of its libraries, and arguments that may change scores count.
 
     Returns:
         64 hexadecimal digits.
@@ -46,6 +46,8 @@ def fingerprint(spec: ModelSpec, engine: Engine) -> str:
     del facts["default_length"]
     _add(digest, "model", facts)
     _add(digest, "engine", {"name": engine.name, "dtype": engine.dtype, "versions": engine.versions})
+    if engine.scoring_args:
+        _add(digest, "arguments", dict(engine.scoring_args))
     _add(digest, "tokenizers", version("tokenizers"))
     if spec.kind == "causal-reranker":
         _add(digest, "template", [PREFIX, query_head(DEFAULT_INSTRUCTION), DOCUMENT_MARK, SUFFIX])
@@ -56,7 +58,7 @@ def fingerprint(spec: ModelSpec, engine: Engine) -> str:
 
 
 def _add(digest: hashlib._Hash, label: str, value: object) -> None:
-    text = json.dumps([label, value], sort_keys=True)
+    text = json.dumps([label, value], sort_keys=True, default=str)
     digest.update(f"{len(text)}:{text}".encode())
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .engines.base import Engine, TokenSequence
+from .engines.checks import NonFiniteScoreError
 from .metrics import Metrics
 from .padding import Pace, Part, Window
 
@@ -98,7 +98,8 @@ class _Queue:
 
     def __init__(self) -> None:
         self.window = Window()
-        self._jobs: dict[Hashable, deque[Job]] = {}
+        # A stream's jobs in the order of their coming: any of them may be withdrawn, and there may be many.
+        self._jobs: dict[Hashable, dict[Job, None]] = {}
         self._served: dict[Hashable, int] = {}
 
     def push(self, job: Job) -> None:
@@ -106,13 +107,13 @@ class _Queue:
         if stream not in self._jobs:
             # A newcomer starts level with the least served: it neither waits for nor overtakes all others.
             self._served[stream] = min(self._served.values(), default=0)
-            self._jobs[stream] = deque()
-        self._jobs[stream].append(job)
+            self._jobs[stream] = {}
+        self._jobs[stream][job] = None
 
     def first(self) -> Job | None:
         if not self._jobs:
             return None
-        return self._jobs[min(self._jobs, key=self._served.__getitem__)][0]
+        return next(iter(self._jobs[min(self._jobs, key=self._served.__getitem__)]))
 
     def draw(self, job: Job, most: int) -> Part:
         """Take the next sequences of a job out."""
@@ -132,7 +133,7 @@ class _Queue:
 
     def _drop(self, job: Job) -> None:
         stream = job.ticket.stream
-        self._jobs[stream].remove(job)
+        del self._jobs[stream][job]
         if not self._jobs[stream]:
             del self._jobs[stream], self._served[stream]
 
@@ -278,14 +279,20 @@ class Scheduler:
             # While it waited for the batch before it, the engine was busy with that one.
             self._pace.add(batch.tokens, now - max(batch.entered, self._last_finish))
         self._last_finish = now
+        values = None
+        if error is None:
+            values = task.result()
+        elif isinstance(error, NonFiniteScoreError):
+            values = error.values
         row = 0
         for job, positions in batch.parts:
             job._running.discard(batch)
-            if error is not None:
+            found = None if values is None else values[row : row + len(positions)]
+            row += len(positions)
+            if found is None or (error is not None and not np.isfinite(found).all()):
+                assert error is not None
                 self._fail(job, error)
                 continue
-            found = task.result()[row : row + len(positions)]
-            row += len(positions)
             if job._results is None:
                 job._results = np.empty((len(job.lengths), *found.shape[1:]), dtype=found.dtype)
             job._results[positions] = found

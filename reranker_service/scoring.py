@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
 from reranker.v1 import reranker_pb2 as pb
@@ -24,6 +25,8 @@ from .pairwise import PairScorer
 from .scheduling import Scheduler
 from .texts import TextEncoder, TextTable
 from .validation import ModelFacts
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +115,7 @@ class Scorer:
         except RerankError:
             raise
         except Exception as error:
+            log.error("scoring failed", exc_info=error)
             raise ScoringError(f"scoring failed: {type(error).__name__}: {error}") from error
         if not np.isfinite(raw).all():
             raise ScoringError("the model gave a score that is not finite; check its weights and its number format")

@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Coroutine
 from importlib import metadata
+from typing import Any, TypeVar
 
 import numpy as np
 import structlog
@@ -39,6 +40,8 @@ from .settings import Settings
 from .texts import TextTable
 from .validation import Validator
 
+T = TypeVar("T")
+
 EMBEDDED_MODEL = "all-MiniLM-L6-v2"
 CONTRACT = pb.ContractVersion(major=1, minor=0)
 KINDS = {
@@ -63,6 +66,10 @@ def choose_model(settings: Settings) -> ModelSpec:
         spec = dataclasses.replace(spec, name=EMBEDDED_MODEL)
     else:
         spec = read_model(settings.model, settings.kind)
+    shorter = settings.engine_args.get("max_model_len")
+    if isinstance(shorter, int) and 0 < shorter < spec.max_length:
+        # What the engine will not take must be cut, or refused, before it gets there.
+        spec = dataclasses.replace(spec, max_length=shorter, default_length=min(spec.default_length, shorter))
     if settings.max_length is None:
         return spec
     if settings.max_length > spec.max_length:
@@ -143,7 +150,11 @@ async def _serve(settings: Settings, stop: asyncio.Event, watching: Observers) -
             # Clients may ping an idle connection once in 10 seconds to find out whether the server still lives.
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),
+            # A client that went without a word is found out, and its texts and pairs are dropped.
+            ("grpc.keepalive_time_ms", 60_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
         ],
+        maximum_concurrent_rpcs=settings.max_calls,
     )
     servicer = RerankerServicer(metrics)
     server.add_generic_rpc_handlers((servicer.handler(),))
@@ -165,9 +176,11 @@ async def _serve(settings: Settings, stop: asyncio.Event, watching: Observers) -
     status = 0
     try:
         began = time.monotonic()
-        spec = choose_model(settings)
-        encoder = Encoder(spec)
-        engine = make_engine(settings, spec)
+        # Downloads and imports take long, and probes want an answer meanwhile.
+        prepared = await _unless(stop, asyncio.to_thread(_prepare, settings))
+        if prepared is None:
+            return status
+        spec, encoder, engine = prepared.result()
         log.info("loading", model=spec.name, kind=spec.kind, engine=engine.name)
         if not await _unless(stop, engine.start()):
             return status
@@ -218,17 +231,23 @@ async def _serve(settings: Settings, stop: asyncio.Event, watching: Observers) -
     return status
 
 
-async def _unless(stop: asyncio.Event, work: Coroutine[None, None, None]) -> bool:
-    """Do ``work`` unless told to stop first; gives whether it was done."""
+def _prepare(settings: Settings) -> tuple[ModelSpec, Encoder, Engine]:
+    """Read the model and make what it needs; the engine is not started."""
+    spec = choose_model(settings)
+    return spec, Encoder(spec), make_engine(settings, spec)
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> asyncio.Task[T] | None:
+    """Do ``work`` unless told to stop first; gives the finished task, or ``None``."""
     working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
     await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
     if working.done():
         working.result()
-        return True
+        return working
     working.cancel()
     await asyncio.wait({working})
-    return False
+    return None
 
 
 async def _report_death(engine: Engine, metrics: Metrics) -> None:

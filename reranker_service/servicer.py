@@ -120,16 +120,19 @@ class RerankerServicer:
     async def rerank(self, request: pb.RerankRequest) -> pb.RerankResponse:
         """Rank the documents of one query. Raises ``RerankError``."""
         self._ready()
-        return await self._rank("Rerank", request)
+        return await self._rank("Rerank", request, Ticket(object(), interactive=True))
 
     async def rerank_batch(self, request: pb.RerankBatchRequest) -> pb.RerankBatchResponse:
         """Rank for many requests at once; each fails alone. Raises ``RerankError`` for the batch as a whole."""
         _, validator = self._ready()
         validator.batch(request)
+        # One for all: calls share the engine, whatever each of them asks for.
+        ticket = Ticket(object(), interactive=True)
 
         async def item(position: int, one: pb.RerankRequest) -> pb.RerankBatchItem:
             try:
-                return pb.RerankBatchItem(response=await self._rank("RerankBatch", one, f"requests[{position}]."))
+                response = await self._rank("RerankBatch", one, ticket, f"requests[{position}].")
+                return pb.RerankBatchItem(response=response)
             except Exception as error:
                 return pb.RerankBatchItem(error=as_rerank_error(error).to_status())
 
@@ -165,16 +168,16 @@ class RerankerServicer:
             raise NotReadyError("the model is still loading; try again soon")
         return self._scorer, self._validator
 
-    async def _rank(self, rpc: str, request: pb.RerankRequest, at: str = "") -> pb.RerankResponse:
+    async def _rank(self, rpc: str, request: pb.RerankRequest, ticket: Ticket, at: str = "") -> pb.RerankResponse:
         """Answer one request; ``at`` is where it stands in a batch. Raises ``RerankError``."""
         scorer, validator = self._ready()
         try:
             ranking = validator.rerank(request, at)
-            scored = await self._score(scorer, ranking)
+            scored = await self._score(scorer, ranking, ticket)
         except Exception as error:
             known = as_rerank_error(error)
             self._metrics.refusal(rpc, known.code)
-            # Whatever was unforeseen is in the log by now.
+            # Whatever was unforeseen has been logged where it was met.
             raise known from None
         known_at = time.monotonic()
         self._metrics.reply(rpc, scored.usage)
@@ -187,10 +190,10 @@ class RerankerServicer:
         return response
 
     @staticmethod
-    async def _score(scorer: Scorer, ranking: Ranking) -> Scored:
+    async def _score(scorer: Scorer, ranking: Ranking, ticket: Ticket) -> Scored:
         count = len(ranking.documents)
-        # Text 0 is the query; a ticket of its own makes every ranking an equal among the interactive ones.
-        table = TextTable(ranking.options, Ticket(object(), interactive=True), [ranking.query, *ranking.documents])
+        # Text 0 is the query.
+        table = TextTable(ranking.options, ticket, [ranking.query, *ranking.documents])
         pairs = Pairs(np.zeros(1, dtype=np.int64), np.arange(1, count + 1), grid=True)
         try:
             return await scorer.score(table, pairs)

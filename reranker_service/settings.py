@@ -67,6 +67,9 @@ class Settings(BaseSettings):
     )
     cache_dir_bytes: int = Field(16 << 30, ge=1 << 20, description="most that cache-dir may grow to, in bytes")
     grace: float = Field(30.0, ge=0, description="seconds that calls in flight are given to finish at the end")
+    max_calls: int = Field(
+        4096, ge=1, description="calls under way at a time; one more is refused with RESOURCE_EXHAUSTED"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged, at least")
     log_format: Literal["logfmt", "json"] = Field("logfmt", description="form of a log line")
     limits: Limits = Field(default_factory=Limits, description="what requests may ask for")

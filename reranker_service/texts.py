@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Generic, Literal, TypeVar
@@ -18,6 +20,8 @@ from .encoding import EncodedText, Encoder
 from .metrics import Metrics
 from .scheduling import Ticket
 from .validation import ScoringOptions
+
+_SLICE_CHARACTERS = 1 << 17
 
 Value = TypeVar("Value")
 Role = Literal["query", "document"]
@@ -118,21 +122,63 @@ class TextTable:
             encoded.close()
 
 
+class _Turns:
+    """One at a time; who is interactive goes before who is not, else in the order of asking."""
+
+    def __init__(self) -> None:
+        self._taken = False
+        self._waiting: tuple[deque[asyncio.Future[None]], ...] = (deque(), deque())
+
+    @asynccontextmanager
+    async def take(self, interactive: bool) -> AsyncIterator[None]:
+        if self._taken:
+            turn = asyncio.get_running_loop().create_future()
+            self._waiting[not interactive].append(turn)
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled():
+                    self._pass_on()
+                raise
+        self._taken = True
+        try:
+            yield
+        finally:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        for queue in self._waiting:
+            while queue:
+                turn = queue.popleft()
+                if not turn.done():
+                    turn.set_result(None)
+                    return
+        self._taken = False
+
+
 class TextEncoder:
-    """Encodes texts of any number of tables, on a thread of its own."""
+    """Encodes texts of any number of tables, on a thread of its own.
+
+    Texts are encoded a slice at a time, so that a large group neither holds up an interactive call nor goes on for a
+    client that has gone.
+    """
 
     def __init__(self, encoder: Encoder, metrics: Metrics) -> None:
         self._encoder = encoder
         self._metrics = metrics
         # One is enough: tokenizers spread a call over all cores by themselves.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encoding")
+        self._turns = _Turns()
 
     async def encode(self, table: TextTable, role: Role, ids: NDArray[np.int64]) -> list[EncodedText]:
         """Token ids of texts, in the order of ``ids``; each text is encoded once a table and role."""
 
         async def compute(missing: list[int]) -> list[EncodedText]:
-            texts = [table.texts[one] for one in missing]
-            return await asyncio.get_running_loop().run_in_executor(self._thread, encode, texts)
+            encoded: list[EncodedText] = []
+            for texts in _slices([table.texts[one] for one in missing]):
+                async with self._turns.take(table.ticket.interactive):
+                    encoded += await asyncio.get_running_loop().run_in_executor(self._thread, encode, texts)
+            return encoded
 
         def encode(texts: list[str]) -> list[EncodedText]:
             began = time.monotonic()
@@ -148,3 +194,17 @@ class TextEncoder:
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _slices(texts: list[str]) -> Iterator[list[str]]:
+    """Cut a list into parts that are encoded in some tens of milliseconds, of one text at least."""
+    part: list[str] = []
+    characters = 0
+    for text in texts:
+        if part and characters + len(text) > _SLICE_CHARACTERS:
+            yield part
+            part, characters = [], 0
+        part.append(text)
+        characters += len(text)
+    if part:
+        yield part

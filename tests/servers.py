@@ -110,6 +110,7 @@ class ControlledEngine:
         self.max_in_flight = max_in_flight
         self.max_batch = max_batch
         self.versions = {}
+        self.scoring_args: dict[str, object] = {}
         self.gate = asyncio.Event()
         if open_gate:
             self.gate.set()

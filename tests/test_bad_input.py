@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Iterator
 
 import grpc
@@ -9,6 +10,7 @@ import pytest
 
 from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
+from reranker_service.limits import Limits
 
 from .servers import ServerProcess, violations, violations_of
 
@@ -55,6 +57,34 @@ def refused(call: object, *arguments: object) -> dict[str, str]:
     for field, description in found.items():
         assert f"{field}: {description}" in caught.value.details()
     return found
+
+
+def test_of_many_violations_as_many_are_told_as_headers_have_room_for(cross_encoder_server: ServerProcess) -> None:
+    most = Limits().max_text_bytes
+    documents = ["a document", *["x" * (most + 1)] * 50]
+    with grpc.insecure_channel(cross_encoder_server.address) as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            rpc.RerankerServiceStub(channel).Rerank(pb.RerankRequest(query="a", documents=documents), timeout=60)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    told = violations(caught.value)
+    assert list(told)[:2] == ["documents[1]", "documents[2]"]
+    assert 2 < len(told) < 50
+    assert caught.value.details().endswith(f"; and {50 - len(told)} more")
+
+
+def test_more_calls_than_the_server_takes_are_refused_at_once(cross_encoder: object) -> None:
+    flags = ["--model", str(cross_encoder), "--engine", "torch", "--threads", "1", "--max-calls", "1"]
+    with ServerProcess(*flags) as server, grpc.insecure_channel(server.address) as channel:
+        stub = rpc.RerankerServiceStub(channel)
+        outgoing: queue.SimpleQueue[pb.RerankStreamRequest | None] = queue.SimpleQueue()
+        outgoing.put(OPEN)
+        call = stub.RerankStream(iter(outgoing.get, None))
+        assert next(call).HasField("opened")
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=30)
+        assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        outgoing.put(None)
+        assert list(call) == []
 
 
 def rerank(**fields: object) -> pb.RerankRequest:

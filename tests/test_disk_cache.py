@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from pathlib import Path
 
 import grpc
@@ -44,6 +46,24 @@ def test_another_model_finds_nothing(cross_encoder: Path, tmp_path: Path) -> Non
     ask(cross_encoder, tmp_path / "cache")
     other = models.build_bert_cross_encoder(tmp_path / "other", seed=1)
     assert ask(other, tmp_path / "cache").usage.cached_pairs == 0
+
+
+def test_a_store_that_another_server_made_grow_is_still_read(tmp_path: Path) -> None:
+    writer = """
+import sys
+from pathlib import Path
+from reranker_service.disk import DiskCache
+store = DiskCache(Path(sys.argv[1]), 64 << 20, "model")
+for number in range(40):
+    store.put([b"key %d %d" % (number, i) for i in range(100)], [b"x" * 1000] * 100)
+store.close()
+"""
+
+    store = DiskCache(tmp_path, 1 << 20, "model")
+    assert asyncio.run(store.get([b"key 39 0"])) == [None]
+    subprocess.run([sys.executable, "-c", writer, str(tmp_path)], check=True, timeout=120)
+    assert asyncio.run(store.get([b"key 39 0", b"nothing"])) == [b"x" * 1000, None]
+    store.close()
 
 
 def test_a_full_store_keeps_what_it_has_and_grows_no_further(tmp_path: Path) -> None:

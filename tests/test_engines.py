@@ -226,6 +226,20 @@ def test_what_is_left_of_a_failed_run_never_starts(cross_encoder: Path, monkeypa
     assert len(batches) <= 3
 
 
+def test_a_dead_device_is_known_though_nobody_waited_for_the_batch_that_found_it_out(cross_encoder: Path) -> None:
+    async def work() -> None:
+        spec = read_model(str(cross_encoder))
+        engine = TorchEngine(spec)
+        await engine.start()
+        engine._death = EngineDeadError("the device failed")
+        with pytest.raises(EngineDeadError, match="the device failed"):
+            await engine.run(inputs(spec, [("a", "b")]))
+        assert str(await asyncio.wait_for(engine.wait_dead(), 30)) == "the device failed"
+        await engine.close()
+
+    asyncio.run(work())
+
+
 def test_weights_that_give_no_number_are_reported(cross_encoder: Path, tmp_path: Path) -> None:
     spec = replace(read_model(str(copy(cross_encoder, tmp_path))), name="broken")
     weights = load_file(tmp_path / "model.safetensors")

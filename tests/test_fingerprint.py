@@ -25,6 +25,7 @@ class SomeEngine:
     name: str = "torch"
     dtype: str = "float32"
     versions: dict[str, str] = field(default_factory=lambda: {"torch": "2.13.0"})
+    scoring_args: dict[str, object] = field(default_factory=dict)
 
 
 def of(model: Path, **engine: object) -> str:
@@ -86,7 +87,13 @@ def test_files_that_change_scores_change_it(change: Callable[[Path], None], mode
 
 @pytest.mark.parametrize(
     "engine",
-    [{"name": "vllm"}, {"dtype": "bfloat16"}, {"versions": {"torch": "2.14.0"}}, {"versions": {"vllm": "0.32"}}],
+    [
+        {"name": "vllm"},
+        {"dtype": "bfloat16"},
+        {"versions": {"torch": "2.14.0"}},
+        {"versions": {"vllm": "0.32"}},
+        {"scoring_args": {"quantization": "fp8"}},
+    ],
 )
 def test_the_engine_changes_it(engine: dict[str, object], model: Path) -> None:
     assert of(model, **engine) != of(model)

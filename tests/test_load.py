@@ -121,3 +121,24 @@ def test_two_streams_share_the_engine_and_a_small_call_overtakes_both(
     both = owners[2:last]
     tokens = {length: both.count(length) * length for length in (short, long)}
     assert abs(tokens[short] - tokens[long]) <= 0.2 * max(tokens.values())
+
+
+def test_a_large_batch_does_not_starve_a_single_call(cross_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> list[int]:
+        engine = ControlledEngine(max_in_flight=1, max_batch=1, open_gate=False)
+        jobs = Submissions(monkeypatch)
+        async with serve_in_process(cross_encoder, engine) as channel:
+            stub = rpc.RerankerServiceStub(channel)
+            requests = [pb.RerankRequest(query="a", documents=["a a a a a a a a"]) for _ in range(64)]
+            batch = asyncio.ensure_future(stub.RerankBatch(pb.RerankBatchRequest(requests=requests)))
+            await jobs.reach(64)
+            single = asyncio.ensure_future(stub.Rerank(pb.RerankRequest(query="a", documents=["a"] * 4)))
+            await jobs.reach(65)
+            engine.gate.set()
+            await asyncio.gather(batch, single)
+        return [len(one[0].ids) for one in engine.batches]
+
+    lengths = asyncio.run(scenario())
+    assert len(lengths) == 64 + 4
+    # Calls share, whatever number of requests one of them holds: the short ones are through at once.
+    assert [place for place, length in enumerate(lengths) if length == min(lengths)][-1] < 8

@@ -7,11 +7,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from reranker_service.model import UnsupportedModelError, read_model
+from reranker_service.server import choose_model
+from reranker_service.settings import Settings
 
 from . import models
 
@@ -213,3 +216,16 @@ def test_models_that_are_not_there(name: str, message: str) -> None:
 def test_what_imports_leave_out(module: str, absent: str) -> None:
     code = f"import sys, {module}; assert {absent!r} not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_shorter_length_for_the_engine_is_a_shorter_length_for_requests(cross_encoder: Path) -> None:
+    def lengths(**settings: Any) -> tuple[int, int]:
+        spec = choose_model(Settings(model=str(cross_encoder), **settings))
+        return spec.max_length, spec.default_length
+
+    longest, default = lengths()
+    assert lengths(engine_args={"max_model_len": 32}) == (32, 32)
+    assert lengths(engine_args={"max_model_len": longest, "block_size": 32}) == (longest, default)
+    assert lengths(engine_args={"max_model_len": 32}, max_length=16) == (32, 16)
+    with pytest.raises(UnsupportedModelError, match="takes at most 32"):
+        lengths(engine_args={"max_model_len": 32}, max_length=64)

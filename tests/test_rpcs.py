@@ -140,6 +140,16 @@ def test_usage_counts_pairs_tokens_and_cuts(stub: rpc.RerankerServiceStub, cross
     assert usage.engine_seconds > 0
 
 
+@pytest.mark.parametrize("kind", ["cross_encoder", "bi_encoder"])
+def test_a_pair_from_the_cache_counts_as_cached_and_not_as_cut(kind: str, request: pytest.FixtureRequest) -> None:
+    server: ServerProcess = request.getfixturevalue(f"{kind}_server")
+    question = pb.RerankRequest(query=f"what is cut by the {kind}?", documents=["a date", "word " * 400])
+    with grpc.insecure_channel(server.address) as channel:
+        first, second = (rpc.RerankerServiceStub(channel).Rerank(question).usage for _ in range(2))
+    assert (first.cached_pairs, first.truncated_pairs) == (0, 1)
+    assert (second.cached_pairs, second.truncated_pairs) == (2, 0)
+
+
 def test_a_stream_answers_a_chunk_before_the_client_has_finished(stub: rpc.RerankerServiceStub) -> None:
     import queue
 

@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from reranker_service.engines.base import TokenSequence
+from reranker_service.engines.checks import NonFiniteScoreError, finite
 from reranker_service.padding import Pace
 from reranker_service.scheduling import Job, Scheduler, Ticket
 
@@ -407,6 +408,30 @@ def test_an_error_in_one_batch_fails_only_the_jobs_in_it() -> None:
     # b's second may share the batch that entered before the error was known.
     assert last in ("bcc", "cc")
     assert left == (0, 0)
+
+
+def test_a_score_that_is_no_number_fails_only_the_job_it_belongs_to() -> None:
+    class Overflowing(ControlledEngine):
+        async def run(self, sequences: Sequence[TokenSequence]) -> np.ndarray:
+            found = await super().run(sequences)
+            return finite("model", "float16", np.where(found == 45, np.inf, found).astype(np.float32))
+
+    async def scenario() -> list[object]:
+        engine = Overflowing(max_in_flight=16, max_batch=8, open_gate=False)
+        engine.batch_tokens = 200
+        scheduler = Scheduler(engine)
+        held = await hold(scheduler, engine)
+        runs = [asyncio.create_task(scheduler.run(one)) for one in (mixed("a", [50, 2]), mixed("b", [45, 30]))]
+        await asyncio.sleep(0)
+        engine.gate.set()
+        await asyncio.gather(*held)
+        found = await asyncio.gather(*runs, return_exceptions=True)
+        assert any({50, 45} <= set(lengths_of(batch)) for batch in engine.batches), "they shared no batch"
+        return found
+
+    good, bad = asyncio.run(scenario())
+    assert np.array_equal(good, [50, 2])
+    assert isinstance(bad, NonFiniteScoreError)
 
 
 def test_what_cannot_be_made_fails_its_own_job_in_a_shared_batch() -> None:

@@ -188,6 +188,38 @@ def test_a_score_that_is_not_finite_never_leaves_the_server(cross_encoder: Path)
     assert not result.HasField("scores")
 
 
+def test_an_over_long_text_fails_its_own_chunk_only(bi_encoder: Path) -> None:
+    class Embedder(ControlledEngine):
+        async def run(self, sequences: object) -> np.ndarray:
+            lengths = await super().run(sequences)
+            return np.stack([np.ones_like(lengths), np.zeros_like(lengths)], axis=1)
+
+    def grid(number: int, documents: list[int]) -> pb.RerankStreamRequest:
+        pairs = pb.PairGrid(query_ids=[0], document_ids=documents)
+        return pb.RerankStreamRequest(chunk=pb.StreamChunk(id=number, grid=pairs))
+
+    async def scenario() -> dict[int, pb.ChunkResult]:
+        async with serve_in_process(bi_encoder, Embedder()) as channel:
+            stub = rpc.RerankerServiceStub(channel)
+            options = pb.RerankOptions(over_long=pb.OVER_LONG_REJECT, max_length=8)
+            opened = pb.RerankStreamRequest(open=pb.StreamOpen(options=options))
+            texts = pb.RerankStreamRequest(texts=pb.StreamTexts(texts=["a query", "short", "word " * 100]))
+            replies = [
+                reply
+                async for reply in stub.RerankStream(send(opened, texts, grid(1, [1, 2]), grid(2, [1]), grid(3, [2])))
+            ]
+            return {reply.result.id: reply.result for reply in replies[1:]}
+
+    results = asyncio.run(scenario())
+    assert {number: result.WhichOneof("outcome") for number, result in results.items()} == {
+        1: "error",
+        2: "scores",
+        3: "error",
+    }
+    assert results[1].error.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    assert "1 texts are too long; the first is text 2" in results[1].error.message
+
+
 def test_each_text_of_a_stream_is_encoded_once(cross_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from reranker_service.encoding import Encoder
 

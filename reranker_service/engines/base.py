@@ -42,6 +42,7 @@ class Engine(Protocol):
             wants two batches, whatever they hold.
         max_batch: How many sequences one call of ``run`` should hold at most.
         versions: Distribution name to version of the libraries that compute.
+        scoring_args: What else it was told that may change scores, by name.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Engine(Protocol):
     max_in_flight: int
     max_batch: int
     versions: dict[str, str]
+    scoring_args: dict[str, object]
 
     @property
     def batch_tokens(self) -> int | None:

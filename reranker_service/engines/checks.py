@@ -7,7 +7,15 @@ from numpy.typing import NDArray
 
 
 class NonFiniteScoreError(ValueError):
-    """The model computed something that is not a finite number."""
+    """The model computed something that is not a finite number.
+
+    Attributes:
+        values: All that it computed, shape ``(n, ...)``: what is wrong with one sequence is not the others' fault.
+    """
+
+    def __init__(self, message: str, values: NDArray[np.float32]) -> None:
+        super().__init__(message)
+        self.values = values
 
 
 def finite(model: str, dtype: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -25,6 +33,7 @@ def finite(model: str, dtype: str, values: NDArray[np.float32]) -> NDArray[np.fl
         rows = ~np.isfinite(values.reshape(len(values), -1)).all(axis=1)
         raise NonFiniteScoreError(
             f"{model} gave {int(rows.sum())} of {len(values)} results that are not finite numbers in {dtype}; its "
-            "weights are damaged, or it needs a number format with a wider range (float32 or bfloat16)"
+            "weights are damaged, or it needs a number format with a wider range (float32 or bfloat16)",
+            values,
         )
     return values

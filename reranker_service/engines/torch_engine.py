@@ -67,6 +67,7 @@ class TorchEngine:
         self.max_batch = 256 if on_cpu else 1024
         self.max_in_flight = 2 * self.max_batch
         self.versions = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
+        self.scoring_args: dict[str, object] = {}
         self._spec = spec
         self.batch_tokens = batch_tokens or (4096 if on_cpu else 65536)
         self._threads = threads
@@ -101,6 +102,8 @@ class TorchEngine:
             NonFiniteScoreError: A result is not a finite number.
         """
         if self._death is not None:
+            # Nobody may have waited for the batch that found it out.
+            self._died.set()
             raise self._death
         sequences = list(sequences)
         loop = asyncio.get_running_loop()

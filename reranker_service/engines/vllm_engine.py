@@ -29,7 +29,13 @@ if TYPE_CHECKING:
 
 _ENCODERS = frozenset({"bert", "modernbert", "roberta", "xlm-roberta"})
 _POOLINGS: Mapping[Pooling, Literal["MEAN", "CLS", "LAST"]] = {"mean": "MEAN", "cls": "CLS", "lasttoken": "LAST"}
+# Arguments that change how fast scores come, not what they are; max_model_len is the model's limit here.
+_NEUTRAL_ARGS = {
+    *("block_size", "disable_log_stats", "enable_prefix_caching", "enforce_eager", "gpu_memory_utilization"),
+    *("kv_cache_memory_bytes", "max_model_len", "max_num_batched_tokens", "max_num_seqs", "served_model_name"),
+}
 _FEW_CORES = 4
+_STEP_TOKENS = 8192
 _SHUTDOWN_SECONDS = 20.0
 _GIB = 1 << 30
 
@@ -72,6 +78,7 @@ class VllmEngine:
         self.versions: dict[str, str] = {}
         self._spec = spec
         self._engine_args = dict(engine_args or {})
+        self.scoring_args = {name: value for name, value in self._engine_args.items() if name not in _NEUTRAL_ARGS}
         self._engine: AsyncLLM | None = None
         self._loading: asyncio.Future[None] | None = None
         self._closed = asyncio.Event()
@@ -86,6 +93,7 @@ class VllmEngine:
         self.dtype = str(config.model_config.dtype).removeprefix("torch.")
         # As many again as run at a time, so that none waits for us.
         self.max_in_flight = 2 * config.scheduler_config.max_num_seqs
+        self.max_batch = min(self.max_batch, config.scheduler_config.max_num_seqs)
 
     def choices(self) -> dict[str, object]:
         """What it chose for this machine; see ``Engine.choices``."""
@@ -197,6 +205,8 @@ class VllmEngine:
             if len(cores) <= _FEW_CORES:
                 # The default keeps a core back, which costs half of two.
                 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
+                # So the scheduler and this process have no core of their own: threads that wait must not spin on it.
+                os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         self.versions = _versions()
         arguments = AsyncEngineArgs(**{**self._arguments(on_cpu), **self._engine_args})
         # Kept here alone: a future that held it, too, would keep it from being collected in close().
@@ -241,6 +251,9 @@ class VllmEngine:
             if spec.kind == "causal-reranker":
                 # Only whole blocks are shared; the CPU's default of 128 tokens wastes most of a prefix.
                 arguments["block_size"] = 32
+            else:
+                # Nothing waits for a first token here: fewer, larger steps cost less a sequence.
+                arguments["max_num_batched_tokens"] = max(_STEP_TOKENS, spec.max_length)
         return arguments
 
 

@@ -1,0 +1,80 @@
+"""Texts are encoded a slice at a time: an interactive call waits for a slice of bulk work, not for all of it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from reranker_service.encoding import Encoder
+from reranker_service.metrics import Metrics
+from reranker_service.scheduling import Ticket
+from reranker_service.texts import TextEncoder, TextTable
+
+LONG = "x" * 100_000
+
+
+class SlowEncoder:
+    """Encodes once it is let; notes what it was given."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.calls: list[list[str]] = []
+
+    def encode_documents(self, texts: list[str]) -> list[str]:
+        self.calls.append(texts)
+        assert self.go.wait(60)
+        return [text.upper() for text in texts]
+
+
+def table(texts: list[str], *, interactive: bool) -> TextTable:
+    return TextTable(cast(Any, None), Ticket(object(), interactive), texts)
+
+
+async def begin(encoder: TextEncoder, texts: TextTable) -> asyncio.Task[Any]:
+    task = asyncio.create_task(encoder.encode(texts, "document", np.arange(len(texts.texts))))
+    for _ in range(5):  # until it waits for its turn
+        await asyncio.sleep(0)
+    return task
+
+
+def test_an_interactive_call_waits_for_one_slice_of_a_large_group() -> None:
+    async def scenario() -> tuple[list[list[str]], list[Any]]:
+        slow = SlowEncoder()
+        encoder = TextEncoder(cast(Encoder, slow), Metrics())
+        bulk = await begin(encoder, table([LONG + str(number) for number in range(4)], interactive=False))
+        other = await begin(encoder, table(["more"], interactive=False))
+        small = await begin(encoder, table(["a", "b"], interactive=True))
+        slow.go.set()
+        found = await asyncio.gather(bulk, other, small)
+        encoder.close()
+        return slow.calls, found
+
+    calls, found = asyncio.run(scenario())
+    assert [len(call) for call in calls] == [1, 2, 1, 1, 1, 1]
+    assert calls[1] == ["a", "b"]
+    assert found[0] == [(LONG + str(number)).upper() for number in range(4)]
+    assert found[1:] == [["MORE"], ["A", "B"]]
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+def test_encoding_ends_with_the_slice_when_its_client_is_gone(waiting: bool) -> None:
+    async def scenario() -> list[list[str]]:
+        slow = SlowEncoder()
+        encoder = TextEncoder(cast(Encoder, slow), Metrics())
+        first = table([LONG + str(number) for number in range(4)], interactive=False)
+        second = table(["gone" if waiting else "stays"], interactive=False)
+        bulk, other = await begin(encoder, first), await begin(encoder, second)
+        gone, left = (second, bulk) if waiting else (first, other)
+        gone.close()
+        slow.go.set()
+        await left
+        encoder.close()
+        return slow.calls
+
+    calls = asyncio.run(scenario())
+    expected = [LONG + str(number) for number in range(4)] if waiting else [LONG + "0", "stays"]
+    assert calls == [[text] for text in expected]
