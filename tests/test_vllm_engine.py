@@ -111,6 +111,14 @@ def test_facts(running: Running) -> None:
     assert engine.max_in_flight >= engine.max_batch
 
 
+def test_small_encoders_take_large_steps_on_a_cpu(running: Running) -> None:
+    choices = running.engine.choices()
+    if choices["device"] != "cpu":
+        pytest.skip("on a GPU the choice is vLLM's")
+    large = running.spec.kind != "causal-reranker"
+    assert (choices["max_num_batched_tokens"] == 8192) == large
+
+
 def test_inputs_as_long_as_the_model_takes(running: Running) -> None:
     spec = running.spec
     sequences = sequences_of(spec, [("word " * 10, "word " * 2000)], spec.max_length)

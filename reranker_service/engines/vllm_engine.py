@@ -35,7 +35,8 @@ _NEUTRAL_ARGS = {
     *("kv_cache_memory_bytes", "max_model_len", "max_num_batched_tokens", "max_num_seqs", "served_model_name"),
 }
 _FEW_CORES = 4
-_STEP_TOKENS = 8192
+_SMALL_WEIGHTS = 2_000_000
+_LARGE_STEP_TOKENS = 8192
 _SHUTDOWN_SECONDS = 20.0
 _GIB = 1 << 30
 
@@ -251,10 +252,17 @@ class VllmEngine:
             if spec.kind == "causal-reranker":
                 # Only whole blocks are shared; the CPU's default of 128 tokens wastes most of a prefix.
                 arguments["block_size"] = 32
-            else:
-                # Nothing waits for a first token here: fewer, larger steps cost less a sequence.
-                arguments["max_num_batched_tokens"] = max(_STEP_TOKENS, spec.max_length)
+            elif _weights(spec) < _SMALL_WEIGHTS:
+                # A step's fixed cost is most of what it takes: fewer, larger ones. Larger models lose by it.
+                arguments["max_num_batched_tokens"] = max(_LARGE_STEP_TOKENS, spec.max_length)
         return arguments
+
+
+def _weights(spec: ModelSpec) -> int:
+    """About how many weights an encoder's layers have, embeddings not counted."""
+    config = AutoConfig.from_pretrained(spec.path, local_files_only=True, trust_remote_code=False)
+    layers: int = 12 * config.num_hidden_layers * config.hidden_size**2
+    return layers
 
 
 def _kv_cache_bytes(spec: ModelSpec) -> int:
