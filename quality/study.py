@@ -1,6 +1,6 @@
 """Does the filter make better models? Trains small models with it and without it on real text, and measures.
 
-Under an hour on two cores without a GPU. What was found is kept: a study that was interrupted goes on where it was.
+About an hour on two cores without a GPU. What was found is kept: a study that was interrupted goes on where it was.
 ``python -m quality.study --help`` lists the settings; docs/quality.md explains them.
 """
 
