@@ -89,6 +89,8 @@ class Channels:
         while True:
             await self._open.wait()
             endpoint, delay = self._choose()
+            if tried == 0 and delay > patience.remaining() / 2:
+                delay = 0.0  # others' failures do not answer for this call: it gets an attempt, and time for it
             if delay > patience.remaining():
                 raise self._unavailable(tried, patience, last, left())
             if delay > 0:

@@ -171,6 +171,23 @@ def test_a_server_that_stalls(server: StubServer) -> None:
             client.score_grid(["q"], ["d"], timeout=0.1)
 
 
+def test_a_short_call_gets_its_attempt_after_others_failed(server: StubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loss_client.endpoints.random.uniform", lambda low, high: 60.0)  # seconds of rest
+    stalled, never = True, Gate()
+
+    async def hold(*_: object) -> None:
+        if stalled:
+            await never.wait()
+
+    server.on_chunk = hold
+    with RerankerClient(server.target, timeout=0.05) as client:
+        for _ in range(2):
+            with pytest.raises(RerankerTimeoutError, match=r"sent nothing for 0\.05 s"):
+                client.score_grid(["q"], ["d"])
+        stalled = False
+        np.testing.assert_array_equal(client.score_grid(["q"], ["d"], timeout=WAIT_SECONDS), hash_scores(["q"], ["d"]))
+
+
 def test_progress_begins_the_timeout_anew(server: StubServer) -> None:
     turn = asyncio.Lock()
 
