@@ -21,6 +21,7 @@ class InstantEngine:
     name = "instant"
     dtype = "float32"
     batch_tokens = None
+    overtakes = False
 
     def __init__(self) -> None:
         self.max_batch = 1 << 14
@@ -35,7 +36,7 @@ class InstantEngine:
         """Nothing to choose."""
         return {}
 
-    async def run(self, sequences: Sequence[TokenSequence]) -> NDArray[np.float32]:
+    async def run(self, sequences: Sequence[TokenSequence], urgent: bool = False) -> NDArray[np.float32]:
         """Zeros, shape ``(n,)``."""
         return np.zeros(len(sequences), dtype=np.float32)
 

@@ -38,7 +38,7 @@ class FixedSpeedEngine(InstantEngine):
         self._rate_file = rate_file
         self._free = 0.0  # when all that it was given will be done, in the event loop's seconds
 
-    async def run(self, sequences: Sequence[TokenSequence]) -> NDArray[np.float32]:
+    async def run(self, sequences: Sequence[TokenSequence], urgent: bool = False) -> NDArray[np.float32]:
         """Zeros, shape ``(n,)``, at the time they are due."""
         now = asyncio.get_running_loop().time()
         self._free = max(self._free, now) + len(sequences) / float(self._rate_file.read_text(encoding="ascii"))

@@ -11,6 +11,7 @@ that no third can be needed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Literal, Protocol
 
 import numpy as np
@@ -40,8 +41,10 @@ class AskForPairs(Protocol):
         documents: Sequence[str],
         query_ids: NDArray[np.int64],
         document_ids: NDArray[np.int64],
+        *,
+        recurring: bool,
     ) -> ScoreRows:
-        """Begin one job."""
+        """Begin one job, of pairs that will recur in later epochs or not."""
 
 
 def choose(
@@ -155,14 +158,16 @@ class _PairScores:
 
 
 class CandidateStep(FilterStep):
-    """See :class:`FilterStep`. Until the model has embedded the batch, only the positives are asked for.
+    """See :class:`FilterStep`. Until the model has embedded the batch, only each anchor's own documents are asked for.
+
+    Those are its positive and its negatives of the other columns, which most likely matter and come again every epoch.
 
     Args:
         columns: This rank's texts by column.
         epsilon: Largest share of a row's denominator that may stay without a score.
-        most: Most candidates of a row to have scored, its positive not counted; ``None`` for no limit. What is over
-            stays unscored, and the bound does not hold.
-        ask: Begins a scoring job. Called at once for the positives.
+        most: Most candidates of a row to have scored, its own documents not counted; ``None`` for no limit. What is
+            over stays unscored, and the bound does not hold.
+        ask: Begins a scoring job. Called at once for each anchor's own documents.
     """
 
     def __init__(self, columns: Sequence[Sequence[str]], epsilon: float, most: int | None, ask: AskForPairs) -> None:
@@ -170,8 +175,9 @@ class CandidateStep(FilterStep):
         self._epsilon = epsilon
         self._most = most
         self._ask = ask
-        own = np.arange(len(columns[0]))
-        self._jobs.append(ask(columns[0], columns[1], own, own))
+        documents = list(chain.from_iterable(columns[1:]))
+        every = np.arange(len(documents))
+        self._jobs.append(ask(columns[0], documents, every % len(columns[0]), every, recurring=True))
 
     def _lay_out(self, merged: Sequence[Sequence[str]]) -> None:
         settings, anchors = self._settings, merged[0]
@@ -194,7 +200,7 @@ class CandidateStep(FilterStep):
         self._chosen = np.zeros(len(self._columns[0]), dtype=np.int64)
         self._own = np.arange(len(self._columns[0])) + self.rows.offset
         self._own_documents = self._document_ids[0][self._own]
-        self._positives_arrived = False
+        self._own_arrived = False
         self._all_pairs = len(np.unique(self._anchor_queries)) * len(documents.texts)
         if by_scores and settings.contrast_positives:
             distinct = len(np.unique(self._document_ids[0]))
@@ -207,7 +213,7 @@ class CandidateStep(FilterStep):
         scored = self._chosen
         try:
             for assume_masked in (False, True):
-                wanted = [] if self._positives_arrived else self._first_wanted()
+                wanted = [] if self._own_arrived else self._first_wanted()
                 for begin in range(0, len(scored), size):
                     end = min(begin + size, len(scored))
                     similar = logits(begin, end)
@@ -224,13 +230,12 @@ class CandidateStep(FilterStep):
 
     def _first_wanted(self) -> list[NDArray[np.int64]]:
         """Pairs that are needed whatever the model finds similar."""
-        documents = len(self._document_texts)
-        own = self._anchor_queries * documents + self._own_documents
-        positives = self._jobs[0]
+        documents, job = len(self._document_texts), self._jobs[0]
+        own = np.concatenate([self._anchor_queries * documents + ids[self._own] for ids in self._document_ids])
         codes, first = np.unique(own, return_index=True)
-        self._positives_arrived = True
-        self._arrived(codes, positives.rows(0, len(own))[first, 0])
-        positives.release(0, len(own))
+        self._own_arrived = True
+        self._arrived(codes, job.rows(0, len(own))[first, 0])
+        job.release(0, len(own))
         if not self._by_known:
             return []
         # Whether another row's anchor finds this row's positive relevant is told by that row's threshold.
@@ -249,6 +254,7 @@ class CandidateStep(FilterStep):
             [self._document_texts[document] for document in named],
             query_ids.reshape(-1),
             document_ids.reshape(-1),
+            recurring=False,
         )
         self._jobs.append(job)
         self._arrived(missing, job.rows(0, len(missing))[:, 0])

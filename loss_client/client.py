@@ -69,7 +69,7 @@ class RerankerClient:
         metadata: Pairs of key (lower case) and value, sent with every call.
         root_certificates: PEM bytes of the authorities that TLS trusts. Default: gRPC's own.
         remembered_pairs: How many scores of listed pairs (``score_pairs``, ``stream_pairs``) the client keeps, for
-            pairs that come again; about 300 bytes each. 0: none.
+            pairs that come again; about 300 bytes each. 0: none. A server without streams is asked every time.
 
     Raises:
         ValueError: A target has none of the right forms, or an argument is out of range.
@@ -180,6 +180,7 @@ class RerankerClient:
         chunk_pairs: int = 128,
         priority: Priority = "bulk",
         timeout: float | None = None,
+        recurring: bool = True,
     ) -> ScoreMatrix:
         """Begin to score some pairs of queries and documents, and return at once.
 
@@ -197,6 +198,8 @@ class RerankerClient:
             chunk_pairs: Most pairs of a message.
             priority: What the server is told of the job's urgency.
             timeout: See the class.
+            recurring: Whether the pairs will be asked for again, such as positives in every epoch. The client
+                remembers others only while it has room that these do not need.
 
         Returns:
             The scores, shape ``(n, 1)``: a row for each pair, readable as it arrives. Pairs of one query are scored
@@ -223,7 +226,7 @@ class RerankerClient:
         place[order] = np.arange(len(order))
         return self._begin(
             table, codes // texts, codes % texts, (len(query_texts), 1), _options(instruction, max_length, score_type),
-            priority, chunk_pairs, timeout, grid=False, row_ids=place[row_ids],
+            priority, chunk_pairs, timeout, grid=False, row_ids=place[row_ids], recurring=recurring,
         )  # fmt: skip
 
     def score_grid(
@@ -332,6 +335,7 @@ class RerankerClient:
         grid: bool,
         row_ids: NDArray[np.int64] | None = None,
         column_ids: NDArray[np.int64] | None = None,
+        recurring: bool = False,
     ) -> ScoreMatrix:
         if priority not in _PRIORITIES:
             raise ValueError(f"priority is {priority!r}; it has to be one of {', '.join(map(repr, _PRIORITIES))}")
@@ -340,7 +344,9 @@ class RerankerClient:
         seconds = self._timeout if timeout is None else _positive("timeout", timeout)
         matrix = ScoreMatrix(shape, row_ids=row_ids, column_ids=column_ids, on_cancel=lambda: future.cancel())
         level = _PRIORITIES[priority]
-        job = Job(table, queries, documents, grid, matrix, options, level, chunk_pairs, seconds, self._memory)
+        job = Job(
+            table, queries, documents, grid, matrix, options, level, chunk_pairs, seconds, self._memory, recurring
+        )
         future = self._background.submit(lambda channels: self._run(job, channels))
         return matrix
 

@@ -86,6 +86,7 @@ class GridClient(Protocol):
         score_type: ScoreType,
         chunk_pairs: int,
         timeout: float | None,
+        recurring: bool,
     ) -> ScoreRows:
         """Begin to score some pairs, given by positions, each a row of one column; returns at once."""
 

@@ -96,8 +96,9 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             to matter, until those without a score hold at most ``epsilon`` of each softmax denominator. The loss is
             then above the full one by at most ``-log(1 - epsilon)``. See ``docs/training.md`` for when this pays.
         epsilon: See ``candidates``.
-        max_candidates: With ``candidates="mass"``, the most candidates of an anchor to have scored, beside its
-            positive. The bound does not hold for anchors that would need more; they are counted. Default: no limit.
+        max_candidates: With ``candidates="mass"``, the most candidates of an anchor to have scored, beside the
+            documents of its own row. The bound does not hold for anchors that would need more; they are counted.
+            Default: no limit.
         on_error: ``"raise"``: a step whose scores cannot be had fails. ``"unfiltered"``: it is trained on without
             the filter, counted, and warned of; but a server that speaks another contract ends training all the same.
 
@@ -375,9 +376,12 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             on_error=self.on_error,
         )
 
-    def _ask(self, begin_job: Callable[..., ScoreRows], *texts_and_ids: Any, instruction: str | None) -> ScoreRows:
+    def _ask(
+        self, begin_job: Callable[..., ScoreRows], *texts_and_ids: Any, instruction: str | None, **more: Any
+    ) -> ScoreRows:
         return begin_job(
             *texts_and_ids,
+            **more,
             instruction=instruction,
             max_length=self.max_length,
             score_type=self.score_type,

@@ -56,6 +56,7 @@ class Job:
         chunk_pairs: Most pairs of a chunk.
         timeout: Seconds without a score after which the job fails.
         memory: Scores of pairs that this client has seen; of a list only.
+        recurring: Whether the pairs are remembered before others.
     """
 
     table: TextTable
@@ -68,6 +69,7 @@ class Job:
     chunk_pairs: int
     timeout: float
     memory: ScoreMemory
+    recurring: bool
     _rows: NDArray[np.intp] | None = None  # of a list: the matrix' row of each pair; None: in order
     _digests: list[bytes] | None = None
 
@@ -91,7 +93,7 @@ class Job:
         """
         scope = fingerprint.encode() + b"\0" + self.options.SerializeToString(deterministic=True)
         self._digests = digests(scope, self.table.texts)
-        known = self.memory.get(self._keys(self.queries, self.documents))
+        known = self.memory.get(self._keys(self.queries, self.documents), self.recurring)
         missing = np.isnan(known)
         rows = np.flatnonzero(~missing)
         if len(rows):
@@ -109,7 +111,7 @@ class Job:
         block = scores.reshape(chunk.row_end - chunk.row_begin, chunk.column_end - chunk.column_begin)
         self.matrix.put(rows if self._rows is None else self._rows[rows], columns, block)
         if self._digests is not None:
-            self.memory.put(self._keys(*self.ids(chunk)), scores)
+            self.memory.put(self._keys(*self.ids(chunk)), scores, self.recurring)
 
     def _keys(self, queries: NDArray[np.int64], documents: NDArray[np.int64]) -> Iterator[bytes]:
         assert self._digests is not None

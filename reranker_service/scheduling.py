@@ -1,8 +1,9 @@
 """Who comes next: admits the work of many clients into one engine.
 
 The engine is given batches of sequences, never more in all than it wants at a time, so that what has not entered it can
-still be overtaken or withdrawn. Interactive work goes first. Among streams of one priority the one that has been
-given the fewest tokens so far goes next, so that a stream with many chunks waiting cannot starve another.
+still be overtaken or withdrawn. Interactive work goes first, inside an engine that lets it overtake, too. Among streams of one
+priority the one that has been given the fewest tokens so far goes next, so that a stream with many chunks waiting cannot
+starve another.
 
 An engine that takes sequences one by one gets what stands together in one job. One that pads gets batches of like
 length, out of a window over all that waits; it holds two of them, one that runs and the next one.
@@ -81,6 +82,7 @@ class _Batch:
     parts: list[Part] = field(default_factory=list)
     sequences: list[Sequence[TokenSequence]] = field(default_factory=list)  # of each part
     tokens: int = 0
+    urgent: int = 0  # how many of its sequences are interactive
     entered: float = field(default_factory=time.monotonic)
     wanted: set[Job] = field(default_factory=set)  # jobs that still wait for it
     task: asyncio.Task[NDArray[np.float32]] | None = None
@@ -156,6 +158,7 @@ class Scheduler:
         self._interactive = _Queue()
         self._bulk = _Queue()
         self._arrivals: dict[Job, float] = {}
+        self._urgent = 0  # of those running, how many are interactive
         self._batches = 0
         self._pace = Pace()
         self._last_finish = 0.0
@@ -207,8 +210,10 @@ class Scheduler:
         if job is None:
             return []
         count = min(engine.max_batch, job.left)
+        # What it overtakes inside the engine takes no room from interactive work.
+        ahead = self._urgent if engine.overtakes and job.ticket.interactive else self.running
         # An idle engine takes anything; a busy one waits for room for the whole batch rather than get crumbs.
-        if self.running and self.running + count > engine.max_in_flight:
+        if ahead and ahead + count > engine.max_in_flight:
             return []
         return [queue.draw(job, count)]
 
@@ -262,16 +267,21 @@ class Scheduler:
         if not batch.parts:
             return
         self._metrics.batch(len(batch), batch.tokens)
+        # The parts come from one queue.
+        urgent = parts[0][0].ticket.interactive
+        batch.urgent = len(batch) if urgent else 0
         self.running += len(batch)
+        self._urgent += batch.urgent
         self._batches += 1
         alone = len(batch.parts) == 1
         sequences = batch.sequences[0] if alone else list(chain.from_iterable(batch.sequences))
-        batch.task = asyncio.create_task(self._engine.run(sequences))
+        batch.task = asyncio.create_task(self._engine.run(sequences, urgent))
         # A callback, not code around the call: it comes also for a task that is cancelled before it begins.
         batch.task.add_done_callback(partial(self._finished, batch))
 
     def _finished(self, batch: _Batch, task: asyncio.Task[NDArray[np.float32]]) -> None:
         self.running -= len(batch)
+        self._urgent -= batch.urgent
         self._batches -= 1
         now = time.monotonic()
         error = asyncio.CancelledError() if task.cancelled() else task.exception()

@@ -104,6 +104,7 @@ class ControlledEngine:
     name = "torch"
     dtype = "float32"
     batch_tokens: int | None = None
+    overtakes = False
     versions: dict[str, str]
 
     def __init__(self, *, max_in_flight: int = 64, max_batch: int = 16, open_gate: bool = True) -> None:
@@ -115,6 +116,7 @@ class ControlledEngine:
         if open_gate:
             self.gate.set()
         self.batches: list[list[TokenSequence]] = []
+        self.urgent: list[bool] = []  # of each batch
         self.cancelled = 0
         self.arrived = asyncio.Condition()
         self.failure: Exception | None = None
@@ -122,8 +124,9 @@ class ControlledEngine:
     async def start(self) -> None:
         return None
 
-    async def run(self, sequences: Sequence[TokenSequence]) -> NDArray[np.float32]:
+    async def run(self, sequences: Sequence[TokenSequence], urgent: bool = False) -> NDArray[np.float32]:
         self.batches.append(list(sequences))
+        self.urgent.append(urgent)
         async with self.arrived:
             self.arrived.notify_all()
         try:

@@ -83,9 +83,9 @@ def test_two_streams_share_the_engine_and_a_small_call_overtakes_both(
     """The engine is fed one batch at a time, and each batch's owner is told by the length of its sequences."""
 
     class Recording(ControlledEngine):
-        async def run(self, sequences: object) -> np.ndarray:
+        async def run(self, sequences: object, urgent: bool = False) -> np.ndarray:
             self.owners.append(len(sequences[0].ids))
-            return await super().run(sequences)
+            return await super().run(sequences, urgent)
 
     async def scenario() -> list[int]:
         engine = Recording(max_in_flight=8, max_batch=8, open_gate=False)

@@ -106,12 +106,59 @@ def test_it_can_be_turned_off_and_keeps_no_more_than_it_may(server: StubServer) 
         RerankerClient(server.target, remembered_pairs=-1)
 
 
-def test_the_last_used_are_kept() -> None:
+def known(memory: ScoreMemory, keys: str, *, recurring: bool = False) -> str:
+    """Those of some one-letter keys that the memory has a score of."""
+    found = memory.get([key.encode() for key in keys], recurring)
+    assert all(np.isnan(score) or score == ord(key) for key, score in zip(keys, found, strict=True))
+    return "".join(key for key, score in zip(keys, found, strict=True) if not np.isnan(score))
+
+
+def keep(memory: ScoreMemory, keys: str, *, recurring: bool) -> None:
+    memory.put([key.encode() for key in keys], np.array([ord(key) for key in keys], np.float32), recurring)
+
+
+@pytest.mark.parametrize("recurring", [False, True])
+def test_the_last_used_are_kept(recurring: bool) -> None:
     memory = ScoreMemory(2)
-    memory.put([b"a", b"b"], np.array([1, 2], np.float32))
-    memory.get([b"a"])
-    memory.put([b"c"], np.array([3], np.float32))
-    np.testing.assert_array_equal(memory.get([b"a", b"b", b"c"]), np.array([1, np.nan, 3], np.float32))
+    keep(memory, "ab", recurring=recurring)
+    assert known(memory, "a") == "a"
+    keep(memory, "c", recurring=recurring)
+    assert known(memory, "abc") == "ac"
+
+
+def test_pairs_that_recur_are_kept_before_others() -> None:
+    memory = ScoreMemory(4)
+    keep(memory, "abc", recurring=True)
+    keep(memory, "vwxyz", recurring=False)
+    assert known(memory, "abcvwxyz") == "abcz"
+    keep(memory, "d", recurring=True)  # takes the room of the others
+    assert known(memory, "abcdz") == "abcd"
+    keep(memory, "z", recurring=False)
+    assert known(memory, "abcdz") == "abcd"
+    keep(memory, "e", recurring=True)
+    assert known(memory, "abcde") == "bcde"
+    assert len(memory) == 4
+
+
+def test_a_pair_that_turns_out_to_recur_stays() -> None:
+    memory = ScoreMemory(2)
+    keep(memory, "a", recurring=False)
+    assert known(memory, "a", recurring=True) == "a"
+    keep(memory, "xyz", recurring=False)
+    assert known(memory, "axyz") == "az"
+
+
+def test_a_client_remembers_what_recurs_however_much_else_it_scores(server: StubServer) -> None:
+    every = range(2)
+    with RerankerClient(server.target, remembered_pairs=8, timeout=WAIT_SECONDS) as client:
+        client.stream_pairs(["q0", "q1"], ["d0", "d1"], every, every).result(WAIT_SECONDS)
+        others = [f"d{number}" for number in range(2, 40)]
+        passing = client.stream_pairs(["q0"] * 38, others, range(38), range(38), recurring=False)
+        passing.result(WAIT_SECONDS)
+        again = client.stream_pairs(["q0", "q1"], ["d0", "d1"], every, every)
+        again.result(WAIT_SECONDS)
+        assert again.usage.remembered_pairs == 2
+        assert len(client._memory) == 8
 
 
 def test_scope_and_text_cannot_run_into_each_other() -> None:

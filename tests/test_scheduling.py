@@ -82,6 +82,26 @@ def test_interactive_work_overtakes_bulk_work() -> None:
     assert asyncio.run(scenario()) == "bqqbbb"
 
 
+def test_interactive_work_enters_an_engine_that_lets_it_overtake_at_once() -> None:
+    async def scenario() -> tuple[str, list[bool], tuple[int, int]]:
+        engine = ControlledEngine(max_in_flight=4, max_batch=2, open_gate=False)
+        engine.overtakes = True
+        scheduler = Scheduler(engine)
+        bulk = asyncio.create_task(scheduler.run(job("bulk", 8)))
+        await engine.wait_for_sequences(4)
+        quick = asyncio.create_task(scheduler.run(job("quick", 6, interactive=True)))
+        await engine.wait_for_sequences(8)
+        held = order(engine)  # as much again as it holds, and no more
+        engine.gate.set()
+        await asyncio.gather(bulk, quick)
+        return held, engine.urgent, (scheduler.waiting, scheduler.running)
+
+    held, urgent, left = asyncio.run(scenario())
+    assert held == "bbqq"
+    assert urgent == [False, False, True, True, True, False, False]
+    assert left == (0, 0)
+
+
 def test_two_streams_take_turns_however_many_jobs_one_has() -> None:
     async def scenario() -> str:
         engine = one_at_a_time()
@@ -382,8 +402,8 @@ def test_streams_share_a_padding_engine_by_tokens(monkeypatch: pytest.MonkeyPatc
 
 def test_an_error_in_one_batch_fails_only_the_jobs_in_it() -> None:
     class Failing(ControlledEngine):
-        async def run(self, sequences: Sequence[TokenSequence]) -> np.ndarray:
-            found = await super().run(sequences)
+        async def run(self, sequences: Sequence[TokenSequence], urgent: bool = False) -> np.ndarray:
+            found = await super().run(sequences, urgent)
             if max(lengths_of(sequences)) == 50:
                 raise RuntimeError("out of memory")
             return found
@@ -412,8 +432,8 @@ def test_an_error_in_one_batch_fails_only_the_jobs_in_it() -> None:
 
 def test_a_score_that_is_no_number_fails_only_the_job_it_belongs_to() -> None:
     class Overflowing(ControlledEngine):
-        async def run(self, sequences: Sequence[TokenSequence]) -> np.ndarray:
-            found = await super().run(sequences)
+        async def run(self, sequences: Sequence[TokenSequence], urgent: bool = False) -> np.ndarray:
+            found = await super().run(sequences, urgent)
             return finite("model", "float16", np.where(found == 45, np.inf, found).astype(np.float32))
 
     async def scenario() -> list[object]:

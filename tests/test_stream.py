@@ -169,8 +169,8 @@ def test_an_engines_failure_reaches_every_client(
 
 def test_a_score_that_is_not_finite_never_leaves_the_server(cross_encoder: Path) -> None:
     class BrokenEngine(ControlledEngine):
-        async def run(self, sequences: object) -> np.ndarray:
-            scores = await super().run(sequences)
+        async def run(self, sequences: object, urgent: bool = False) -> np.ndarray:
+            scores = await super().run(sequences, urgent)
             scores[0] = np.nan
             return scores
 
@@ -190,8 +190,8 @@ def test_a_score_that_is_not_finite_never_leaves_the_server(cross_encoder: Path)
 
 def test_an_over_long_text_fails_its_own_chunk_only(bi_encoder: Path) -> None:
     class Embedder(ControlledEngine):
-        async def run(self, sequences: object) -> np.ndarray:
-            lengths = await super().run(sequences)
+        async def run(self, sequences: object, urgent: bool = False) -> np.ndarray:
+            lengths = await super().run(sequences, urgent)
             return np.stack([np.ones_like(lengths), np.zeros_like(lengths)], axis=1)
 
     def grid(number: int, documents: list[int]) -> pb.RerankStreamRequest:
@@ -244,8 +244,8 @@ def test_each_text_of_a_stream_is_encoded_once(cross_encoder: Path, monkeypatch:
 
 def test_each_text_is_embedded_once(bi_encoder: Path) -> None:
     class Embedder(ControlledEngine):
-        async def run(self, sequences: object) -> np.ndarray:
-            await super().run(sequences)
+        async def run(self, sequences: object, urgent: bool = False) -> np.ndarray:
+            await super().run(sequences, urgent)
             return np.tile(np.float32([0.6, 0.8]), (len(sequences), 1))
 
     async def scenario() -> int:

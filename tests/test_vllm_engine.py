@@ -144,6 +144,25 @@ def test_a_cancelled_run_is_aborted_and_the_engine_goes_on(running: Running) -> 
     assert len(running.run(sequences[:3])) == 3
 
 
+def test_urgent_sequences_overtake_what_waits_inside(running: Running) -> None:
+    sequences = sequences_of(running.spec, [("word " * 10, "word " * 2000)] * 200, min(running.spec.max_length, 512))
+
+    async def work() -> tuple[int, int]:
+        engine = running.engine
+        assert engine.overtakes
+        assert engine._engine is not None
+        bulk = asyncio.create_task(engine.run(sequences))
+        await asyncio.sleep(0)  # its sequences are queued before the urgent one
+        await engine.run(sequences[:1], urgent=True)
+        left = engine._engine.get_num_unfinished_requests()
+        return left, len(await bulk)
+
+    left, done = running.runner.run(work())
+    # In the order of arrival none would be left.
+    assert left > 20
+    assert done == 200
+
+
 def test_one_bad_input_fails_its_run_alone(running: Running) -> None:
     good = sequences_of(running.spec, references.pairs()[:2])
     long = TokenSequence(np.full(running.spec.max_length + 1, 9, dtype=np.int32), running.spec.max_length + 1)

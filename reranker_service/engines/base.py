@@ -43,6 +43,7 @@ class Engine(Protocol):
         max_batch: How many sequences one call of ``run`` should hold at most.
         versions: Distribution name to version of the libraries that compute.
         scoring_args: What else it was told that may change scores, by name.
+        overtakes: Whether urgent sequences go before the others that wait inside it.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Engine(Protocol):
     max_batch: int
     versions: dict[str, str]
     scoring_args: dict[str, object]
+    overtakes: bool
 
     @property
     def batch_tokens(self) -> int | None:
@@ -65,11 +67,12 @@ class Engine(Protocol):
     def choices(self) -> dict[str, object]:
         """What it chose for this machine, by name, for the log; after ``start``."""
 
-    async def run(self, sequences: Sequence[TokenSequence]) -> NDArray[np.float32]:
+    async def run(self, sequences: Sequence[TokenSequence], urgent: bool = False) -> NDArray[np.float32]:
         """Compute the model's number for each sequence.
 
         Args:
             sequences: The inputs. They may be made when they are read: read each one once.
+            urgent: Whether to compute them before others that wait inside; without effect unless it overtakes.
 
         Returns:
             Raw scores, shape ``(len(sequences),)``, or for a bi-encoder unit-norm embeddings, shape

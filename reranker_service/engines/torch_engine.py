@@ -29,6 +29,7 @@ class TorchEngine:
     """Implements ``Engine`` with transformers."""
 
     name = "torch"
+    overtakes = False  # at most one batch waits inside
 
     def __init__(
         self,
@@ -94,7 +95,7 @@ class TorchEngine:
             "batch_tokens": self.batch_tokens,
         }
 
-    async def run(self, sequences: Sequence[TokenSequence]) -> NDArray[np.float32]:
+    async def run(self, sequences: Sequence[TokenSequence], urgent: bool = False) -> NDArray[np.float32]:
         """Compute raw scores, shape ``(n,)``, or unit-norm embeddings, shape ``(n, dim)``; see ``Engine.run``.
 
         Raises:

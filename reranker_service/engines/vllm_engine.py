@@ -32,8 +32,9 @@ _POOLINGS: Mapping[Pooling, Literal["MEAN", "CLS", "LAST"]] = {"mean": "MEAN", "
 # Arguments that change how fast scores come, not what they are; max_model_len is the model's limit here.
 _NEUTRAL_ARGS = {
     *("block_size", "disable_log_stats", "enable_prefix_caching", "enforce_eager", "gpu_memory_utilization"),
-    *("kv_cache_memory_bytes", "max_model_len", "max_num_batched_tokens", "max_num_seqs", "served_model_name"),
+    *("kv_cache_memory_bytes", "max_model_len", "max_num_batched_tokens", "max_num_seqs", "scheduling_policy", "served_model_name"),
 }
+_POLICY = "priority"
 _FEW_CORES = 4
 _SMALL_WEIGHTS = 2_000_000
 _LARGE_STEP_TOKENS = 8192
@@ -80,6 +81,7 @@ class VllmEngine:
         self._spec = spec
         self._engine_args = dict(engine_args or {})
         self.scoring_args = {name: value for name, value in self._engine_args.items() if name not in _NEUTRAL_ARGS}
+        self.overtakes = self._engine_args.get("scheduling_policy", _POLICY) == _POLICY
         self._engine: AsyncLLM | None = None
         self._loading: asyncio.Future[None] | None = None
         self._closed = asyncio.Event()
@@ -110,7 +112,7 @@ class VllmEngine:
             "cpu_threads": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto"),
         }
 
-    async def run(self, sequences: Sequence[TokenSequence]) -> NDArray[np.float32]:
+    async def run(self, sequences: Sequence[TokenSequence], urgent: bool = False) -> NDArray[np.float32]:
         """Compute raw scores, shape ``(n,)``, or unit-norm embeddings, shape ``(n, dim)``; see ``Engine.run``.
 
         Raises:
@@ -123,7 +125,7 @@ class VllmEngine:
         assert self._engine is not None, "run() before start()"
         if not sequences:
             return np.empty(0, dtype=np.float32)
-        tasks = [asyncio.create_task(self._encode(self._engine, sequence)) for sequence in sequences]
+        tasks = [asyncio.create_task(self._encode(self._engine, sequence, urgent)) for sequence in sequences]
         try:
             values = np.stack(await asyncio.gather(*tasks))
         except VllmDeadError as error:
@@ -172,7 +174,7 @@ class VllmEngine:
         del engine
         gc.collect()
 
-    async def _encode(self, engine: AsyncLLM, sequence: TokenSequence) -> NDArray[np.float32]:
+    async def _encode(self, engine: AsyncLLM, sequence: TokenSequence, urgent: bool) -> NDArray[np.float32]:
         from vllm import PoolingParams
         from vllm.inputs.engine import tokens_input
 
@@ -183,7 +185,8 @@ class VllmEngine:
             if sequence.first_segment < len(sequence.ids):
                 # The only way in which this version takes token types: where the first 1 stands.
                 params.extra_kwargs = {"compressed_token_type_ids": sequence.first_segment}
-        async for output in engine.encode(tokens_input(sequence.ids.tolist()), params, request_id=uuid4().hex):
+        prompt, request_id = tokens_input(sequence.ids.tolist()), uuid4().hex
+        async for output in engine.encode(prompt, params, request_id=request_id, priority=0 if urgent else 1):
             values = output.outputs.data
             # A request that was aborted ends with an empty tensor, not with an error.
             if values.numel():
@@ -243,6 +246,7 @@ class VllmEngine:
             "hf_overrides": overrides,
             "disable_log_stats": True,
             "enable_prefix_caching": spec.kind == "causal-reranker",
+            "scheduling_policy": _POLICY,
         }
         if spec.pooling is not None:
             arguments["pooler_config"] = PoolerConfig(pooling_type=_POOLINGS[spec.pooling])
