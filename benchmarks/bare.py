@@ -46,7 +46,8 @@ def encode_grid(encoder: Encoder, queries: list[str], documents: list[str], max_
 def serve(listener: Listener, score: Score) -> None:
     """Answer requests of one client until it hangs up."""
     host, port = listener.address[:2]
-    print(f"event=ready address={host}:{port}", flush=True)
+    # In one piece: other processes may write to the same pipe.
+    print(f"event=ready address={host}:{port}\n", end="", flush=True)
     with listener.accept() as connection:
         while True:
             try:

@@ -42,7 +42,8 @@ def main() -> None:
         model.bfloat16()
     with socket.create_server(("127.0.0.1", 0)) as listening:
         host, port = listening.getsockname()
-        print(f"event=ready address={host}:{port}", flush=True)
+        # In one piece: other processes may write to the same pipe.
+        print(f"event=ready address={host}:{port}\n", end="", flush=True)
         web.run_app(make_app(model), sock=listening, print=lambda _: None)
 
 

@@ -101,8 +101,8 @@ def prefix_cache(bench: Bench) -> list[Figure]:
                 tolerance=tolerance,
                 say=bench.say,
             )
-    # The first two grids were to warm up and to try.
-    shares, possible = caching.shares[2:], caching.possible[2:]
+    # The first grid was to warm up.
+    shares, possible = caching.shares[1:], caching.possible[1:]
     of_possible = [share / most for share, most in zip(shares, possible, strict=True)]
     bench.say(
         f"blocks of {caching.block} tokens; cached {Spread.of(shares).value:.3f} of the prompt tokens, "

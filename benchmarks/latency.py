@@ -161,8 +161,8 @@ async def _measure(bench: Bench, address: str, probes: int) -> list[dict[str, fl
     async with aio.insecure_channel(address) as channel:
         stub: Any = rpc.RerankerServiceStub(channel)
 
-        async def in_turn(once: Callable[[str, tuple[str, ...]], Awaitable[float]]) -> float:
-            return _p95([await once(*_pairs(bench)) for _ in range(probes)])
+        async def in_turn(once: Callable[[str, tuple[str, ...]], Awaitable[float]], count: int = probes) -> float:
+            return _p95([await once(*_pairs(bench)) for _ in range(count)])
 
         async def interactive(query: str, documents: tuple[str, ...]) -> float:
             began = time.perf_counter()
@@ -180,7 +180,7 @@ async def _measure(bench: Bench, address: str, probes: int) -> list[dict[str, fl
                 await _unless_failed(running, saturation.replies(_SEEN_BETWEEN_PROBES))
                 found = {"alone": alone}
                 found["interactive"] = await _unless_failed(running, in_turn(interactive))
-                found["fair"] = await _unless_failed(running, in_turn(fair))
+                found["fair"] = await _unless_failed(running, in_turn(fair, probes // 2))
                 found["queued"] = await _unless_failed(running, _queued(bench, saturation, probes))
             finally:
                 running.cancel()

@@ -16,7 +16,6 @@ DOCUMENTS = 64
 """Documents of a grid: what HTTP services get in one request."""
 _MOST_QUERIES = 64
 _LEAST_QUERIES = 1
-_TRIAL_QUERIES = (1, 2)
 
 
 class Side(Protocol):
@@ -89,8 +88,8 @@ def contest(
     Args:
         sides: Who competes; all are paused but the one whose turn it is.
         make_grid: Gives a fresh grid with so many queries.
-        rounds: How many rounds, after one to warm up and one to find out how long a round takes; every round is made
-            as long as those before it leave time for, so that a machine that changes its speed changes their size.
+        rounds: How many rounds, after one to warm up and to find out how long a round takes; every round is made as
+            long as those before it leave time for, so that a machine that changes its speed changes their size.
         seconds: What all rounds together should take.
         tolerance: Largest difference between raw scores that still counts as the same.
         say: Is told what is going on.
@@ -110,9 +109,7 @@ def contest(
         difference = max(difference, apart)
         return found, sum(grid.pairs / rate for rate in found.values())
 
-    for trial in _TRIAL_QUERIES:
-        _, taken = play(trial)
-    cost = taken / trial  # seconds a query of the grid, all sides together
+    _, cost = play(_LEAST_QUERIES)  # seconds a query of the grid, all sides together
     rates: dict[str, list[float]] = {side.name: [] for side in sides}
     sizes: list[int] = []
     for number in range(rounds):

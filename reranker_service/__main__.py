@@ -28,7 +28,8 @@ def configure_logs(settings: Settings) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[settings.log_level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        # A line in one piece: vLLM's processes write to the same pipe.
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
     )
 
 

@@ -1,9 +1,9 @@
 """Who comes next: admits the work of many clients into one engine.
 
 The engine is given batches of sequences, never more in all than it wants at a time, so that what has not entered it can
-still be overtaken or withdrawn. Interactive work goes first, inside an engine that lets it overtake, too. Among streams of one
-priority the one that has been given the fewest tokens so far goes next, so that a stream with many chunks waiting cannot
-starve another.
+still be overtaken or withdrawn. Interactive work goes first, also inside an engine that lets it overtake. Among streams
+of one priority the one that has been given the fewest tokens so far goes next, so that a stream with many chunks
+waiting cannot starve another.
 
 An engine that takes sequences one by one gets what stands together in one job. One that pads gets batches of like
 length, out of a window over all that waits; it holds two of them, one that runs and the next one.

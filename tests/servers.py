@@ -31,12 +31,21 @@ START_SECONDS = 180
 
 
 class ServerProcess:
-    """``python -m reranker_service`` with given flags on a free loopback port; ended with the ``with`` block."""
+    """``python -m reranker_service`` with given flags on a free loopback port; ended with the ``with`` block.
 
-    def __init__(self, *flags: str, ready: bool = True, own_group: bool = False) -> None:
+    Args:
+        flags: The flags.
+        ready: Whether to wait until it answers.
+        own_group: Whether signals to this program's group pass it by.
+        module: One that runs the server around another engine.
+    """
+
+    def __init__(
+        self, *flags: str, ready: bool = True, own_group: bool = False, module: str = "reranker_service"
+    ) -> None:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "reranker_service", "--host", "127.0.0.1", "--port", "0", *flags],
+            [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", "0", *flags],
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,

@@ -24,7 +24,7 @@ from benchmarks.processes import Child, ProcessError, child
 from benchmarks.proxy import CountingProxy
 from benchmarks.report import Figure
 from benchmarks.rounds import DisagreementError, Spread, contest
-from benchmarks.service import PARTS, run
+from benchmarks.service import PARTS, run, scale_for
 from benchmarks.texts import Corpus, Grid
 
 
@@ -60,7 +60,7 @@ def test_sides_take_turns_with_the_same_pairs_while_the_others_rest() -> None:
     fast, slow = FakeSide("fast", 0.001, log), FakeSide("slow", 0.004, log)
     found = contest([fast, slow], grid, rounds=5, seconds=1.0)
     turn = [f"{name} {what}" for name in ("fast", "slow") for what in ("resumes", "scores", "pauses")]
-    assert log == ["fast pauses", "slow pauses", *turn * (1 + 1 + 5)]
+    assert log == ["fast pauses", "slow pauses", *turn * (1 + 5)]
     assert fast.grids == slow.grids
     assert found.rates["fast"] == pytest.approx([1000] * 5)
     assert found.ratio("fast", "slow").value == pytest.approx(4.0)
@@ -80,7 +80,7 @@ def test_rounds_become_smaller_on_a_machine_that_becomes_slower() -> None:
             seconds, scores = super().score(grid)
             return seconds * next(pace), scores
 
-    pace = iter([1, 1, 1, 4, 4, 4])
+    pace = iter([1, 1, 4, 4, 4])
     # 40 ms a query: 20 queries are 0.8 s, then again but four times slower, and there is no time left.
     found = contest([Tiring("tiring", 0.01, [])], grid, rounds=4, seconds=3.2001)
     assert found.queries == [20, 20, 1, 1]
@@ -102,7 +102,7 @@ def test_ratios_are_taken_round_by_round() -> None:
             seconds, scores = super().score(grid)
             return seconds * next(pace), scores
 
-    pace = iter([1, 1, 1, 2, 4])  # the first two are to warm up and to find the size
+    pace = iter([1, 1, 2, 4])  # the first is to warm up and to find the size
     found = contest([FakeSide("steady", 1.0, []), Changing("changing", 1.0, [])], grid, rounds=3, seconds=1.0)
     ratio = found.ratio("steady", "changing")
     assert (ratio.low, ratio.value, ratio.high) == pytest.approx((1, 2, 4))
@@ -250,6 +250,15 @@ def test_a_process_that_ends_early_is_reported_with_its_log(tmp_path: Path) -> N
 
 def test_the_parts_cover_the_table() -> None:
     assert {"torch-minilm", "torch-tiny", "vllm-minilm", "vllm-tiny", "instant", "once", "causal"} < set(PARTS)
+
+
+def test_a_slow_machine_measures_less_instead_of_taking_longer() -> None:
+    every, last = list(PARTS), ["priority"]
+    assert scale_for(every, 0) == 1
+    assert scale_for(last, 100) == 1
+    assert 0.4 < scale_for(every, 300) < 0.6
+    assert 0.2 < scale_for(last, 570) < 0.3
+    assert scale_for(last, 2000) == 0.1
 
 
 def test_a_small_run_measures_and_writes(tmp_path: Path) -> None:

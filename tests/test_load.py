@@ -7,8 +7,11 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import numpy as np
+import psutil
 import pytest
+from grpc import aio
 from sentence_transformers import CrossEncoder
 
 from loss_client import RerankerClient
@@ -27,16 +30,26 @@ def test_32_clients_with_mixed_calls_get_every_score_right(
     pairs = [(query, document) for query in TEXTS for document in TEXTS]
     table = CrossEncoder(str(cross_encoder), device="cpu").predict(pairs, batch_size=256).reshape(len(TEXTS), -1)
 
+    def batch(stub: rpc.RerankerServiceStub, queries: list[str], documents: list[str]) -> np.ndarray:
+        requests = [pb.RerankRequest(query=query, documents=documents) for query in queries]
+        reply = stub.RerankBatch(pb.RerankBatchRequest(requests=requests))
+        ranked = [sorted(item.response.results, key=lambda one: one.index) for item in reply.items]
+        return np.array([[one.score for one in row] for row in ranked])
+
     def work(number: int) -> None:
         draw = random.Random(number)
-        with RerankerClient(cross_encoder_server.address) as client:
+        address = cross_encoder_server.address
+        with RerankerClient(address) as client, grpc.insecure_channel(address) as channel:
+            stub = rpc.RerankerServiceStub(channel)
             for _ in range(6):
                 queries, documents = draw.sample(range(len(TEXTS)), 5), draw.sample(range(len(TEXTS)), 7)
                 expected = table[np.ix_(queries, documents)]
                 texts = [TEXTS[one] for one in documents]
-                call = draw.choice(("rerank", "grid", "pairs"))
+                call = draw.choice(("rerank", "batch", "grid", "pairs"))
                 if call == "grid":
                     found = client.score_grid([TEXTS[one] for one in queries], texts, chunk_pairs=draw.choice((1, 8)))
+                elif call == "batch":
+                    found = batch(stub, [TEXTS[one] for one in queries], texts)
                 elif call == "pairs":
                     found = client.score_pairs([(TEXTS[queries[0]], text) for text in texts])
                     expected = expected[0]
@@ -48,6 +61,45 @@ def test_32_clients_with_mixed_calls_get_every_score_right(
 
     with ThreadPoolExecutor(32) as threads:
         list(threads.map(work, range(32)))
+
+
+def test_a_client_that_never_reads_does_not_grow_the_server(cross_encoder: Path) -> None:
+    """It asks for a gigabyte of scores, of pairs that the server knows after the first chunk."""
+    flags = ["--model", str(cross_encoder), "--engine", "torch", "--threads", "1"]
+    pairs = pb.PairList(query_ids=[0] * 8192, document_ids=[1] * 8192)  # 32 kB of scores, 16 kB of ids
+    chunks = 32_768
+
+    async def write(address: str) -> int:
+        written = 0
+        async with aio.insecure_channel(address) as channel:
+            call = rpc.RerankerServiceStub(channel).RerankStream()
+            await call.write(pb.RerankStreamRequest(open=pb.StreamOpen()))
+            await call.write(pb.RerankStreamRequest(texts=pb.StreamTexts(texts=["a", "b"])))
+
+            async def write_all() -> None:
+                nonlocal written
+                for number in range(chunks):
+                    await call.write(pb.RerankStreamRequest(chunk=pb.StreamChunk(id=number, list=pairs)))
+                    written += 1
+
+            writer = asyncio.create_task(write_all())
+            before = -1
+            while written != before:  # it stands still once every buffer on the way is full
+                before = written
+                await asyncio.wait({writer}, timeout=2)
+            grown = process.memory_info().rss - rss
+            assert grown < 64 << 20, f"the server grew by {grown >> 20} MiB"
+            call.cancel()
+            await asyncio.wait({writer})
+        return written
+
+    with ServerProcess(*flags) as server, RerankerClient(server.address) as client:
+        client.score_pairs([("a", "b")])
+        process = psutil.Process(server.process.pid)
+        rss = process.memory_info().rss
+        written = asyncio.run(write(server.address))
+        assert 0 < written < chunks
+        client.score_pairs([("c", "d")])  # and it serves others
 
 
 def _grid(number: int) -> pb.RerankStreamRequest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import pickle
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sentence_transformers import SentenceTransformer
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
 from loss_client.errors import ScoreError
@@ -236,6 +238,22 @@ def test_the_model_card_gets_the_settings_without_secrets(model: SentenceTransfo
     assert config["reranker_url"] == shown
     assert config["margin"] == 0.2
     assert "secret" not in repr(config)
+
+
+def test_a_trained_models_card_has_the_settings_and_the_citation(tmp_path: Path, model: SentenceTransformer) -> None:
+    target = "dns://user:secret@8.8.8.8/rerank.example:443?token=secret"
+    loss = make(model, target, margin=0.2, margin_strategy="relative", candidates="mass", instruction="Find the answer")
+    args = SentenceTransformerTrainingArguments(str(tmp_path / "run"), report_to="none")
+    data = Dataset.from_dict({"anchor": ["a", "b"], "positive": ["c", "d"]})
+    SentenceTransformerTrainer(model=model, args=args, train_dataset=data, loss=loss)
+    model.save_pretrained(str(tmp_path / "model"))
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    _, _, after = card.partition("RerankerCachedGISTEmbedLoss</code> with these parameters:")
+    shown = json.loads(after.partition("```json")[2].partition("```")[0])
+    assert shown == loss.get_config_dict()
+    assert (shown["reranker_url"], shown["margin"]) == ("dns://8.8.8.8/rerank.example:443", 0.2)
+    assert loss.citation.strip() in card
+    assert "secret" not in card
 
 
 def test_the_citation_names_both_papers(model: SentenceTransformer) -> None:

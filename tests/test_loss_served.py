@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer, SentenceTra
 from sentence_transformers.sentence_transformer.losses import CachedGISTEmbedLoss
 from torch import nn
 
+from benchmarks.loss_pace import RATE_FILE, write_rate
 from loss_client import RerankerCachedGISTEmbedLoss, RerankerClient, RerankerDataCollator, RerankerUnavailableError
 
 from .scrapes import scrape
@@ -27,6 +29,8 @@ from .training import (
     student,
     texts,
 )
+
+WAIT_SECONDS = 60.0
 
 
 @pytest.fixture
@@ -113,8 +117,14 @@ def test_a_training_run(
 def test_what_was_scored_ahead_and_never_trained_on_ends_on_the_server(
     tmp_path: Path, model: SentenceTransformer, cross_encoder: Path, workers: int
 ) -> None:
-    flags = ["--model", str(cross_encoder), "--engine", "torch", "--threads", "1", "--metrics-port", "0"]
-    with ServerProcess(*flags) as server, RerankerClient(server.address) as client:
+    # Slow, so that what was scored ahead is not done by the time that training is.
+    rate = tmp_path / "rate"
+    write_rate(rate, pairs_a_second=8)
+    flags = ["--model", str(cross_encoder), "--metrics-port", "0", "--engine-args", json.dumps({RATE_FILE: str(rate)})]
+    with (
+        ServerProcess(*flags, module="benchmarks.loss_pace") as server,
+        RerankerClient(server.address, timeout=WAIT_SECONDS) as client,
+    ):
         loss = RerankerCachedGISTEmbedLoss(model, client, temperature=0.05)
         # More batches than steps: those that are collated ahead of the last step have no use.
         args = arguments(tmp_path, dataloader_num_workers=workers, max_steps=2)
@@ -133,6 +143,7 @@ def test_what_was_scored_ahead_and_never_trained_on_ends_on_the_server(
                 break
         assert [left[name] for name in names] == [0, 0, 0]
         assert left["reranker_requests_total", "RerankStream", "OK"] >= 2
+        assert left["reranker_requests_total", "RerankStream", "CANCELLED"] >= 1
 
 
 def test_a_reranker_that_is_not_there_ends_the_step(model: SentenceTransformer) -> None:

@@ -32,7 +32,8 @@ _POOLINGS: Mapping[Pooling, Literal["MEAN", "CLS", "LAST"]] = {"mean": "MEAN", "
 # Arguments that change how fast scores come, not what they are; max_model_len is the model's limit here.
 _NEUTRAL_ARGS = {
     *("block_size", "disable_log_stats", "enable_prefix_caching", "enforce_eager", "gpu_memory_utilization"),
-    *("kv_cache_memory_bytes", "max_model_len", "max_num_batched_tokens", "max_num_seqs", "scheduling_policy", "served_model_name"),
+    *("kv_cache_memory_bytes", "max_model_len", "max_num_batched_tokens", "max_num_seqs", "scheduling_policy"),
+    "served_model_name",
 }
 _POLICY = "priority"
 _FEW_CORES = 4
