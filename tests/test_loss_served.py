@@ -119,19 +119,20 @@ def test_what_was_scored_ahead_and_never_trained_on_ends_on_the_server(
 ) -> None:
     # Slow, so that what was scored ahead is not done by the time that training is.
     rate = tmp_path / "rate"
-    write_rate(rate, pairs_a_second=8)
+    write_rate(rate, pairs_a_second=12)
     flags = ["--model", str(cross_encoder), "--metrics-port", "0", "--engine-args", json.dumps({RATE_FILE: str(rate)})]
     with (
         ServerProcess(*flags, module="benchmarks.loss_pace") as server,
         RerankerClient(server.address, timeout=WAIT_SECONDS) as client,
     ):
         loss = RerankerCachedGISTEmbedLoss(model, client, temperature=0.05)
-        # More batches than steps: those that are collated ahead of the last step have no use.
-        args = arguments(tmp_path, dataloader_num_workers=workers, max_steps=2)
+        # More batches than steps: those that are collated ahead of the last step have no use. Of the first batches a
+        # later one may arrive earlier, as the loader's workers start, and be done in time.
+        args = arguments(tmp_path, dataloader_num_workers=workers, max_steps=4)
         collator = RerankerDataCollator.for_training(model, args, loss)
         trainer = SentenceTransformerTrainer(model, args, dataset(3, 64), loss=loss, data_collator=collator)
         trainer.train()
-        assert loss.statistics.steps == 2
+        assert loss.statistics.steps == 4
         del trainer
         gc.collect()
         for _ in range(1000):
@@ -142,7 +143,7 @@ def test_what_was_scored_ahead_and_never_trained_on_ends_on_the_server(
             if sum(left[name] for name in names) == 0:
                 break
         assert [left[name] for name in names] == [0, 0, 0]
-        assert left["reranker_requests_total", "RerankStream", "OK"] >= 2
+        assert left["reranker_requests_total", "RerankStream", "OK"] >= 4
         assert left["reranker_requests_total", "RerankStream", "CANCELLED"] >= 1
 
 
