@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -283,7 +284,12 @@ class MeanOfWords(nn.Module):
         return {**features, "sentence_embedding": embedded}
 
 
-@pytest.mark.parametrize(("backend", "options"), [("eager", BOTH), ("aot_eager", {}), ("aot_eager", MASS)])
+_INDUCTOR = pytest.param(
+    *("inductor", {}), marks=pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+)
+
+
+@pytest.mark.parametrize(("backend", "options"), [("eager", BOTH), ("aot_eager", {}), ("aot_eager", MASS), _INDUCTOR])
 def test_compiled_models(model: SentenceTransformer, backend: str, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     small = SentenceTransformer(modules=[MeanOfWords(len(model.tokenizer), 32)], device="cpu")
