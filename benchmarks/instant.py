@@ -22,6 +22,7 @@ class InstantEngine:
     dtype = "float32"
     batch_tokens = None
     overtakes = False
+    step_tokens: int | None = None
 
     def __init__(self) -> None:
         self.max_batch = 1 << 14

@@ -27,6 +27,8 @@ from .metrics import Metrics
 from .padding import Pace, Part, Window
 
 _PADDED_BATCHES = 2
+# Of an engine that takes sequences one by one: one step that runs, and what keeps it busy until the next ones come.
+_STEPS = 4
 # How many sequences one stream puts into a window before it is another's turn.
 _TURN = 32
 
@@ -74,6 +76,19 @@ class Job:
         """How many of its sequences have not entered the engine."""
         return len(self.lengths) - self._entered
 
+    def next_batch(self, sequences: int, tokens: int | None) -> tuple[int, int]:
+        """How many of its next sequences make a batch, and how many tokens these have.
+
+        Args:
+            sequences: Most sequences.
+            tokens: Most tokens, though a longer sequence goes alone; ``None`` for any number.
+        """
+        ends = np.cumsum(self.lengths[self._order[self._drawn : self._drawn + sequences]])
+        count = len(ends)
+        if tokens is not None:
+            count = max(1, int(np.searchsorted(ends, tokens, side="right")))
+        return count, int(ends[count - 1])
+
 
 @dataclass(eq=False, slots=True)
 class _Batch:
@@ -82,13 +97,29 @@ class _Batch:
     parts: list[Part] = field(default_factory=list)
     sequences: list[Sequence[TokenSequence]] = field(default_factory=list)  # of each part
     tokens: int = 0
-    urgent: int = 0  # how many of its sequences are interactive
+    interactive: bool = False
     entered: float = field(default_factory=time.monotonic)
     wanted: set[Job] = field(default_factory=set)  # jobs that still wait for it
     task: asyncio.Task[NDArray[np.float32]] | None = None
 
     def __len__(self) -> int:
         return sum(len(positions) for _, positions in self.parts)
+
+
+@dataclass(slots=True)
+class _Held:
+    """What is inside the engine."""
+
+    sequences: int = 0
+    tokens: int = 0
+
+    def add(self, batch: _Batch) -> None:
+        self.sequences += len(batch)
+        self.tokens += batch.tokens
+
+    def remove(self, batch: _Batch) -> None:
+        self.sequences -= len(batch)
+        self.tokens -= batch.tokens
 
 
 class _Queue:
@@ -145,23 +176,26 @@ class Scheduler:
 
     Attributes:
         waiting: Sequences that have not entered the engine.
-        running: Sequences inside the engine.
         waiting_since: When the oldest job that still waits came, ``time.monotonic()`` seconds; ``None`` if none waits.
     """
 
     def __init__(self, engine: Engine, metrics: Metrics | None = None) -> None:
         self.waiting = 0
-        self.running = 0
         self.waiting_since: float | None = None
         self._engine = engine
         self._metrics = metrics or Metrics()
         self._interactive = _Queue()
         self._bulk = _Queue()
         self._arrivals: dict[Job, float] = {}
-        self._urgent = 0  # of those running, how many are interactive
+        self._held, self._interactive_held = _Held(), _Held()
         self._batches = 0
         self._pace = Pace()
         self._last_finish = 0.0
+
+    @property
+    def running(self) -> int:
+        """Sequences inside the engine."""
+        return self._held.sequences
 
     async def run(self, job: Job) -> NDArray[np.float32]:
         """Run a job to its end.
@@ -209,11 +243,14 @@ class Scheduler:
         job = queue.first()
         if job is None:
             return []
-        count = min(engine.max_batch, job.left)
+        count, tokens = job.next_batch(engine.max_batch, engine.step_tokens)
         # What it overtakes inside the engine takes no room from interactive work.
-        ahead = self._urgent if engine.overtakes and job.ticket.interactive else self.running
+        ahead = self._interactive_held if engine.overtakes and job.ticket.interactive else self._held
+        full = ahead.sequences + count > engine.max_in_flight or (
+            engine.step_tokens is not None and ahead.tokens + tokens > _STEPS * engine.step_tokens
+        )
         # An idle engine takes anything; a busy one waits for room for the whole batch rather than get crumbs.
-        if ahead and ahead + count > engine.max_in_flight:
+        if ahead.sequences and full:
             return []
         return [queue.draw(job, count)]
 
@@ -267,21 +304,21 @@ class Scheduler:
         if not batch.parts:
             return
         self._metrics.batch(len(batch), batch.tokens)
-        # The parts come from one queue.
-        urgent = parts[0][0].ticket.interactive
-        batch.urgent = len(batch) if urgent else 0
-        self.running += len(batch)
-        self._urgent += batch.urgent
+        batch.interactive = parts[0][0].ticket.interactive  # the parts come from one queue
+        self._held.add(batch)
+        if batch.interactive:
+            self._interactive_held.add(batch)
         self._batches += 1
         alone = len(batch.parts) == 1
         sequences = batch.sequences[0] if alone else list(chain.from_iterable(batch.sequences))
-        batch.task = asyncio.create_task(self._engine.run(sequences, urgent))
+        batch.task = asyncio.create_task(self._engine.run(sequences, batch.interactive))
         # A callback, not code around the call: it comes also for a task that is cancelled before it begins.
         batch.task.add_done_callback(partial(self._finished, batch))
 
     def _finished(self, batch: _Batch, task: asyncio.Task[NDArray[np.float32]]) -> None:
-        self.running -= len(batch)
-        self._urgent -= batch.urgent
+        self._held.remove(batch)
+        if batch.interactive:
+            self._interactive_held.remove(batch)
         self._batches -= 1
         now = time.monotonic()
         error = asyncio.CancelledError() if task.cancelled() else task.exception()

@@ -114,6 +114,7 @@ class ControlledEngine:
     dtype = "float32"
     batch_tokens: int | None = None
     overtakes = False
+    step_tokens: int | None = None
     versions: dict[str, str]
 
     def __init__(self, *, max_in_flight: int = 64, max_batch: int = 16, open_gate: bool = True) -> None:

@@ -65,6 +65,28 @@ def test_the_engine_never_holds_more_than_it_wants() -> None:
     assert asyncio.run(scenario()) == 6
 
 
+def test_the_engine_is_given_a_few_steps_of_tokens_at_a_time() -> None:
+    async def scenario(lengths: list[int]) -> tuple[list[list[int]], int]:
+        engine = ControlledEngine(max_in_flight=64, max_batch=16, open_gate=False)
+        engine.step_tokens = 10
+        scheduler = Scheduler(engine)
+        run = asyncio.create_task(scheduler.run(mixed("a", lengths)))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        held = scheduler.running
+        engine.gate.set()
+        await run
+        return [lengths_of(batch) for batch in engine.batches], held
+
+    batches, held = asyncio.run(scenario([3] * 40))
+    assert batches == [[3] * 3] * 13 + [[3]]
+    assert held == 4 * 3  # a fifth batch would make it 45 tokens
+    # What is longer than a step goes alone, and what is longer than all of them when nothing else is there.
+    batches, held = asyncio.run(scenario([4, 4, 4, 25, 8, 50, 1]))
+    assert batches == [[4, 4], [4], [25], [8], [50], [1]]
+    assert held == 4
+
+
 def test_interactive_work_overtakes_bulk_work() -> None:
     async def scenario() -> str:
         engine = one_at_a_time()

@@ -41,6 +41,8 @@ class Engine(Protocol):
         max_in_flight: How many sequences it wants at a time to be kept busy; more only wait inside it. One that pads
             wants two batches, whatever they hold.
         max_batch: How many sequences one call of ``run`` should hold at most.
+        step_tokens: How many tokens it computes at a time, where it takes sequences one by one; ``None`` if it does not
+            matter. Beside ``max_in_flight``, a few such steps are all that it is given at a time.
         versions: Distribution name to version of the libraries that compute.
         scoring_args: What else it was told that may change scores, by name.
         overtakes: Whether urgent sequences go before the others that wait inside it.
@@ -50,6 +52,7 @@ class Engine(Protocol):
     dtype: str
     max_in_flight: int
     max_batch: int
+    step_tokens: int | None
     versions: dict[str, str]
     scoring_args: dict[str, object]
     overtakes: bool

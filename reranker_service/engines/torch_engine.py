@@ -30,6 +30,7 @@ class TorchEngine:
 
     name = "torch"
     overtakes = False  # at most one batch waits inside
+    step_tokens: int | None = None
 
     def __init__(
         self,

@@ -39,6 +39,7 @@ _POLICY = "priority"
 _FEW_CORES = 4
 _SMALL_WEIGHTS = 2_000_000
 _LARGE_STEP_TOKENS = 8192
+_CACHED_PROMPTS = 4
 _SHUTDOWN_SECONDS = 20.0
 _GIB = 1 << 30
 
@@ -78,6 +79,7 @@ class VllmEngine:
         self.dtype = dtype
         self.max_batch = 64
         self.max_in_flight = 512
+        self.step_tokens: int | None = None
         self.versions: dict[str, str] = {}
         self._spec = spec
         self._engine_args = dict(engine_args or {})
@@ -98,6 +100,10 @@ class VllmEngine:
         # As many again as run at a time, so that none waits for us.
         self.max_in_flight = 2 * config.scheduler_config.max_num_seqs
         self.max_batch = min(self.max_batch, config.scheduler_config.max_num_seqs)
+        self.step_tokens = config.scheduler_config.max_num_batched_tokens
+        if config.cache_config.enable_prefix_caching:
+            # A prompt's tokens that are in the cache are not computed.
+            self.step_tokens *= _CACHED_PROMPTS
 
     def choices(self) -> dict[str, object]:
         """What it chose for this machine; see ``Engine.choices``."""
