@@ -71,8 +71,7 @@ def test_the_engine_is_given_a_few_steps_of_tokens_at_a_time() -> None:
         engine.step_tokens = 10
         scheduler = Scheduler(engine)
         run = asyncio.create_task(scheduler.run(mixed("a", lengths)))
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
+        await engine.wait_for_sequences(1)
         held = scheduler.running
         engine.gate.set()
         await run
