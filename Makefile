@@ -10,6 +10,7 @@ DEVICE ?= cpu
 BIN := $(VENV)/bin
 REQUIREMENTS := requirements/$(DEVICE).txt
 INSTALLED := $(VENV)/.installed-$(DEVICE)
+UNFINISHED := $(VENV)/.unfinished
 STUBS := protos/reranker/v1/reranker_pb2.py
 SOURCES := reranker_service loss_client tests examples benchmarks quality tools hatch_build.py
 
@@ -28,12 +29,12 @@ ARGS ?=
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
-
-$(INSTALLED): $(REQUIREMENTS) | $(BIN)/python
+# An installation that was interrupted leaves packages that pip cannot read: the environment is then made anew.
+$(INSTALLED): $(REQUIREMENTS)
+	if [ -e $(UNFINISHED) ] || ! $(BIN)/python -m pip --version &> /dev/null; then $(PYTHON) -m venv --clear $(VENV); fi
+	touch $(UNFINISHED)
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet --no-deps -r $(REQUIREMENTS)
-	touch $@
+	mv $(UNFINISHED) $@
 
 # The build hook generates the stubs, for an editable installation as for any other.
 $(STUBS): protos/reranker/v1/reranker.proto pyproject.toml hatch_build.py $(INSTALLED)

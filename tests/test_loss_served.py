@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import gc
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from sentence_transformers import CrossEncoder, SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers.base.sampler import DefaultBatchSampler
 from sentence_transformers.sentence_transformer.losses import CachedGISTEmbedLoss
 from torch import nn
+from torch.utils.data import SequentialSampler
 
-from benchmarks.loss_pace import RATE_FILE, write_rate
 from loss_client import RerankerCachedGISTEmbedLoss, RerankerClient, RerankerDataCollator, RerankerUnavailableError
 
+from .holding import LONG_TOKENS, RELEASE
 from .scrapes import scrape
 from .servers import ServerProcess
 from .test_collator import arguments
@@ -31,6 +33,11 @@ from .training import (
 )
 
 WAIT_SECONDS = 60.0
+
+
+def in_order(data: Dataset, **options: Any) -> DefaultBatchSampler:
+    """Batches of rows as they come in the dataset."""
+    return DefaultBatchSampler(SequentialSampler(data), **options)
 
 
 @pytest.fixture
@@ -117,24 +124,34 @@ def test_a_training_run(
 def test_what_was_scored_ahead_and_never_trained_on_ends_on_the_server(
     tmp_path: Path, model: SentenceTransformer, cross_encoder: Path, workers: int
 ) -> None:
-    # Slow, so that what was scored ahead is not done by the time that training is.
-    rate = tmp_path / "rate"
-    write_rate(rate, pairs_a_second=12)
-    flags = ["--model", str(cross_encoder), "--metrics-port", "0", "--engine-args", json.dumps({RATE_FILE: str(rate)})]
+    rows, steps, per_step = 64, 4, 4
+    lines = texts(3, rows)
+    # What comes after the last step is not scored before the test says so: that the server sees it cancelled, not done.
+    long = " ".join(["word"] * LONG_TOKENS)
+    columns = {
+        name: [line[:20] if row < steps * per_step else f"{line} {long}" for row, line in enumerate(column)]
+        for name, column in zip(("anchor", "positive", "negative"), lines, strict=True)
+    }
     with (
-        ServerProcess(*flags, module="benchmarks.loss_pace") as server,
+        ServerProcess("--model", str(cross_encoder), "--metrics-port", "0", module="tests.holding") as server,
         RerankerClient(server.address, timeout=WAIT_SECONDS) as client,
     ):
         loss = RerankerCachedGISTEmbedLoss(model, client, temperature=0.05)
-        # More batches than steps: those that are collated ahead of the last step have no use. Of the first batches a
-        # later one may arrive earlier, as the loader's workers start, and be done in time.
-        args = arguments(tmp_path, dataloader_num_workers=workers, max_steps=4)
+        # More batches than steps: those that are collated ahead of the last step have no use.
+        args = arguments(
+            tmp_path,
+            dataloader_num_workers=workers,
+            max_steps=steps,
+            per_device_train_batch_size=per_step,
+            batch_sampler=in_order,
+        )
         collator = RerankerDataCollator.for_training(model, args, loss)
-        trainer = SentenceTransformerTrainer(model, args, dataset(3, 64), loss=loss, data_collator=collator)
+        trainer = SentenceTransformerTrainer(model, args, Dataset.from_dict(columns), loss=loss, data_collator=collator)
         trainer.train()
-        assert loss.statistics.steps == 4
+        assert loss.statistics.steps == steps
         del trainer
         gc.collect()
+        server.signal(RELEASE)
         for _ in range(1000):
             # Each call gives the server another turn at noticing.
             client.model_info()
@@ -143,7 +160,7 @@ def test_what_was_scored_ahead_and_never_trained_on_ends_on_the_server(
             if sum(left[name] for name in names) == 0:
                 break
         assert [left[name] for name in names] == [0, 0, 0]
-        assert left["reranker_requests_total", "RerankStream", "OK"] >= 4
+        assert left["reranker_requests_total", "RerankStream", "OK"] == steps
         assert left["reranker_requests_total", "RerankStream", "CANCELLED"] >= 1
 
 
