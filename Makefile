@@ -62,7 +62,7 @@ quality: $(STUBS) ## Measure whether the filter makes better models; about an ho
 	$(BIN)/python -m quality.study $(ARGS)
 
 test: $(STUBS) ## Run the tests, two files at a time (ARGS="..." for pytest, such as "-n 0 -x -k stream")
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STUBS) ## Check style and types: ruff, mypy, buf
 	$(BIN)/ruff check $(SOURCES)

@@ -26,7 +26,6 @@ T = TypeVar("T")
 
 _SUSPEND_SECONDS = 10.0
 _STOP_SECONDS = 10.0
-_QUIET_SECONDS = 1.0
 
 _backgrounds: weakref.WeakSet[Background] = weakref.WeakSet()
 # Loops of the parent share its file descriptors: a child must neither use nor close (so: nor forget) them.
@@ -34,6 +33,8 @@ _inherited: list[object] = []
 # Whether gRPC was still running, outside of this package, when this process was forked from its parent.
 _grpc_is_broken = False
 _grpc_runs_at_fork = False
+# How long a fork waits for gRPC to end: on a busy machine a while, but not again where others keep it running.
+_quiet_seconds = 5.0
 
 
 class Background:
@@ -136,15 +137,18 @@ _fork_lock = threading.Lock()  # two threads may fork at a time
 
 
 def _before_fork() -> None:
-    global _grpc_runs_at_fork
+    global _grpc_runs_at_fork, _quiet_seconds
     _fork_lock.acquire()
     _forking[:] = list(_backgrounds)
     used = [background.before_fork() for background in _forking]
     if any(used) and _grpc_runs():
         # What was cancelled is let go of when its last events have come, and gRPC tells nobody when that is.
         gc.collect()
-        deadline = time.monotonic() + _QUIET_SECONDS
-        while _grpc_runs() and time.monotonic() < deadline:
+        deadline = time.monotonic() + _quiet_seconds
+        while _grpc_runs():
+            if time.monotonic() >= deadline:
+                _quiet_seconds = 0.2
+                break
             time.sleep(0.001)
     _grpc_runs_at_fork = _grpc_runs()
 

@@ -109,9 +109,10 @@ class Job:
         rows = slice(chunk.row_begin, chunk.row_end)
         columns = slice(chunk.column_begin, chunk.column_end)
         block = scores.reshape(chunk.row_end - chunk.row_begin, chunk.column_end - chunk.column_begin)
-        self.matrix.put(rows if self._rows is None else self._rows[rows], columns, block)
         if self._digests is not None:
+            # First: who waits for the last of the scores may ask for them again at once.
             self.memory.put(self._keys(*self.ids(chunk)), scores, self.recurring)
+        self.matrix.put(rows if self._rows is None else self._rows[rows], columns, block)
 
     def _keys(self, queries: NDArray[np.int64], documents: NDArray[np.int64]) -> Iterator[bytes]:
         assert self._digests is not None

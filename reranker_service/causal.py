@@ -8,17 +8,20 @@ tokenized as a whole: the same ids, only slower.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
 
 from . import templates
 from .engines.base import TokenSequence
 from .layouts import EncodedText, Ids, Layout, NoRoomError, single_affixes, sums_of_lengths, tokenize
 from .model import ModelSpec
 from .truncation import query_and_document
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SPACES = ("", " ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "\u200b", "\ufeff", "\x00", "\x7f")
 _SPACED = ("a", " a", "  a", "a ", "a  ", "\na", "a\n", "a\n\n", " \n a \n ", "\ta", "A" * 40, "a-b_c", "ÀB c")

@@ -10,10 +10,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from tokenizers import Tokenizer, normalizers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+# transformers takes seconds to import. The server answers probes, and finds most of what is wrong, before that.
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 ModelKind = Literal["cross-encoder", "causal-reranker", "bi-encoder"]
 Pooling = Literal["mean", "cls", "lasttoken", "max"]
@@ -133,6 +136,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     Raises:
         UnsupportedModelError: There is none, or none of the fast kind.
     """
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
@@ -142,7 +147,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             f"{path.name}: {type(tokenizer).__name__} is not a fast tokenizer; one that can be saved as tokenizer.json "
             "is needed"
         )
-    return cast(PreTrainedTokenizerBase, tokenizer)
+    return cast("PreTrainedTokenizerBase", tokenizer)
 
 
 def plain_tokenizer(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
@@ -261,10 +266,13 @@ def _modules(root: Path) -> list[tuple[str, str]]:
 def _config(path: Path) -> PreTrainedConfig:
     if not (path / "config.json").is_file():
         raise UnsupportedModelError(f"{path.name} holds no config.json: not a model of transformers")
+    from transformers import AutoConfig
+
     try:
-        return cast(PreTrainedConfig, AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False))
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UnsupportedModelError(f"{path.name}: its config.json can't be used: {error}") from error
+    return cast("PreTrainedConfig", config)
 
 
 def _find_kind(files: _Files) -> ModelKind:

@@ -176,6 +176,9 @@ async def _serve(settings: Settings, stop: asyncio.Event, watching: Observers) -
     status = 0
     try:
         began = time.monotonic()
+        if settings.cache_dir is not None:
+            # Better now than after the model is loaded.
+            DiskCache(settings.cache_dir, settings.cache_dir_bytes, "").close()
         # Downloads and imports take long, and probes want an answer meanwhile.
         prepared = await _unless(stop, asyncio.to_thread(_prepare, settings))
         if prepared is None:

@@ -21,6 +21,15 @@ from reranker.v1 import reranker_pb2_grpc as rpc
 from . import models
 from .servers import ServerProcess
 
+# Two workers are done at about the same time if the files that take longest begin first.
+_LONGEST = ("test_vllm_engine", "test_lifecycle", "test_demo", "test_quality", "test_default_server", "test_dashboard")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Bring the files into order."""
+    order = {name: number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
 
 @pytest.fixture(scope="session")
 def cross_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -61,13 +70,6 @@ def causal_reranker_server(causal_reranker: Path) -> Iterator[ServerProcess]:
 def bi_encoder_server(bi_encoder: Path) -> Iterator[ServerProcess]:
     """The tiny bi-encoder, served by the real program."""
     yield from _server(bi_encoder)
-
-
-@pytest.fixture(scope="session")
-def default_server() -> Iterator[ServerProcess]:
-    """What ``make serve`` starts: the embedded all-MiniLM-L6-v2, on vLLM."""
-    with ServerProcess() as server:
-        yield server
 
 
 @pytest.fixture

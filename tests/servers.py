@@ -27,7 +27,7 @@ from reranker_service.scoring import Scorer
 from reranker_service.servicer import RerankerServicer
 from reranker_service.validation import Validator
 
-START_SECONDS = 180
+START_SECONDS = 400
 
 
 class ServerProcess:
@@ -88,7 +88,7 @@ class ServerProcess:
 
     def wait(self) -> int:
         """Exit status."""
-        return self.process.wait(60)
+        return self.process.wait(180)
 
     def close(self) -> None:
         if self.process.poll() is None:

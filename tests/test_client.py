@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -29,6 +29,8 @@ from tests.stub_server import (
 
 WAIT_SECONDS = 30.0
 
+Threads = Callable[[], list[threading.Thread]]
+
 
 @pytest.fixture
 def server() -> Iterator[StubServer]:
@@ -42,8 +44,15 @@ def client(server: StubServer) -> Iterator[RerankerClient]:
         yield reranker
 
 
-def client_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "reranker-client"]
+@pytest.fixture
+def client_threads() -> Threads:
+    """The threads of the test's clients; those of other files' clients may still be there."""
+
+    def now() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name == "reranker-client"]
+
+    before = now()
+    return lambda: [thread for thread in now() if thread not in before]
 
 
 # Right scores
@@ -123,7 +132,7 @@ def test_model_info(client: RerankerClient, server: StubServer) -> None:
     assert (info.model, info.fingerprint, info.limits) == ("stub", "stub", server.limits)
 
 
-def test_use_from_several_threads(client: RerankerClient) -> None:
+def test_use_from_several_threads(client: RerankerClient, client_threads: Threads) -> None:
     def score(part: int) -> bool:
         queries, documents = numbered_texts(f"query {part}", 20), numbered_texts(f"document {part}", 30)
         pairs = list(zip(queries, documents, strict=False))
@@ -300,7 +309,7 @@ def test_cancel_reaches_the_server(server: StubServer, client: RerankerClient) -
     assert client.score_grid(["q"], ["d"]).shape == (1, 1)
 
 
-def test_close_ends_those_who_wait(server: StubServer) -> None:
+def test_close_ends_those_who_wait(server: StubServer, client_threads: Threads) -> None:
     never = Gate()
 
     async def hold(*_: object) -> None:
@@ -323,13 +332,13 @@ def test_close_ends_those_who_wait(server: StubServer) -> None:
     assert client_threads() == []
 
 
-def test_a_client_begins_nothing_until_it_is_used(server: StubServer) -> None:
+def test_a_client_begins_nothing_until_it_is_used(server: StubServer, client_threads: Threads) -> None:
     client = RerankerClient(server.target)
     assert client_threads() == []
     client.close()
 
 
-def test_a_client_that_nobody_holds_ends_once_its_jobs_are_done(server: StubServer) -> None:
+def test_a_client_that_nobody_holds_ends_once_its_jobs_are_done(server: StubServer, client_threads: Threads) -> None:
     gate = Gate()
 
     async def hold(stream: ReceivedStream, chunk: ReceivedChunk) -> None:

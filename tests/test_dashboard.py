@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 
 from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
 
+from . import models, references
 from .scrapes import Scrape, scrape
 from .servers import ServerProcess
 
@@ -24,16 +26,26 @@ SELECTOR = re.compile(r"([a-zA-Z_:][\w:]*)\s*\{([^}]*)\}")
 
 
 @pytest.fixture(scope="module")
-def page(causal_reranker: Path) -> Iterator[tuple[Scrape, Scrape]]:
-    """The page of a vLLM server while it loads, and after some calls."""
-    flags = ["--model", str(causal_reranker), "--engine", "vllm", "--metrics-port", "0"]
+def page(causal_reranker: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Scrape, Scrape]]:
+    """The page of a vLLM server while it loads, and after some calls.
+
+    It has the model in the layout that ``test_vllm_engine`` does not have, so its scores are compared here.
+    """
+    converted = models.build_qwen3_reranker_converted(tmp_path_factory.mktemp("converted"))
+    flags = ["--model", str(converted), "--engine", "vllm", "--metrics-port", "0"]
     with ServerProcess(*flags, ready=False) as server:
         loading = scrape(server)
         address = re.search(r"address=(\S+)", server.wait_for("event=ready"))[1]
         with grpc.insecure_channel(address) as channel:
             stub = rpc.RerankerServiceStub(channel)
             request = pb.RerankRequest(query="a query", documents=["a document", "another"])
-            assert stub.Rerank(request).usage.pairs == 2
+            response = stub.Rerank(request)
+            assert response.usage.pairs == 2
+            # Equal seeds give equal weights.
+            pairs = [(request.query, document) for document in request.documents]
+            logits = references.causal_logits(causal_reranker, pairs, None, 8192)
+            found = [one.score for one in sorted(response.results, key=lambda one: one.index)]
+            assert found == pytest.approx((1 / (1 + np.exp(-logits))).tolist(), abs=1e-5)
             with pytest.raises(grpc.RpcError):
                 stub.Rerank(pb.RerankRequest(query="a query"))
         yield loading, scrape(server)

@@ -31,21 +31,20 @@ def scores(response: pb.RerankResponse) -> list[tuple[int, float]]:
     return [(one.index, one.score) for one in response.results]
 
 
-@pytest.mark.parametrize("kind", ["cross_encoder", "bi_encoder"])
-@pytest.mark.parametrize("memory", [(), ("--cache-bytes", "0")])
-def test_a_restarted_server_computes_nothing_again(
-    kind: str, memory: tuple[str, ...], tmp_path: Path, request: pytest.FixtureRequest
+def test_a_restarted_server_computes_nothing_again_and_another_model_finds_nothing(
+    cross_encoder: Path, tmp_path: Path
 ) -> None:
-    model = request.getfixturevalue(kind)
-    first, second = ask(model, tmp_path, *memory), ask(model, tmp_path, *memory)
+    first, second = ask(cross_encoder, tmp_path / "cache"), ask(cross_encoder, tmp_path / "cache")
     assert (first.usage.cached_pairs, second.usage.cached_pairs, second.usage.tokens) == (0, 50, 0)
     assert scores(first) == scores(second)
-
-
-def test_another_model_finds_nothing(cross_encoder: Path, tmp_path: Path) -> None:
-    ask(cross_encoder, tmp_path / "cache")
     other = models.build_bert_cross_encoder(tmp_path / "other", seed=1)
     assert ask(other, tmp_path / "cache").usage.cached_pairs == 0
+
+
+def test_it_works_without_the_cache_in_memory_and_for_embeddings(bi_encoder: Path, tmp_path: Path) -> None:
+    first, second = (ask(bi_encoder, tmp_path, "--cache-bytes", "0") for _ in range(2))
+    assert (first.usage.cached_pairs, second.usage.cached_pairs, second.usage.tokens) == (0, 50, 0)
+    assert scores(first) == scores(second)
 
 
 def test_a_store_that_another_server_made_grow_is_still_read(tmp_path: Path) -> None:
@@ -102,7 +101,7 @@ def test_two_processes_share_a_store(tmp_path: Path) -> None:
     assert asyncio.run(scenario()) == [b"value", None]
 
 
-def test_a_directory_that_cannot_be_used_is_a_clear_error(cross_encoder: Path, tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_used_is_a_clear_error_at_once(cross_encoder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no directory")
     with pytest.raises(DiskCacheError, match=r"--cache-dir .*file"):
         DiskCache(tmp_path / "file", 1 << 20, "model")
@@ -110,3 +109,4 @@ def test_a_directory_that_cannot_be_used_is_a_clear_error(cross_encoder: Path, t
     with ServerProcess(*flags, ready=False) as server:
         server.wait_for("--cache-dir")
         assert server.wait() == 1
+        assert not any("event=loading" in line for line in server.lines)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 import torch.distributed as dist
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from loss_client.collator import RerankerDataCollator
@@ -20,6 +18,7 @@ from loss_client.errors import RerankerUnavailableError
 from loss_client.loss import RerankerCachedGISTEmbedLoss
 
 from .models import build_bi_encoder
+from .ranks import WAIT, run_ranks
 from .test_prefetch import batch_of
 from .training import (
     MemoryScorer,
@@ -52,7 +51,6 @@ CONTRASTS: list[dict[str, Any]] = [
 # With so small an epsilon nothing is left out.
 CHOICES: list[dict[str, Any]] = [{"candidates": "all"}, {"candidates": "mass", "epsilon": 1e-12}]
 RUNS = list(itertools.product(SPLITS, CONTRASTS, CHOICES))
-WAIT = timedelta(seconds=60)
 
 
 def batch() -> list[list[str]]:
@@ -179,7 +177,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(directory: Path) -> list[dict[str, Any]]:
-    spawn(work, (directory, batch()), nprocs=RANKS)
+    run_ranks(work, (directory, batch()), RANKS)
     return [torch.load(directory / f"result-{rank}.pt") for rank in range(RANKS)]
 
 

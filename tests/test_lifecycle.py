@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -17,6 +19,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
 
+from .holding import LONG_TOKENS, RELEASE
+from .scrapes import scrape
 from .servers import ServerProcess
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -45,40 +49,44 @@ def test_the_ready_line_names_address_and_model(cross_encoder_server: ServerProc
     assert len([one for one in cross_encoder_server.lines if "event=ready" in one]) == 1
 
 
+@contextmanager
+def holding(model: Path, *flags: str) -> Iterator[tuple[ServerProcess, grpc.Future]]:
+    """A server, and a call that the engine has and does not answer before ``RELEASE``."""
+    flags = ("--model", str(model), "--metrics-port", "0", *flags)
+    with ServerProcess(*flags, module="tests.holding") as server, grpc.insecure_channel(server.address) as channel:
+        request = pb.RerankRequest(query="a query", documents=["word " * LONG_TOKENS])
+        call = rpc.RerankerServiceStub(channel).Rerank.future(request, timeout=240)
+        while not scrape(server)["reranker_engine_sequences"]:
+            assert not call.done()
+        yield server, call
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_calls_in_flight_finish(cross_encoder: Path, number: signal.Signals) -> None:
-    with ServerProcess(*flags(cross_encoder)) as server, grpc.insecure_channel(server.address) as channel:
-        stub = rpc.RerankerServiceStub(channel)
-        health = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
-        assert next(health).status == SERVING
-        request = pb.RerankRequest(query="a query", documents=[f"document {i} " * 20 for i in range(2000)])
-        call = stub.Rerank.future(request, timeout=60)
-        # Another call's answer shows that the server has begun with the first.
-        stub.GetModelInfo(pb.GetModelInfoRequest())
-        server.signal(number)
-        assert next(health).status == NOT_SERVING
-        assert not call.done()
-        assert len(call.result().results) == 2000
-        health.cancel()
+    with holding(cross_encoder, "--grace", "240") as (server, call):
+        with grpc.insecure_channel(server.address) as channel:
+            health = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            assert next(health).status == SERVING
+            server.signal(number)
+            assert next(health).status == NOT_SERVING
+            assert not call.done()
+            server.signal(RELEASE)
+            assert len(call.result().results) == 1
+            health.cancel()
         assert server.wait() == 0
     assert any("event=stopped" in line for line in server.lines)
 
 
 def test_a_call_longer_than_the_grace_period_is_ended(cross_encoder: Path) -> None:
-    with ServerProcess(*flags(cross_encoder), "--grace", "0.2") as server:
-        with grpc.insecure_channel(server.address) as channel:
-            stub = rpc.RerankerServiceStub(channel)
-            request = pb.RerankRequest(query="a query", documents=[f"document {i} " * 50 for i in range(4000)])
-            call = stub.Rerank.future(request, timeout=60)
-            stub.GetModelInfo(pb.GetModelInfoRequest())
-            server.signal(signal.SIGTERM)
-            assert call.exception().code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+    with holding(cross_encoder, "--grace", "0.2") as (server, call):
+        server.signal(signal.SIGTERM)
+        assert call.exception().code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
         assert server.wait() == 0
 
 
 def assert_ended(children: list[psutil.Process]) -> None:
     """On a busy machine the last of them takes a moment longer than its parent."""
-    _, alive = psutil.wait_procs(children, timeout=20)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []
 
 
@@ -96,13 +104,13 @@ def test_the_vllm_engine_leaves_no_process_behind_and_its_death_ends_the_server(
 
 def test_ctrl_c_reaches_vllm_too_and_calls_in_flight_finish_all_the_same(cross_encoder: Path) -> None:
     """A terminal sends the signal to the whole process group."""
-    flags = ["--model", str(cross_encoder), "--engine", "vllm"]
+    flags = ["--model", str(cross_encoder), "--engine", "vllm", "--grace", "240"]
     with ServerProcess(*flags, own_group=True) as server, grpc.insecure_channel(server.address) as channel:
         children = psutil.Process(server.process.pid).children(recursive=True)
         assert children
         stub = rpc.RerankerServiceStub(channel)
         request = pb.RerankRequest(query="a query", documents=[f"document {i} " * 20 for i in range(1000)])
-        call = stub.Rerank.future(request, timeout=60)
+        call = stub.Rerank.future(request, timeout=240)
         stub.GetModelInfo(pb.GetModelInfoRequest())
         os.killpg(server.process.pid, signal.SIGINT)
         assert len(call.result().results) == 1000
@@ -131,18 +139,9 @@ def test_a_taken_port_is_an_error_at_once(cross_encoder: Path) -> None:
             assert server.wait() == 1
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (None, "config.json"),
-        ('{"architectures": ["BertForMaskedLM"], "model_type": "bert"}', "BertForMaskedLM"),
-    ],
-)
-def test_a_model_that_cannot_be_served(tmp_path: Path, content: str | None, words: str) -> None:
-    if content is not None:
-        (tmp_path / "config.json").write_text(content)
+def test_a_model_that_cannot_be_served(tmp_path: Path) -> None:
     with ServerProcess(*flags(tmp_path), ready=False) as server:
-        assert words in server.wait_for("cannot serve the model")
+        assert "config.json" in server.wait_for("cannot serve the model")
         assert server.wait() == 1
 
 
@@ -152,7 +151,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
 
@@ -192,8 +191,5 @@ def test_every_flag_is_also_a_variable(cross_encoder: Path, monkeypatch: pytest.
     assert info.limits.max_pairs_per_chunk == 33
 
 
-def test_what_the_engine_chose_is_logged(cross_encoder_server: ServerProcess, default_server: ServerProcess) -> None:
+def test_what_the_engine_chose_is_logged(cross_encoder_server: ServerProcess) -> None:
     assert "threads=1" in cross_encoder_server.wait_for("event=engine")
-    line = default_server.wait_for("event=engine")
-    for name in ("block_size=", "max_num_seqs=", "prefix_caching=", "cpu_threads="):
-        assert name in line

