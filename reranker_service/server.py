@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import importlib.util
 import signal
 import time
@@ -202,6 +203,10 @@ async def _serve(settings: Settings, stop: asyncio.Event, watching: Observers) -
         metrics.watch(scorer.load)
         validator = Validator(settings.limits, scorer.facts)
         info = model_info(spec, identity, scorer, engine, settings.limits)
+        # Hundreds of thousands of objects of libraries live as long as the process. To look through them for garbage
+        # again and again would hold up all calls each time.
+        gc.collect()
+        gc.freeze()
         servicer.open(scorer, validator, info)
         metrics.serving(info)
         await _set_health(checks, health_pb2.HealthCheckResponse.SERVING)

@@ -12,29 +12,35 @@ from numpy.typing import NDArray
 
 from benchmarks.instant import InstantEngine
 from reranker_service import __main__, server
-from reranker_service.engines.base import TokenSequence
+from reranker_service.engines.base import EngineDeadError, TokenSequence
 
 LONG_TOKENS = 64
 RELEASE = signal.SIGUSR1
+DIE = signal.SIGUSR2
 
 
 class HoldingEngine(InstantEngine):
-    """Implements ``Engine``: sequences of ``LONG_TOKENS`` and more are answered after the signal, others at once."""
+    """Implements ``Engine``: sequences of ``LONG_TOKENS`` and more are answered after a signal, others at once."""
 
     name = "holding"
 
     def __init__(self) -> None:
         super().__init__()
         self.max_batch = 1  # so that a long sequence never keeps a short one waiting
-        self._released = asyncio.Event()
+        self._released, self._dead = asyncio.Event(), asyncio.Event()
 
     async def start(self) -> None:
         asyncio.get_running_loop().add_signal_handler(RELEASE, self._released.set)
+        asyncio.get_running_loop().add_signal_handler(DIE, self._dead.set)
 
     async def run(self, sequences: Sequence[TokenSequence], urgent: bool = False) -> NDArray[np.float32]:
         if any(len(sequence.ids) >= LONG_TOKENS for sequence in sequences):
             await self._released.wait()
         return await super().run(sequences)
+
+    async def wait_dead(self) -> EngineDeadError:
+        await self._dead.wait()
+        return EngineDeadError("it was told to")
 
 
 if __name__ == "__main__":

