@@ -33,7 +33,10 @@ help: ## List the targets
 $(INSTALLED): $(REQUIREMENTS)
 	if [ -e $(UNFINISHED) ] || ! $(BIN)/python -m pip --version &> /dev/null; then $(PYTHON) -m venv --clear $(VENV); fi
 	touch $(UNFINISHED)
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet --no-deps -r $(REQUIREMENTS)
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet --no-deps --no-compile \
+	    -r $(REQUIREMENTS)
+	@# pip would compile on one core. A few packages carry files for other Pythons, which cannot be compiled.
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	mv $(UNFINISHED) $@
 
 # The build hook generates the stubs, for an editable installation as for any other.

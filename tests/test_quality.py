@@ -6,8 +6,10 @@ import json
 import math
 import random
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -270,7 +272,9 @@ def test_a_plans_digest_changes_with_what_results_depend_on() -> None:
     assert FULL.digest == replace(FULL, seeds=(5,), regimes=(without, *FULL.regimes[1:])).digest
 
 
-def test_a_small_study_from_texts_to_tables_and_then_nothing_is_left_to_do(tmp_path: Path) -> None:
+def test_a_small_study_from_texts_to_tables_and_then_nothing_is_left_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = replace(quick(), regimes=quick().regimes[:1])
     said: list[str] = []
     Study(plan, tmp_path, "torch", said.append).run()
@@ -294,6 +298,9 @@ def test_a_small_study_from_texts_to_tables_and_then_nothing_is_left_to_do(tmp_p
         assert "event=stopped status=0" in (tmp_path / "quality" / log).read_text()
     assert not any("was made before" in line for line in said)
 
+    # Servers that are not there: nothing is asked of them.
+    nobody = SimpleNamespace(wait_ready=lambda: "127.0.0.1:1")
+    monkeypatch.setattr("quality.run.reranker_server", lambda *_: nullcontext(nobody))
     Study(plan, tmp_path, "torch", said.append).run()
     assert any("was made before" in line for line in said)
     assert (tmp_path / "quality" / "ledger.jsonl").read_text() == ledger
