@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reranker_service.encoding import Encoder
 from reranker_service.engines.base import Engine, TokenSequence
-from reranker_service.model import ModelSpec, read_model
+from reranker_service.models.encoding import Encoder
+from reranker_service.models.spec import ModelSpec, read_model
 
 Score = Callable[[list[str], list[str]], tuple[float, NDArray[np.float32]]]
 """Queries and documents to seconds and raw scores of the grid, row-major."""

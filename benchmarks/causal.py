@@ -17,8 +17,8 @@ from benchmarks.rounds import Spread, contest
 from benchmarks.sides import StreamSide
 from benchmarks.texts import Grid
 from loss_client import RerankerClient
-from reranker_service.encoding import Encoder
-from reranker_service.model import read_model
+from reranker_service.models.encoding import Encoder
+from reranker_service.models.spec import read_model
 
 _DOCUMENTS = 16
 _PREFIX_TOKENS = 300

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from reranker_service import __main__, server
 from reranker_service.engines.base import EngineDeadError, TokenSequence
-from reranker_service.model import ModelSpec
+from reranker_service.models.spec import ModelSpec
 from reranker_service.settings import Settings
 
 

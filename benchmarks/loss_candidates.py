@@ -34,8 +34,8 @@ from benchmarks.rounds import Spread
 from examples.docstrings import PACKAGES, collect, text_key
 from examples.student import load_minilm, load_student
 from loss_client import RerankerCachedGISTEmbedLoss, ScoreUsage
-from loss_client.candidates import Candidates
-from loss_client.filtering import LossStatistics
+from loss_client.filter.candidates import Candidates
+from loss_client.filter.step import LossStatistics
 
 BATCHES = (256, 1024, 4096)
 TEMPERATURES = (0.01, 0.02, 0.05)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from benchmarks.instant import InstantEngine
 from reranker_service import __main__, server
 from reranker_service.engines.base import TokenSequence
-from reranker_service.model import ModelSpec
+from reranker_service.models.spec import ModelSpec
 from reranker_service.settings import Settings
 
 RATE_FILE = "rate_file"

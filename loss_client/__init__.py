@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from loss_client.client import Priority, RankedDocument, RerankerClient
-from loss_client.errors import (
+from loss_client.client.client import Priority, RankedDocument, RerankerClient
+from loss_client.client.errors import (
     ClientClosedError,
     FieldViolation,
     IncompatibleServerError,
@@ -21,7 +21,7 @@ from loss_client.errors import (
     RerankerUnavailableError,
     ScoreError,
 )
-from loss_client.scores import ScoreMatrix, ScoreType, ScoreUsage
+from loss_client.client.scores import ScoreMatrix, ScoreType, ScoreUsage
 
 if TYPE_CHECKING:
     from loss_client.callbacks import RerankerMarginCallback, RerankerMetricsCallback

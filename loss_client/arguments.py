@@ -6,9 +6,9 @@ import math
 import re
 from collections.abc import Sequence
 
-from loss_client.filtering import GridClient
-from loss_client.masking import MarginStrategy
-from loss_client.scores import ScoreType
+from loss_client.client.scores import ScoreType
+from loss_client.filter.masking import MarginStrategy
+from loss_client.filter.step import GridClient
 
 
 def check_margin(margin: float, strategy: MarginStrategy, score_type: ScoreType) -> None:

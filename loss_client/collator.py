@@ -11,10 +11,10 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from sentence_transformers.sentence_transformer.modules import Router
 from torch import nn
 
-from loss_client.filtering import FilterStep
+from loss_client.filter.prefetch import TICKET, Ticket, register
+from loss_client.filter.step import FilterStep
+from loss_client.filter.texts import RAW_TEXT
 from loss_client.loss import RerankerCachedGISTEmbedLoss
-from loss_client.prefetch import TICKET, Ticket, register
-from loss_client.texts import RAW_TEXT
 
 
 @dataclass

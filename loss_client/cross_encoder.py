@@ -18,9 +18,9 @@ from sentence_transformers.cross_encoder.model_card import CrossEncoderModelCard
 from torch import Tensor
 from tqdm.autonotebook import tqdm  # type: ignore[import-untyped]
 
-from loss_client.client import Priority, RerankerClient
-from loss_client.errors import RerankerRequestError, ScoreError
-from loss_client.scores import ScoreType
+from loss_client.client.client import Priority, RerankerClient
+from loss_client.client.errors import RerankerRequestError, ScoreError
+from loss_client.client.scores import ScoreType
 
 logger = logging.getLogger(__name__)
 

@@ -26,9 +26,14 @@ from torch.nn import functional
 from tqdm import trange  # type: ignore[import-untyped]
 
 from loss_client.arguments import check_choice, check_margin, check_positive, describe_reranker
-from loss_client.candidates import Candidates, CandidateStep
-from loss_client.client import RerankerClient
-from loss_client.filtering import (
+from loss_client.client.client import RerankerClient
+from loss_client.client.scores import ScoreType
+from loss_client.filter.candidates import Candidates, CandidateStep
+from loss_client.filter.gather import gather_embeddings
+from loss_client.filter.grid import GridStep
+from loss_client.filter.masking import MarginStrategy
+from loss_client.filter.prefetch import TICKET, Ticket
+from loss_client.filter.step import (
     ContrastFilter,
     FilterSettings,
     FilterStep,
@@ -37,12 +42,7 @@ from loss_client.filtering import (
     OnError,
     ScoreRows,
 )
-from loss_client.gather import gather_embeddings
-from loss_client.masking import MarginStrategy
-from loss_client.prefetch import TICKET, Ticket
-from loss_client.scores import ScoreType
-from loss_client.step import GridStep
-from loss_client.texts import RAW_TEXT, decode, tokenizer_of
+from loss_client.filter.texts import RAW_TEXT, decode, tokenizer_of
 
 logger = logging.getLogger(__name__)
 

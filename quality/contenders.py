@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from sentence_transformers import SentenceTransformer
 
 from examples.contenders import Contender, guided, reranked, unfiltered
-from loss_client.scores import ScoreType
+from loss_client.client.scores import ScoreType
 from quality.plan import Guide, Plan, Regime
 
 NO_FILTER = "no filter"

@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 from sklearn.metrics import ndcg_score, roc_auc_score  # type: ignore[import-untyped]
 from torch import Tensor
 
-from loss_client.masking import above, thresholds
+from loss_client.filter.masking import above, thresholds
 from quality.batches import Batch
 from quality.plan import Margin
 from quality.sources import KnownRelevance, same_words

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from examples.docstrings import PACKAGES, STANDARD_LIBRARY
-from loss_client.masking import MarginStrategy
+from loss_client.filter.masking import MarginStrategy
 from quality.cross_encoder import Recipe as CrossEncoderRecipe
 
 Guide = Literal["bi-encoder", "cross-encoder"]

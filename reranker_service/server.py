@@ -25,21 +25,21 @@ from grpc_reflection.v1alpha import reflection
 
 from reranker.v1 import reranker_pb2 as pb
 
-from .disk import DiskCache, DiskCacheError
-from .encoding import Encoder
 from .engines.base import Engine
-from .fingerprint import fingerprint
-from .limits import Limits
-from .metrics import Metrics
-from .model import ModelSpec, UnsupportedModelError, read_model
-from .observing import ObserverError, Observers, observers
-from .pairs import Pairs
-from .scheduling import Ticket
-from .scoring import Scorer
-from .servicer import SERVICE, RerankerServicer
+from .models.encoding import Encoder
+from .models.fingerprint import fingerprint
+from .models.spec import ModelSpec, UnsupportedModelError, read_model
+from .observing.metrics import Metrics
+from .observing.observers import ObserverError, Observers, observers
+from .rpc.limits import Limits
+from .rpc.servicer import SERVICE, RerankerServicer
+from .rpc.validation import Validator
+from .scheduling.scheduler import Ticket
+from .scoring.disk import DiskCache, DiskCacheError
+from .scoring.scorer import Scorer
+from .scoring.texts import TextTable
+from .scoring.types import Pairs
 from .settings import Settings
-from .texts import TextTable
-from .validation import Validator
 
 T = TypeVar("T")
 

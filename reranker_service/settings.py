@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from .limits import Limits
+from .rpc.limits import Limits
 
 
 class Settings(BaseSettings):

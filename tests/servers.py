@@ -19,13 +19,13 @@ from grpc import aio
 from numpy.typing import NDArray
 
 from reranker.v1 import reranker_pb2 as pb
-from reranker_service.encoding import Encoder
 from reranker_service.engines.base import EngineDeadError, TokenSequence
-from reranker_service.limits import Limits
-from reranker_service.model import read_model
-from reranker_service.scoring import Scorer
-from reranker_service.servicer import RerankerServicer
-from reranker_service.validation import Validator
+from reranker_service.models.encoding import Encoder
+from reranker_service.models.spec import read_model
+from reranker_service.rpc.limits import Limits
+from reranker_service.rpc.servicer import RerankerServicer
+from reranker_service.rpc.validation import Validator
+from reranker_service.scoring.scorer import Scorer
 
 START_SECONDS = 400
 

@@ -10,7 +10,7 @@ import pytest
 
 from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
-from reranker_service.limits import Limits
+from reranker_service.rpc.limits import Limits
 
 from .servers import ServerProcess, violations, violations_of
 

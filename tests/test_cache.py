@@ -12,7 +12,7 @@ from grpc import aio
 
 from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
-from reranker_service.cache import ScoreCache, digest_of, scope_of
+from reranker_service.scoring.cache import ScoreCache, digest_of, scope_of
 
 from .servers import ControlledEngine, ServerProcess, serve_in_process
 

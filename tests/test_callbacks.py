@@ -16,7 +16,7 @@ from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, Mu
 from transformers import TrainerCallback
 
 from loss_client import RerankerDataCollator, RerankerMarginCallback, RerankerMetricsCallback
-from loss_client.errors import RerankerUnavailableError
+from loss_client.client.errors import RerankerUnavailableError
 from loss_client.loss import RerankerCachedGISTEmbedLoss
 
 from .training import MemoryScorer, dataset, random_scores, student

@@ -141,7 +141,8 @@ def test_a_child_that_cannot_work_says_so() -> None:
     done = run(
         """
         import os
-        from loss_client import RerankerClient, RerankerError, background
+        from loss_client import RerankerClient, RerankerError
+        from loss_client.client import background
         from tests.stub_server import StubServer
         background._quiet_seconds = 0.1
         with StubServer() as server:  # gRPC runs in this very process

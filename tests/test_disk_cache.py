@@ -12,7 +12,7 @@ import pytest
 
 from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
-from reranker_service.disk import DiskCache, DiskCacheError
+from reranker_service.scoring.disk import DiskCache, DiskCacheError
 
 from .servers import ServerProcess
 
@@ -57,7 +57,7 @@ def test_a_store_that_another_server_made_grow_is_still_read(tmp_path: Path) -> 
     writer = """
 import sys
 from pathlib import Path
-from reranker_service.disk import DiskCache
+from reranker_service.scoring.disk import DiskCache
 store = DiskCache(Path(sys.argv[1]), 64 << 20, "model")
 for number in range(40):
     store.put([b"key %d %d" % (number, i) for i in range(100)], [b"x" * 1000] * 100)
@@ -92,7 +92,7 @@ def test_two_processes_share_a_store(tmp_path: Path) -> None:
     import sys
 
     program = (
-        "import sys\nfrom pathlib import Path\nfrom reranker_service.disk import DiskCache\n"
+        "import sys\nfrom pathlib import Path\nfrom reranker_service.scoring.disk import DiskCache\n"
         "store = DiskCache(Path(sys.argv[1]), 1 << 20, 'model')\nstore.put([b'key'], [b'value'])\nstore.close()"
     )
 

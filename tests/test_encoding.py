@@ -16,8 +16,8 @@ from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, proce
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from reranker_service.encoding import EncodedText, Encoder, NoRoomError
-from reranker_service.model import UnsupportedModelError, read_model
+from reranker_service.models.encoding import EncodedText, Encoder, NoRoomError
+from reranker_service.models.spec import UnsupportedModelError, read_model
 
 from . import models
 from .references import CARD_INSTRUCTION, CARD_PREFIX, CARD_SUFFIX, ODD_PAIRS, causal_ids

@@ -13,12 +13,12 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from reranker_service.encoding import Encoder
 from reranker_service.engines.base import Engine, EngineDeadError, TokenSequence
 from reranker_service.engines.checks import NonFiniteScoreError
 from reranker_service.engines.torch_engine import TorchEngine
 from reranker_service.engines.vllm_engine import VllmEngine
-from reranker_service.model import ModelSpec, UnsupportedModelError, read_model
+from reranker_service.models.encoding import Encoder
+from reranker_service.models.spec import ModelSpec, UnsupportedModelError, read_model
 
 from . import models, references
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from reranker_service.engines.base import Engine
-from reranker_service.fingerprint import fingerprint
-from reranker_service.model import read_model
+from reranker_service.models.fingerprint import fingerprint
+from reranker_service.models.spec import read_model
 
 from . import models
 

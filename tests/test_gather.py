@@ -13,8 +13,8 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from loss_client.client.errors import RerankerUnavailableError
 from loss_client.collator import RerankerDataCollator
-from loss_client.errors import RerankerUnavailableError
 from loss_client.loss import RerankerCachedGISTEmbedLoss
 
 from .models import build_bi_encoder

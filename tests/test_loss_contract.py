@@ -17,7 +17,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
-from loss_client.errors import ScoreError
+from loss_client.client.errors import ScoreError
 from loss_client.loss import RerankerCachedGISTEmbedLoss
 
 from .models import wordpiece_tokenizer

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from loss_client.arguments import check_margin
-from loss_client.errors import ScoreError
-from loss_client.filtering import FilterSettings, LossStatistics
-from loss_client.masking import above, related, thresholds
-from loss_client.step import GridStep, read_rows
-from loss_client.texts import intern
+from loss_client.client.errors import ScoreError
+from loss_client.filter.grid import GridStep, read_rows
+from loss_client.filter.masking import above, related, thresholds
+from loss_client.filter.step import FilterSettings, LossStatistics
+from loss_client.filter.texts import intern
 
 from .training import MemoryScorer, MemoryScores, random_scores
 

@@ -8,8 +8,8 @@ import grpc
 import numpy as np
 import pytest
 
-from loss_client.client import RerankerClient
-from loss_client.memory import ScoreMemory, digests
+from loss_client.client.client import RerankerClient
+from loss_client.client.memory import ScoreMemory, digests
 
 from .stub_server import Abort, ReceivedChunk, ReceivedStream, StubServer, hash_scores
 

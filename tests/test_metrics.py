@@ -17,8 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
-from reranker_service.metrics import Load
-from reranker_service.prometheus import PrometheusMetrics
+from reranker_service.observing.metrics import Load
+from reranker_service.observing.prometheus import PrometheusMetrics
 
 from .scrapes import scrape, scrape_text, scraped
 from .servers import ServerProcess

@@ -11,13 +11,13 @@ from prometheus_client import generate_latest
 
 from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
-from reranker_service.encoding import Encoder
-from reranker_service.limits import Limits
-from reranker_service.model import read_model
-from reranker_service.prometheus import PrometheusMetrics
-from reranker_service.scoring import Scorer
-from reranker_service.servicer import RerankerServicer
-from reranker_service.validation import Validator
+from reranker_service.models.encoding import Encoder
+from reranker_service.models.spec import read_model
+from reranker_service.observing.prometheus import PrometheusMetrics
+from reranker_service.rpc.limits import Limits
+from reranker_service.rpc.servicer import RerankerServicer
+from reranker_service.rpc.validation import Validator
+from reranker_service.scoring.scorer import Scorer
 
 from .scrapes import Scrape, scrape, scraped
 from .servers import ControlledEngine, ServerProcess

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
-from reranker_service.model import UnsupportedModelError, read_model
+from reranker_service.models.spec import UnsupportedModelError, read_model
 from reranker_service.server import choose_model
 from reranker_service.settings import Settings
 

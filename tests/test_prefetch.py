@@ -16,8 +16,8 @@ from sentence_transformers import (
 )
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
+from loss_client.client.errors import RerankerUnavailableError
 from loss_client.collator import RerankerDataCollator
-from loss_client.errors import RerankerUnavailableError
 from loss_client.loss import RerankerCachedGISTEmbedLoss
 
 from .training import (

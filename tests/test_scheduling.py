@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from reranker_service.engines.base import TokenSequence
 from reranker_service.engines.checks import NonFiniteScoreError, finite
-from reranker_service.padding import Pace
-from reranker_service.scheduling import Job, Scheduler, Ticket
+from reranker_service.scheduling.scheduler import Job, Scheduler, Ticket
+from reranker_service.scheduling.window import Pace
 
 from .servers import ControlledEngine
 
@@ -264,7 +264,7 @@ async def hold(scheduler: Scheduler, engine: ControlledEngine) -> list[asyncio.T
 
 def test_an_engine_that_pads_gets_full_batches_from_many_small_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     # How long the engine is seen to take for its first batch is not part of this.
-    monkeypatch.setattr("reranker_service.padding._WINDOW_SECONDS", 1e9)
+    monkeypatch.setattr("reranker_service.scheduling.window._WINDOW_SECONDS", 1e9)
 
     async def scenario() -> tuple[list[int], list[list[float]]]:
         engine = padding()
@@ -403,7 +403,7 @@ def test_a_cancelled_jobs_share_of_a_window_never_reaches_the_engine() -> None:
 
 def test_streams_share_a_padding_engine_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     # However fast the engine seems to be.
-    monkeypatch.setattr("reranker_service.padding._MOST_SEQUENCES", 256)
+    monkeypatch.setattr("reranker_service.scheduling.window._MOST_SEQUENCES", 256)
 
     async def scenario() -> list[tuple[str, int]]:
         engine = padding(max_batch=256, batch_tokens=300)

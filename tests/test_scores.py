@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from loss_client.errors import JobCancelledError, RerankerError, RerankerTimeoutError, ScoreError
-from loss_client.scores import ScoreMatrix
+from loss_client.client.errors import JobCancelledError, RerankerError, RerankerTimeoutError, ScoreError
+from loss_client.client.scores import ScoreMatrix
 
 WAIT_SECONDS = 20.0
 

@@ -14,7 +14,7 @@ from grpc import aio
 from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
 from reranker_service.engines.base import EngineDeadError
-from reranker_service.limits import Limits
+from reranker_service.rpc.limits import Limits
 
 from .servers import ControlledEngine, serve_in_process
 
@@ -224,7 +224,7 @@ def test_an_over_long_text_fails_its_own_chunk_only(bi_encoder: Path) -> None:
 
 
 def test_each_text_of_a_stream_is_encoded_once(cross_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from reranker_service.encoding import Encoder
+    from reranker_service.models.encoding import Encoder
 
     encoded: list[str] = []
     for name in ("encode_queries", "encode_documents"):

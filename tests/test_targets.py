@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loss_client.targets import Target, parse_targets
+from loss_client.client.targets import Target, parse_targets
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from reranker_service.encoding import Encoder
-from reranker_service.metrics import Metrics
-from reranker_service.scheduling import Ticket
-from reranker_service.texts import TextEncoder, TextTable
+from reranker_service.models.encoding import Encoder
+from reranker_service.observing.metrics import Metrics
+from reranker_service.scheduling.scheduler import Ticket
+from reranker_service.scoring.texts import TextEncoder, TextTable
 
 LONG = "x" * 100_000
 

@@ -17,7 +17,7 @@ import pytest
 
 from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
-from reranker_service.tracing import TracingError, start_tracing
+from reranker_service.observing.tracing import TracingError, start_tracing
 
 from .servers import ServerProcess
 
@@ -205,7 +205,7 @@ def test_an_unknown_way_out_is_named(variable: str, value: str, monkeypatch: pyt
 def test_spans_can_be_printed() -> None:
     pytest.importorskip("opentelemetry.instrumentation.grpc")
     program = (
-        "from reranker_service.tracing import start_tracing\n"
+        "from reranker_service.observing.tracing import start_tracing\n"
         "tracing = start_tracing('a.Service')\n"
         "with tracing._provider.get_tracer('test').start_as_current_span('hello'): pass\n"
         "tracing.close()\n"

@@ -18,10 +18,10 @@ import psutil
 import pytest
 from numpy.typing import NDArray
 
-from reranker_service.encoding import Encoder
 from reranker_service.engines.base import EngineDeadError, TokenSequence
 from reranker_service.engines.vllm_engine import VllmEngine
-from reranker_service.model import ModelSpec, read_model
+from reranker_service.models.encoding import Encoder
+from reranker_service.models.spec import ModelSpec, read_model
 
 from . import models, references
 from .test_engines import TOLERANCE, inputs

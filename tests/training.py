@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense
 from torch import Tensor, nn
 
-from loss_client.scores import ScoreUsage
+from loss_client.client.scores import ScoreUsage
 
 from .models import build_bi_encoder, summary_and_body
 

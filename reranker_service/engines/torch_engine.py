@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from ..model import ModelSpec, Pooling, UnsupportedModelError
+from ..models.spec import ModelSpec, Pooling, UnsupportedModelError
 from .base import EngineDeadError, TokenSequence
 from .checks import finite
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoConfig
 
-from ..model import ModelSpec, Pooling, UnsupportedModelError
+from ..models.spec import ModelSpec, Pooling, UnsupportedModelError
 from .base import EngineDeadError, TokenSequence
 from .checks import finite
 

@@ -1,0 +1,122 @@
+"""The way around a server without streams: the same job as calls of ``RerankBatch``, texts sent with every pair."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loss_client.client.chunks import Chunk
+from loss_client.client.errors import ScoreError, from_status
+from reranker.v1 import reranker_pb2 as pb
+
+if TYPE_CHECKING:
+    from loss_client.client.channels import Channels, Patience
+    from loss_client.client.stream import Job
+
+_CALLS_IN_FLIGHT = 4
+_TEXT_OVERHEAD_BYTES = 16
+
+
+async def score_in_batches(job: Job, chunks: Iterator[Chunk], channels: Channels, patience: Patience) -> None:
+    """Score the chunks of a job by unary calls, a few at a time, in order.
+
+    Raises:
+        RerankerError: A request failed.
+        ScoreError: An answer does not fit its question.
+    """
+    channels.warn_of_fallback()
+    info: pb.GetModelInfoResponse = await channels.call(
+        lambda stub: stub.GetModelInfo, pb.GetModelInfoRequest(), patience
+    )
+    pieces = _fitting(job, chunks, info.limits)
+
+    async def work() -> None:
+        for chunk in pieces:
+            await _score(job, chunk, channels, patience)
+
+    workers = [asyncio.get_running_loop().create_task(work()) for _ in range(_CALLS_IN_FLIGHT)]
+    try:
+        await asyncio.gather(*workers)
+    finally:
+        for worker in workers:
+            worker.cancel()
+        await asyncio.wait(workers)
+
+
+async def _score(job: Job, chunk: Chunk, channels: Channels, patience: Patience) -> None:
+    request = pb.RerankBatchRequest(requests=_requests(job, chunk))
+
+    def read(response: pb.RerankBatchResponse) -> tuple[NDArray[np.float32], pb.RerankBatchResponse]:
+        return _scores(request, response), response
+
+    scores, response = await channels.call(lambda stub: stub.RerankBatch, request, patience, read)
+    patience.progress()
+    # Before the scores: who waits for the last of them may read the counts next.
+    for item in response.items:
+        job.matrix.usage.add(item.response.usage)
+    job.take(chunk, scores)
+
+
+def _requests(job: Job, chunk: Chunk) -> list[pb.RerankRequest]:
+    texts = job.table.texts
+    queries, documents = job.ids(chunk)
+    if job.grid:
+        parts = [(query, documents) for query in queries]
+    else:
+        # The pairs of one query lie next to each other.
+        starts = [0, *(np.flatnonzero(np.diff(queries)) + 1).tolist()]
+        ends = [*starts[1:], len(queries)]
+        parts = [(queries[begin], documents[begin:end]) for begin, end in zip(starts, ends, strict=True)]
+    return [
+        pb.RerankRequest(query=texts[query], documents=[texts[each] for each in part], options=job.options)
+        for query, part in parts
+    ]
+
+
+def _scores(request: pb.RerankBatchRequest, response: pb.RerankBatchResponse) -> NDArray[np.float32]:
+    if len(response.items) != len(request.requests):
+        raise ScoreError(f"the server answered {len(request.requests)} requests with {len(response.items)} items")
+    rows = []
+    for item, asked in zip(response.items, request.requests, strict=True):
+        if item.WhichOneof("outcome") == "error":
+            raise from_status(item.error)
+        row = np.full(len(asked.documents), np.nan, dtype=np.float32)
+        for result in item.response.results:
+            if result.index >= len(row):
+                raise ScoreError(f"the server ranked document {result.index} of {len(row)}")
+            row[result.index] = result.score
+        if not np.isfinite(row).all():
+            raise ScoreError("the server left out the score of a document, or sent one that is not finite")
+        rows.append(row)
+    return np.concatenate(rows)
+
+
+def _fitting(job: Job, chunks: Iterator[Chunk], limits: pb.Limits) -> Iterator[Chunk]:
+    """Cut chunks until each fits one call; what cannot be cut further is for the server to judge."""
+    for chunk in chunks:
+        waiting = [chunk]
+        while waiting:
+            piece = waiting.pop()
+            if piece.pairs == 1 or _fits(job, piece, limits):
+                yield piece
+            else:
+                waiting += reversed(piece.halves())
+
+
+def _fits(job: Job, chunk: Chunk, limits: pb.Limits) -> bool:
+    sizes = job.table.sizes
+    queries, documents = job.ids(chunk)
+    query_bytes = sum(sizes[text] + _TEXT_OVERHEAD_BYTES for text in queries)
+    document_bytes = sum(sizes[text] + _TEXT_OVERHEAD_BYTES for text in documents)
+    rows = len(queries) if job.grid else len(np.flatnonzero(np.diff(queries))) + 1
+    options_bytes = rows * job.options.ByteSize()
+    return (
+        rows <= limits.max_requests_per_batch
+        and len(documents) <= limits.max_documents_per_request
+        and chunk.pairs <= limits.max_pairs_per_batch
+        and query_bytes + options_bytes + document_bytes * (rows if job.grid else 1) < limits.max_message_bytes
+    )

@@ -1,0 +1,232 @@
+"""Channels to the servers of one client, and how a failed attempt is made again: elsewhere, later, until a deadline.
+
+Everything here runs on the client's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import grpc
+from grpc import aio
+
+from loss_client.client.endpoints import ChannelSettings, Endpoint
+from loss_client.client.errors import (
+    ConnectionLostError,
+    RerankerError,
+    RerankerRequestError,
+    RerankerTimeoutError,
+    RerankerUnavailableError,
+    from_rpc_error,
+)
+
+if TYPE_CHECKING:
+    from reranker.v1.reranker_pb2_grpc import RerankerServiceAsyncStub
+
+T = TypeVar("T")
+
+_logger = logging.getLogger(__name__)
+
+
+class Patience:
+    """How long a job may go without progress, in seconds; it begins when the first attempt does."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.last_progress = asyncio.get_running_loop().time()
+
+    def progress(self) -> None:
+        """Begin anew: something arrived."""
+        self.last_progress = asyncio.get_running_loop().time()
+
+    def remaining(self) -> float:
+        """Seconds left; 0 or less: none."""
+        return self.last_progress + self.seconds - asyncio.get_running_loop().time()
+
+
+class _SuspendedError(Exception):
+    """The attempt was ended for a fork, and is to be made again."""
+
+
+class _StalledError(Exception):
+    """The attempt was ended because patience ran out."""
+
+
+Attempt = Callable[[Endpoint, Patience], Coroutine[Any, Any, T]]
+
+
+class Channels:
+    """All endpoints of a client, used in turn."""
+
+    def __init__(self, settings: ChannelSettings) -> None:
+        self._endpoints = [Endpoint(target, settings) for target in settings.targets]
+        self._next = random.randrange(len(self._endpoints))  # many clients with one list spread at once
+        self._attempts: set[asyncio.Task[Any]] = set()
+        self._open = asyncio.Event()
+        self._open.set()
+        self._idle = asyncio.Event()
+        self._warned = False
+
+    async def run(self, attempt: Attempt[T], patience: Patience, left: Callable[[], str] = lambda: "") -> T:
+        """Make attempts, each at one endpoint, until one succeeds or fails for good.
+
+        Args:
+            attempt: Makes one attempt. ``ConnectionLostError``, and what gRPC raises for a lost connection, ask for
+                another.
+            patience: When to give up.
+            left: What to add to the message then, such as the work that was left.
+
+        Raises:
+            RerankerUnavailableError: Attempts failed until patience ran out.
+            RerankerTimeoutError: The last attempt got no answer and patience ran out.
+            RerankerError: What the attempt failed with.
+        """
+        tried, last = 0, "none was made"
+        while True:
+            await self._open.wait()
+            endpoint, delay = self._choose()
+            if tried == 0 and delay > patience.remaining() / 2:
+                delay = 0.0  # others' failures do not answer for this call: it gets an attempt, and time for it
+            if delay > patience.remaining():
+                raise self._unavailable(tried, patience, last, left())
+            if delay > 0:
+                await asyncio.sleep(delay)
+                continue
+            tried += 1
+            begun = patience.last_progress
+            failure: RerankerError
+            # Nothing of an attempt may stay behind in variables or exceptions: it would keep gRPC alive over a fork.
+            try:
+                result = await self._make(attempt, endpoint, patience)
+            except _SuspendedError:
+                continue
+            except _StalledError:
+                # The next job or call had better try another one first.
+                endpoint.failed(asyncio.get_running_loop().time())
+                stalled = f"{endpoint.target} sent nothing for {patience.seconds:g} s"
+                if tried == 1 or patience.last_progress > begun:
+                    failure = RerankerTimeoutError(f"{stalled}{left()}")
+                else:
+                    failure = self._unavailable(tried, patience, stalled, left())
+            except aio.AioRpcError as error:
+                failure = from_rpc_error(error, str(endpoint.target))
+            except ConnectionLostError as error:
+                failure = ConnectionLostError(str(error))
+            else:
+                endpoint.succeeded()
+                return result
+            if not isinstance(failure, ConnectionLostError):
+                raise failure
+            if patience.last_progress > begun:
+                endpoint.succeeded()
+                tried = 1
+            last = str(failure)
+            endpoint.failed(asyncio.get_running_loop().time())
+
+    async def call(
+        self,
+        rpc: Callable[[RerankerServiceAsyncStub], Any],
+        request: Any,
+        patience: Patience,
+        read: Callable[[Any], T] = lambda response: response,
+    ) -> T:
+        """Make a unary call, again where that may help.
+
+        Args:
+            rpc: Picks the method of a stub.
+            request: The request message.
+            patience: When to give up.
+            read: Turns the response into what is returned; may ask for another attempt by ``ConnectionLostError``.
+        """
+
+        async def attempt(endpoint: Endpoint, patience: Patience) -> T:
+            stub = await endpoint.stub(patience.remaining())
+            # The server is told the deadline, too: it need not score what nobody waits for.
+            timeout = max(patience.remaining(), 0.001)
+            return read(await rpc(stub)(request, timeout=timeout, metadata=endpoint.metadata))
+
+        return await self.run(attempt, patience)
+
+    def warn_of_fallback(self) -> None:
+        """Say, once a client, that there are no streams."""
+        if not self._warned:
+            self._warned = True
+            _logger.warning(
+                "The server, or something in front of it, does not have RerankStream: scoring by RerankBatch, which is "
+                "slower and sends every text with every pair."
+            )
+
+    async def suspend(self) -> None:
+        """End all attempts and close all channels, so that nothing of gRPC is alive; ``resume`` begins them again."""
+        self._open.clear()
+        for task in self._attempts:
+            task.cancel()
+        if self._attempts:
+            self._idle.clear()
+            await self._idle.wait()
+        await self.close()
+
+    def resume(self) -> None:
+        """Let attempts be made again."""
+        self._open.set()
+
+    async def close(self) -> None:
+        """Close all channels."""
+        for endpoint in self._endpoints:
+            await endpoint.close()
+
+    async def _make(self, attempt: Attempt[T], endpoint: Endpoint, patience: Patience) -> T:
+        """Make one attempt, as long as patience lasts.
+
+        Raises:
+            _StalledError: Patience ran out; the attempt was ended.
+            _SuspendedError: ``suspend`` ended the attempt.
+            Exception: What the attempt raised.
+        """
+        task = asyncio.get_running_loop().create_task(attempt(endpoint, patience))
+        self._attempts.add(task)
+        try:
+            while not task.done():
+                remaining = patience.remaining()
+                if remaining <= 0:
+                    raise _StalledError
+                await asyncio.wait({task}, timeout=remaining)
+            if task.cancelled():
+                raise _SuspendedError
+            return task.result()
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
+            self._attempts.discard(task)
+            if not self._attempts:
+                self._idle.set()
+            del task  # breaks the circle of an exception, its traceback, this frame and the task
+
+    def _choose(self) -> tuple[Endpoint, float]:
+        """Return the next endpoint in turn that did not just fail and 0, or the first to be ready again and seconds."""
+        now = asyncio.get_running_loop().time()
+        count = len(self._endpoints)
+        for step in range(count):
+            endpoint = self._endpoints[(self._next + step) % count]
+            if endpoint.ready_at <= now:
+                self._next = (self._next + step + 1) % count
+                return endpoint, 0.0
+        first = min(self._endpoints, key=lambda endpoint: endpoint.ready_at)
+        return first, first.ready_at - now
+
+    def _unavailable(self, tried: int, patience: Patience, last: str, left: str) -> RerankerUnavailableError:
+        targets = [str(endpoint.target) for endpoint in self._endpoints]
+        return RerankerUnavailableError(
+            f"no progress for {patience.seconds:g} s with {', '.join(targets)}: {tried} attempts; "
+            f"the last error: {last}{left}"
+        )
+
+
+def is_unimplemented(error: BaseException) -> bool:
+    """Whether the server does not have the method that was called."""
+    return isinstance(error, RerankerRequestError) and error.code is grpc.StatusCode.UNIMPLEMENTED

@@ -1,0 +1,1 @@
+"""Filter: texts of a batch and their scores in, masks out."""

@@ -1,0 +1,382 @@
+"""Only the pairs that can matter: scores for the candidates that hold nearly all of the softmax's mass.
+
+An unscored candidate stays a negative. For a row whose unscored candidates hold the share u of the softmax denominator
+that is left after masking, the loss is above the loss of the fully scored row by at most ``-log(1 - u)``: scoring the
+rest can at most take all of their mass out of the denominator. So each row has candidates scored, the most similar
+first, until u is at most epsilon. Masking shrinks the denominator: what sufficed before the scores came may not suffice
+after. The first round counts on no candidate being masked; the second counts on all that it asks for being masked, so
+that no third can be needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from loss_client.client.errors import RerankerError, ScoreError
+from loss_client.filter.masking import same_id, thresholds
+from loss_client.filter.step import FilterStep, LossStatistics, ScoreRows
+from loss_client.filter.texts import intern
+
+Candidates = Literal["all", "mass"]
+"""Which pairs of a batch are scored; see ``RerankerCachedGISTEmbedLoss``."""
+
+# The logits of a row may come out a last digit different where they are computed again.
+_ROUNDING = 1 + 1e-6
+
+
+class AskForPairs(Protocol):
+    """Begins to score pairs, given by positions of their query and document; returns at once."""
+
+    def __call__(
+        self,
+        queries: Sequence[str],
+        documents: Sequence[str],
+        query_ids: NDArray[np.int64],
+        document_ids: NDArray[np.int64],
+        *,
+        recurring: bool,
+    ) -> ScoreRows:
+        """Begin one job, of pairs that will recur in later epochs or not."""
+
+
+def choose(
+    logits: Tensor,
+    decided: Tensor,
+    masked: Tensor,
+    epsilon: float,
+    *,
+    assume_masked: bool,
+    most: NDArray[np.int64] | None = None,
+) -> Tensor:
+    """Which undecided candidates to score, so that the rest holds no more than epsilon of what is left after masking.
+
+    Args:
+        logits: Shape ``(rows, candidates)``.
+        decided: Which candidates are masked or kept for good, same shape; the row's positive is.
+        masked: Which of these are masked, same shape.
+        epsilon: Largest share of the denominator without a score, in (0, 1).
+        assume_masked: Whether to count on every chosen candidate being masked, so that the choice suffices whatever
+            the scores are; else on none being masked.
+        most: Most candidates to choose in each row, the most similar ones, shape ``(rows,)``. Default: no limit.
+
+    Returns:
+        The choice, same shape as ``logits``.
+    """
+    kept, undecided = _masses(logits, decided, masked)
+    ascending = _sorted(undecided)
+    tails = torch.cumsum(ascending, dim=1)
+    # tails[k]: mass without a score if the k + 1 least similar undecided candidates are left out.
+    limit = kept + (tails if assume_masked else tails[:, -1:])
+    left_out = (tails <= epsilon * limit).sum(dim=1, keepdim=True)
+    if most is not None:
+        left_out = torch.maximum(left_out, tails.shape[1] - torch.from_numpy(most).to(tails.device)[:, None])
+    # What weighs as much as the lightest that is needed is taken, too: where texts are equal it costs nothing.
+    lightest = functional.pad(ascending, (0, 1), value=torch.inf).gather(1, left_out)
+    return (undecided >= lightest) & (undecided > 0)
+
+
+def unscored_share(logits: Tensor, decided: Tensor, masked: Tensor) -> Tensor:
+    """The share of each row's denominator, after masking, that undecided candidates hold, shape ``(rows,)``."""
+    kept, undecided = _masses(logits, decided, masked)
+    left = undecided.sum(dim=1)
+    return left / (kept[:, 0] + left)
+
+
+def _masses(logits: Tensor, decided: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the kept candidates' softmax weights, ``(rows, 1)``, and the weights of the undecided ones, else 0."""
+    if logits.device.type == "mps":  # has no doubles
+        logits, decided, masked = logits.cpu(), decided.cpu(), masked.cpu()
+    # Weights next to the largest kept one may be tiny and yet all that masking leaves: only doubles reach so far.
+    exact = logits.double().masked_fill(masked, -torch.inf)
+    weights = torch.exp(exact - exact.amax(dim=1, keepdim=True))
+    return weights.masked_fill(~decided, 0).sum(dim=1, keepdim=True), weights.masked_fill(decided, 0)
+
+
+def _sorted(weights: Tensor) -> Tensor:
+    """Each row in ascending order."""
+    if weights.device.type == "cpu":
+        # Several times as fast as torch, which also finds out where each one was.
+        return torch.from_numpy(np.sort(weights.numpy(), axis=1))
+    return torch.sort(weights, dim=1).values
+
+
+class _PairScores:
+    """Scores of some pairs of a grid, sorted by query; as a pair's code counts ``query * documents + document``."""
+
+    def __init__(self, queries: int, documents: int) -> None:
+        self._queries = queries
+        self._documents = documents
+        self._codes = np.empty(0, dtype=np.int64)
+        self._scores = np.empty(0, dtype=np.float32)
+
+    def __len__(self) -> int:
+        return len(self._codes)
+
+    def add(self, codes: NDArray[np.int64], scores: NDArray[np.float32]) -> None:
+        """Take in scores of pairs that are not there yet."""
+        codes = np.concatenate([self._codes, codes])
+        order = np.argsort(codes)
+        self._codes, self._scores = codes[order], np.concatenate([self._scores, scores])[order]
+
+    def missing(self, codes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those of some codes, sorted and distinct, that have no score."""
+        return np.setdiff1d(codes, self._codes)
+
+    def rows(self, queries: NDArray[np.intp]) -> NDArray[np.float32]:
+        """The scores of some queries, NaN where there is none, shape ``(queries, documents)``."""
+        found = np.full((len(queries), self._documents), np.nan, dtype=np.float32)
+        begins = np.searchsorted(self._codes, queries * self._documents)
+        ends = np.searchsorted(self._codes, (queries + 1) * self._documents)
+        for line, (begin, end) in enumerate(zip(begins.tolist(), ends.tolist(), strict=True)):
+            found[line, self._codes[begin:end] % self._documents] = self._scores[begin:end]
+        return found
+
+    def columns(self, documents: NDArray[np.intp]) -> NDArray[np.float32]:
+        """The scores of some documents with every query, NaN where there is none, shape ``(queries, documents)``."""
+        distinct, place = np.unique(documents, return_inverse=True)
+        position = np.full(self._documents, -1, dtype=np.int64)
+        position[distinct] = np.arange(len(distinct))
+        at = position[self._codes % self._documents]
+        found = np.full((self._queries, len(distinct)), np.nan, dtype=np.float32)
+        found[self._codes[at >= 0] // self._documents, at[at >= 0]] = self._scores[at >= 0]
+        return found[:, place.reshape(-1)]
+
+    def pairs(self, codes: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The scores of single pairs, NaN where there is none, shape of ``codes``."""
+        if not len(self._codes):
+            return np.full(codes.shape, np.nan, dtype=np.float32)
+        at = np.minimum(np.searchsorted(self._codes, codes), len(self._codes) - 1)
+        return np.where(self._codes[at] == codes, self._scores[at], np.float32(np.nan))
+
+
+class CandidateStep(FilterStep):
+    """See :class:`FilterStep`. Until the model has embedded the batch, only each anchor's own documents are asked for.
+
+    Those are its positive and its negatives of the other columns, which most likely matter and come again every epoch.
+
+    Args:
+        columns: This rank's texts by column.
+        epsilon: Largest share of a row's denominator that may stay without a score.
+        most: Most candidates of a row to have scored, its own documents not counted; ``None`` for no limit. What is
+            over stays unscored, and the bound does not hold.
+        ask: Begins a scoring job. Called at once for each anchor's own documents.
+    """
+
+    def __init__(self, columns: Sequence[Sequence[str]], epsilon: float, most: int | None, ask: AskForPairs) -> None:
+        super().__init__(columns)
+        self._epsilon = epsilon
+        self._most = most
+        self._ask = ask
+        documents = list(chain.from_iterable(columns[1:]))
+        every = np.arange(len(documents))
+        self._jobs.append(ask(columns[0], documents, every % len(columns[0]), every, recurring=True))
+
+    def _lay_out(self, merged: Sequence[Sequence[str]]) -> None:
+        settings, anchors = self._settings, merged[0]
+        by_scores = settings.contrast_filter == "scores"
+        self._by_known = not by_scores and (settings.contrast_anchors or settings.contrast_positives)
+        documents = intern([*merged[1:], anchors] if by_scores and settings.contrast_anchors else merged[1:])
+        asking = [self._columns[0]]
+        if by_scores and settings.contrast_positives:
+            asking.append(self._columns[1])
+        queries = intern([*asking, anchors] if self._by_known else asking)
+        self._query_texts, self._document_texts = queries.texts, documents.texts
+        self._anchor_queries, self._positive_queries = queries.ids[0], queries.ids[len(asking) - 1]
+        self._all_anchor_queries = queries.ids[-1]
+        self._document_ids = documents.ids[: len(merged) - 1]
+        self._anchor_documents = documents.ids[-1]
+        self._scores = _PairScores(len(queries.texts), len(documents.texts))
+        self._repeats = np.bincount(np.concatenate(self._document_ids), minlength=len(documents.texts))
+        self._rows_counted = 0
+        # Candidates of each row that were chosen so far. MatryoshkaLoss has them chosen for each of its dimensions.
+        self._chosen = np.zeros(len(self._columns[0]), dtype=np.int64)
+        self._own = np.arange(len(self._columns[0])) + self.rows.offset
+        self._own_documents = self._document_ids[0][self._own]
+        self._own_arrived = False
+        self._all_pairs = len(np.unique(self._anchor_queries)) * len(documents.texts)
+        if by_scores and settings.contrast_positives:
+            distinct = len(np.unique(self._document_ids[0]))
+            self._all_pairs += len(np.unique(self._positive_queries)) * distinct
+
+    def select(self, size: int, logits: Callable[[int, int], Tensor]) -> None:
+        """See :meth:`FilterStep.select`."""
+        if self.error is not None:
+            return
+        scored = self._chosen
+        try:
+            for assume_masked in (False, True):
+                wanted = [] if self._own_arrived else self._first_wanted()
+                for begin in range(0, len(scored), size):
+                    end = min(begin + size, len(scored))
+                    similar = logits(begin, end)
+                    decided, masked = (torch.from_numpy(flags).to(similar.device) for flags in self._state(begin, end))
+                    most = None if self._most is None else np.maximum(self._most - scored[begin:end], 0)
+                    chosen = choose(similar, decided, masked, self._epsilon, assume_masked=assume_masked, most=most)
+                    found = chosen.cpu().numpy()
+                    scored[begin:end] += found.sum(axis=1)
+                    wanted.append(self._codes(begin, end, found))
+                self._fetch(np.unique(np.concatenate(wanted)))
+        except RerankerError as error:
+            self._failed(error)
+            self._scores = _PairScores(len(self._query_texts), len(self._document_texts))
+
+    def _first_wanted(self) -> list[NDArray[np.int64]]:
+        """Pairs that are needed whatever the model finds similar."""
+        documents, job = len(self._document_texts), self._jobs[0]
+        own = np.concatenate([self._anchor_queries * documents + ids[self._own] for ids in self._document_ids])
+        codes, first = np.unique(own, return_index=True)
+        self._own_arrived = True
+        self._arrived(codes, job.rows(0, len(own))[first, 0])
+        job.release(0, len(own))
+        if not self._by_known:
+            return []
+        # Whether another row's anchor finds this row's positive relevant is told by that row's threshold.
+        return [self._all_anchor_queries * documents + self._document_ids[0]]
+
+    def _fetch(self, codes: NDArray[np.int64]) -> None:
+        missing = self._scores.missing(codes)
+        if not len(missing):
+            return
+        documents = len(self._document_texts)
+        # Only the texts that some pair names cross the wire.
+        queries, query_ids = np.unique(missing // documents, return_inverse=True)
+        named, document_ids = np.unique(missing % documents, return_inverse=True)
+        job = self._ask(
+            [self._query_texts[query] for query in queries],
+            [self._document_texts[document] for document in named],
+            query_ids.reshape(-1),
+            document_ids.reshape(-1),
+            recurring=False,
+        )
+        self._jobs.append(job)
+        self._arrived(missing, job.rows(0, len(missing))[:, 0])
+        job.release(0, len(missing))
+
+    def _arrived(self, codes: NDArray[np.int64], scores: NDArray[np.float32]) -> None:
+        if not np.isfinite(scores).all():
+            wrong = scores[~np.isfinite(scores)]
+            raise ScoreError(
+                f"{len(wrong)} of {len(scores)} scores are not finite, the first one {wrong[0]}. The filter needs "
+                "finite scores: check the model that the reranker serves and its number format."
+            )
+        self._scores.add(codes, scores)
+
+    def _limits(self, codes: NDArray[np.int64]) -> NDArray[np.float32]:
+        scores = self._scores.pairs(codes)
+        return thresholds(scores, self._settings.margin, self._settings.margin_strategy)
+
+    def _state(self, begin: int, end: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Which candidates of some rows are decided, and which masked, each of shape ``(end - begin, candidates)``."""
+        settings, documents, lines = self._settings, len(self._document_texts), np.arange(end - begin)
+        own, own_documents = self._own[begin:end], self._own_documents[begin:end]
+        queries = self._anchor_queries[begin:end]
+        limits = self._limits(queries * documents + own_documents)[:, None]
+        scores = self._scores.rows(queries)  # (end - begin, distinct documents)
+        known, relevant = ~np.isnan(scores), scores > limits  # a comparison with NaN is false
+        known[lines, own_documents] = relevant[lines, own_documents] = True
+
+        decided = [known[:, ids] for ids in self._document_ids]
+        masked = [relevant[:, ids] for ids in self._document_ids]
+        masked[0][lines, own] = False
+        between: list[tuple[NDArray[np.bool_], NDArray[np.bool_]]] = []
+        if self._by_known:
+            same = same_id(self._anchor_ids[own], self._anchor_ids)
+            found = self._known_between(begin, end, known, relevant)
+            repeats = settings.contrast_anchors + settings.contrast_positives
+            between = [(found[0] | same, found[1] | same)] * repeats
+        else:
+            if settings.contrast_anchors:
+                same = same_id(self._anchor_ids[own], self._anchor_ids)
+                ids = self._anchor_documents
+                between.append((known[:, ids] | same, relevant[:, ids] | same))
+            if settings.contrast_positives:
+                ids = self._document_ids[0]
+                others = self._scores.rows(self._positive_queries[begin:end])[:, ids]
+                same = same_id(ids[own], ids)
+                between.append((~np.isnan(others) | same, (others > limits) | same))
+        return (
+            np.concatenate([decided[0], *(one for one, _ in between), *decided[1:]], axis=1),
+            np.concatenate([masked[0], *(one for _, one in between), *masked[1:]], axis=1),
+        )
+
+    def _known_between(
+        self, begin: int, end: int, known: NDArray[np.bool_], relevant: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Whether it is known if rows are related, and whether they are, shape ``(end - begin, rows of all ranks)``."""
+        documents, positives = len(self._document_texts), self._document_ids[0]
+        own_documents = self._own_documents[begin:end]
+        # The other rows' anchors with these rows' positives, each against the other row's threshold.
+        back = self._scores.columns(own_documents)[self._all_anchor_queries].T  # (end - begin, rows of all ranks)
+        limits = self._limits(self._all_anchor_queries * documents + positives)
+        same = same_id(own_documents, positives)
+        back_known = (~np.isnan(back) & ~np.isnan(limits)) | same
+        related = relevant[:, positives] | (back > limits) | same
+        return related | (known[:, positives] & back_known), related
+
+    def _codes(self, begin: int, end: int, chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """The pairs whose scores decide chosen candidates, distinct, shape ``(pairs,)``."""
+        settings, documents = self._settings, len(self._document_texts)
+        queries, positives = self._anchor_queries[begin:end], self._document_ids[0]
+        blocks = [(queries, positives)]
+        if settings.contrast_anchors:
+            blocks.append((queries, positives if self._by_known else self._anchor_documents))
+        if settings.contrast_positives:
+            blocks.append((queries if self._by_known else self._positive_queries[begin:end], positives))
+        blocks += [(queries, ids) for ids in self._document_ids[1:]]
+        codes, column = [], 0
+        contrast = settings.contrast_anchors + settings.contrast_positives
+        for number, (asking, ids) in enumerate(blocks):
+            lines, places = np.nonzero(chosen[:, column : column + len(ids)])
+            column += len(ids)
+            codes.append(asking[lines] * documents + ids[places])
+            if self._by_known and 0 < number <= contrast:
+                codes.append(self._all_anchor_queries[places] * documents + self._own_documents[begin:end][lines])
+        return np.unique(np.concatenate(codes))
+
+    def mask(self, begin: int, end: int) -> NDArray[np.bool_]:
+        """See :meth:`FilterStep.mask`."""
+        return self._state(begin, end)[1]
+
+    def observe(self, begin: int, end: int, logits: Tensor) -> None:
+        """See :meth:`FilterStep.observe`."""
+        # MatryoshkaLoss asks for the same rows once for each of its dimensions.
+        if begin < self._rows_counted:
+            return
+        self._rows_counted = end
+        decided, masked = self._state(begin, end)
+        counts, rows = self._counts, end - begin
+        if self.error is None:
+            shares = unscored_share(
+                logits, torch.from_numpy(decided).to(logits.device), torch.from_numpy(masked).to(logits.device)
+            )
+            counts.unscored_share += float(shares.sum())
+            counts.capped_anchors += int((shares > self._epsilon * _ROUNDING).sum())
+        scores = self._scores.rows(self._anchor_queries[begin:end])
+        own_scores = scores[np.arange(rows), self._own_documents[begin:end]]
+        contrast = len(self._anchor_ids) * (self._settings.contrast_anchors + self._settings.contrast_positives)
+        every, others = len(self._anchor_ids), masked[:, len(self._anchor_ids) + contrast :]
+        counts.negatives += rows * (int(self._repeats.sum()) - 1)
+        counts.masked_negatives += int(masked[:, :every].sum() + others.sum())
+        if self.error is None:
+            known = ~np.isnan(scores)
+            counts.scored_anchors += rows
+            counts.scored_negatives += int((known @ self._repeats).sum()) - rows
+            above_own = (scores > own_scores[:, None]) & (self._repeats > 0)  # anchors may be among the documents
+            counts.outscored_positives += int(above_own.any(axis=1).sum())
+            counts.positive_scores += float(own_scores.sum(dtype=np.float64))
+            counts.negative_scores += float((np.nan_to_num(scores) @ self._repeats).sum() - own_scores.sum())
+
+    def statistics(self) -> LossStatistics:
+        """See :meth:`FilterStep.statistics`."""
+        counts = super().statistics()
+        counts.pairs = len(self._scores)
+        counts.skipped_pairs = max(0, self._all_pairs - counts.pairs)
+        return counts

@@ -1,0 +1,1 @@
+"""Observing: metrics and traces of the server's work."""

@@ -1,0 +1,201 @@
+"""The RPCs: validate, hand over to the scorer, translate back. No arithmetic and no policy here.
+
+The handlers are registered by hand rather than by the generated ``add_..._to_server``: a message that cannot be
+parsed (invalid UTF-8, cut short) must be INVALID_ARGUMENT, and gRPC's own answer to it is INTERNAL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import grpc
+import numpy as np
+from google.protobuf.message import DecodeError, Message
+from grpc import aio
+
+from reranker.v1 import reranker_pb2 as pb
+
+from ..observing.metrics import Metrics
+from ..scheduling.scheduler import Ticket
+from ..scoring.scorer import Scored, Scorer
+from ..scoring.texts import TextTable
+from ..scoring.types import Pairs
+from .errors import NotReadyError, RerankError, as_rerank_error, invalid
+from .stream import StreamSession
+from .validation import Ranking, Validator
+
+SERVICE = pb.DESCRIPTOR.services_by_name["RerankerService"].full_name
+
+Request = TypeVar("Request", bound=Message)
+Response = TypeVar("Response", bound=Message)
+Context = aio.ServicerContext[Message, Message]
+
+
+class _Malformed:
+    """Stands for a request that could not be parsed; carries the reason to the handler."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+def _parser(message: type[Request]) -> Callable[[bytes], Any]:
+    """A deserializer of ``message`` that gives ``_Malformed`` instead of failing inside gRPC."""
+
+    def parse(data: bytes) -> Request | _Malformed:
+        try:
+            return message.FromString(data)
+        except DecodeError as error:
+            return _Malformed(f"{len(data)} bytes are no {message.DESCRIPTOR.full_name}: {error}")
+
+    return parse
+
+
+def _well_formed(request: Request | _Malformed) -> Request:
+    if isinstance(request, _Malformed):
+        raise invalid("message", f"{request.reason}; strings must be UTF-8")
+    return request
+
+
+async def _abort(context: Context, error: RerankError) -> None:
+    status = error.to_status()
+    await context.abort(
+        error.code, error.message, trailing_metadata=(("grpc-status-details-bin", status.SerializeToString()),)
+    )
+
+
+class RerankerServicer:
+    """Answers the four RPCs of ``reranker.v1.RerankerService``; not ready until ``open`` is called."""
+
+    def __init__(self, metrics: Metrics | None = None) -> None:
+        self._metrics = metrics or Metrics()
+        self._scorer: Scorer | None = None
+        self._validator: Validator | None = None
+        self._info = pb.GetModelInfoResponse()
+
+    def open(self, scorer: Scorer, validator: Validator, info: pb.GetModelInfoResponse) -> None:
+        """Begin to answer."""
+        self._scorer, self._validator, self._info = scorer, validator, info
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """The handlers for ``server.add_generic_rpc_handlers``."""
+
+        def unary(
+            rpc: str, answer: Callable[[Request], Awaitable[Response]], message: type[Request]
+        ) -> grpc.RpcMethodHandler[Request, Response]:
+            async def handle(request: Request | _Malformed, context: Context) -> Response | None:
+                with self._metrics.call(rpc) as call:
+                    try:
+                        response = await answer(_well_formed(request))
+                    except Exception as error:
+                        known = as_rerank_error(error)
+                        call.code = known.code
+                        await _abort(context, known)
+                        return None
+                    call.code = grpc.StatusCode.OK
+                    return response
+
+            return grpc.unary_unary_rpc_method_handler(
+                handle,
+                request_deserializer=_parser(message),
+                response_serializer=lambda response: response.SerializeToString(),
+            )
+
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "Rerank": unary("Rerank", self.rerank, pb.RerankRequest),
+                "RerankBatch": unary("RerankBatch", self.rerank_batch, pb.RerankBatchRequest),
+                "GetModelInfo": unary("GetModelInfo", self.get_model_info, pb.GetModelInfoRequest),
+                "RerankStream": grpc.stream_stream_rpc_method_handler(
+                    self._rerank_stream,
+                    request_deserializer=_parser(pb.RerankStreamRequest),
+                    response_serializer=lambda response: response.SerializeToString(),
+                ),
+            },
+        )
+
+    async def rerank(self, request: pb.RerankRequest) -> pb.RerankResponse:
+        """Rank the documents of one query. Raises ``RerankError``."""
+        self._ready()
+        return await self._rank("Rerank", request, Ticket(object(), interactive=True))
+
+    async def rerank_batch(self, request: pb.RerankBatchRequest) -> pb.RerankBatchResponse:
+        """Rank for many requests at once; each fails alone. Raises ``RerankError`` for the batch as a whole."""
+        _, validator = self._ready()
+        validator.batch(request)
+        # One for all: calls share the engine, whatever each of them asks for.
+        ticket = Ticket(object(), interactive=True)
+
+        async def item(position: int, one: pb.RerankRequest) -> pb.RerankBatchItem:
+            try:
+                response = await self._rank("RerankBatch", one, ticket, f"requests[{position}].")
+                return pb.RerankBatchItem(response=response)
+            except Exception as error:
+                return pb.RerankBatchItem(error=as_rerank_error(error).to_status())
+
+        tasks = [asyncio.create_task(item(position, one)) for position, one in enumerate(request.requests)]
+        try:
+            return pb.RerankBatchResponse(items=await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def get_model_info(self, request: pb.GetModelInfoRequest) -> pb.GetModelInfoResponse:
+        """Describe the served model."""
+        self._ready()
+        return self._info
+
+    async def _rerank_stream(
+        self, requests: AsyncIterator[pb.RerankStreamRequest | _Malformed], context: Context
+    ) -> AsyncIterator[pb.RerankStreamResponse]:
+        with self._metrics.call("RerankStream") as call:
+            try:
+                scorer, validator = self._ready()
+                session = StreamSession(scorer, validator, self._info.fingerprint, self._metrics)
+                async for reply in session.replies(_well_formed(request) async for request in requests):
+                    yield reply
+                call.code = grpc.StatusCode.OK
+            except Exception as error:
+                known = as_rerank_error(error)
+                call.code = known.code
+                await _abort(context, known)
+
+    def _ready(self) -> tuple[Scorer, Validator]:
+        if self._scorer is None or self._validator is None:
+            raise NotReadyError("the model is still loading; try again soon")
+        return self._scorer, self._validator
+
+    async def _rank(self, rpc: str, request: pb.RerankRequest, ticket: Ticket, at: str = "") -> pb.RerankResponse:
+        """Answer one request; ``at`` is where it stands in a batch. Raises ``RerankError``."""
+        scorer, validator = self._ready()
+        try:
+            ranking = validator.rerank(request, at)
+            scored = await self._score(scorer, ranking, ticket)
+        except Exception as error:
+            known = as_rerank_error(error)
+            self._metrics.refusal(rpc, known.code)
+            # Whatever was unforeseen has been logged where it was met.
+            raise known from None
+        known_at = time.monotonic()
+        self._metrics.reply(rpc, scored.usage)
+        response = pb.RerankResponse(usage=scored.usage)
+        for index in np.argsort(-scored.scores, kind="stable")[: ranking.top_n].tolist():
+            result = response.results.add(index=index, score=float(scored.scores[index]))
+            if ranking.return_documents:
+                result.document = ranking.documents[index]
+        self._metrics.sent(time.monotonic() - known_at)
+        return response
+
+    @staticmethod
+    async def _score(scorer: Scorer, ranking: Ranking, ticket: Ticket) -> Scored:
+        count = len(ranking.documents)
+        # Text 0 is the query.
+        table = TextTable(ranking.options, ticket, [ranking.query, *ranking.documents])
+        pairs = Pairs(np.zeros(1, dtype=np.int64), np.arange(1, count + 1), grid=True)
+        try:
+            return await scorer.score(table, pairs)
+        finally:
+            table.close()

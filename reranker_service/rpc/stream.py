@@ -1,0 +1,123 @@
+"""One ``RerankStream`` call: reads, scores and replies at the same time.
+
+A reader takes messages in and starts one task a chunk; finished chunks queue up for the writer. Pairs count as in
+flight from the reading of their chunk until gRPC has taken its reply, and the reader stops at the limit: a client
+that does not read its replies is not read from either, so the server holds a bounded part of its work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+from reranker.v1 import reranker_pb2 as pb
+
+from ..observing.metrics import Metrics
+from ..scheduling.scheduler import Ticket
+from ..scoring.scorer import Scorer
+from ..scoring.texts import TextTable
+from ..scoring.types import Pairs
+from .errors import as_rerank_error, invalid
+from .validation import Validator
+
+
+class StreamSession:
+    """The state of one stream; ``replies`` runs it."""
+
+    def __init__(self, scorer: Scorer, validator: Validator, fingerprint: str, metrics: Metrics) -> None:
+        self._scorer = scorer
+        self._validator = validator
+        self._fingerprint = fingerprint
+        self._metrics = metrics
+        # Each with the pairs that it sets free, and when its scores were known.
+        self._replies: asyncio.Queue[tuple[pb.RerankStreamResponse, int, float | None] | None] = asyncio.Queue()
+        self._chunks: set[asyncio.Task[None]] = set()
+        self._in_flight = 0
+        self._room = asyncio.Event()
+
+    async def replies(self, requests: AsyncIterator[pb.RerankStreamRequest]) -> AsyncIterator[pb.RerankStreamResponse]:
+        """Run the stream to its end.
+
+        Raises:
+            InvalidRequestError: The client broke the protocol; the stream cannot go on.
+        """
+        reader = asyncio.create_task(self._read(requests))
+        reader.add_done_callback(lambda _: self._replies.put_nowait(None))
+        try:
+            while (item := await self._replies.get()) is not None:
+                reply, weight, known = item
+                yield reply
+                if known is not None:
+                    self._metrics.sent(time.monotonic() - known)
+                self._in_flight -= weight
+                self._room.set()
+            await reader
+        finally:
+            reader.cancel()
+            for chunk in self._chunks:
+                chunk.cancel()
+
+    async def _read(self, requests: AsyncIterator[pb.RerankStreamRequest]) -> None:
+        """Take in every message; returns when every chunk has its reply."""
+        table: TextTable | None = None
+        text_bytes = 0
+        chunk_ids: set[int] = set()
+        try:
+            async for request in requests:
+                kind = request.WhichOneof("message")
+                if table is None:
+                    options, interactive = self._validator.open(request)
+                    table = TextTable(options, Ticket(self, interactive))
+                    opened = pb.StreamOpened(fingerprint=self._fingerprint, limits=self._validator.limits.to_message())
+                    self._replies.put_nowait((pb.RerankStreamResponse(opened=opened), 0, None))
+                elif kind == "texts":
+                    text_bytes += self._validator.texts(request.texts, len(table.texts), text_bytes)
+                    table.texts.extend(request.texts.texts)
+                elif kind == "chunk":
+                    self._validator.chunk_id(request.chunk.id, chunk_ids)
+                    chunk_ids.add(request.chunk.id)
+                    await self._start(table, request.chunk)
+                elif kind == "open":
+                    raise invalid("open", "came a second time; a stream is opened once, by its first message")
+                else:
+                    raise invalid("message", "is not set; give texts or a chunk")
+            await asyncio.gather(*self._chunks)
+        finally:
+            if table is not None:
+                table.close()
+
+    async def _start(self, table: TextTable, chunk: pb.StreamChunk) -> None:
+        """Begin to score a chunk, once there is room for it."""
+        pairs: Pairs | Exception
+        try:
+            pairs = self._validator.chunk(chunk, len(table.texts))
+        except Exception as error:
+            pairs = error
+        # A refused chunk has weight, too: its reply must be read. One larger than the limit goes alone.
+        weight = 1 if isinstance(pairs, Exception) else len(pairs)
+        while self._in_flight and self._in_flight + weight > self._validator.limits.max_pairs_in_flight:
+            self._room.clear()
+            await self._room.wait()
+        self._in_flight += weight
+        task = asyncio.create_task(self._answer(table, chunk.id, pairs, weight))
+        self._chunks.add(task)
+        task.add_done_callback(self._chunks.discard)
+
+    async def _answer(self, table: TextTable, chunk_id: int, pairs: Pairs | Exception, weight: int) -> None:
+        result = pb.ChunkResult(id=chunk_id)
+        known: float | None = None
+        try:
+            if isinstance(pairs, Exception):
+                raise pairs
+            scored = await self._scorer.score(table, pairs)
+        except Exception as error:
+            refusal = as_rerank_error(error)
+            self._metrics.refusal("RerankStream", refusal.code)
+            result.error.CopyFrom(refusal.to_status())
+        else:
+            known = time.monotonic()
+            self._metrics.reply("RerankStream", scored.usage)
+            result.scores.values.extend(scored.scores.tolist())
+            result.usage.CopyFrom(scored.usage)
+        self._replies.put_nowait((pb.RerankStreamResponse(result=result), weight, known))

@@ -1,0 +1,221 @@
+"""Every rule of the contract that a request can break, in one place: messages in, plain validated values out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reranker.v1 import reranker_pb2 as pb
+
+from ..scoring.types import Pairs
+from .errors import InvalidRequestError, Violation, invalid
+from .limits import Limits
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What validation must know of the served model; lengths in tokens."""
+
+    min_length: int
+    max_length: int
+    default_length: int
+    supports_instruction: bool
+    default_instruction: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringOptions:
+    """Validated ``RerankOptions`` with every default filled in."""
+
+    instruction: str | None
+    max_length: int
+    raw: bool
+    reject_over_long: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """A validated ``RerankRequest``."""
+
+    query: str
+    documents: Sequence[str]
+    top_n: int
+    return_documents: bool
+    options: ScoringOptions
+
+
+@dataclass(slots=True)
+class Violations:
+    """Collects broken rules, so that a caller learns of all of them at once."""
+
+    found: list[Violation] = field(default_factory=list)
+
+    def add(self, path: str, description: str) -> None:
+        """Note one broken rule."""
+        self.found.append(Violation(path, description))
+
+    def raise_if_any(self) -> None:
+        """Raise ``InvalidRequestError`` with everything noted, if there is anything."""
+        if self.found:
+            raise InvalidRequestError(self.found)
+
+
+class Validator:
+    """Holds requests against the contract, the limits and the served model."""
+
+    def __init__(self, limits: Limits, model: ModelFacts) -> None:
+        self.limits = limits
+        self.model = model
+
+    def options(self, options: pb.RerankOptions, path: str = "options") -> ScoringOptions:
+        """Validate options and fill in defaults. Raises ``InvalidRequestError``."""
+        violations = Violations()
+        validated = self._options(options, path, violations)
+        violations.raise_if_any()
+        return validated
+
+    def rerank(self, request: pb.RerankRequest, path: str = "") -> Ranking:
+        """Validate one ranking. Raises ``InvalidRequestError``."""
+        violations = Violations()
+        count, limit = len(request.documents), self.limits.max_documents_per_request
+        if count == 0:
+            violations.add(f"{path}documents", "there are none; give at least one document")
+        elif count > limit:
+            violations.add(f"{path}documents", f"there are {count}; the limit of one request is {limit}")
+        if request.HasField("top_n") and request.top_n == 0:
+            violations.add(f"{path}top_n", "is 0; give 1 or more, or leave it out for all documents")
+        self._text(request.query, f"{path}query", violations)
+        for position, document in enumerate(request.documents[: limit + 1]):
+            self._text(document, f"{path}documents[{position}]", violations)
+        options = self._options(request.options, f"{path}options", violations)
+        violations.raise_if_any()
+        top_n = min(request.top_n, count) if request.HasField("top_n") else count
+        return Ranking(request.query, request.documents, top_n, request.return_documents, options)
+
+    def batch(self, request: pb.RerankBatchRequest) -> None:
+        """Validate what concerns a batch as a whole; its requests are validated one by one, each failing alone."""
+        count, limit = len(request.requests), self.limits.max_requests_per_batch
+        if count == 0:
+            raise invalid("requests", "there are none; give at least one request")
+        if count > limit:
+            raise invalid("requests", f"there are {count}; the limit of one batch is {limit}")
+        pairs, limit = sum(len(one.documents) for one in request.requests), self.limits.max_pairs_per_batch
+        if pairs > limit:
+            raise invalid("requests", f"they hold {pairs} documents together; the limit of one batch is {limit}")
+
+    def open(self, message: pb.RerankStreamRequest) -> tuple[ScoringOptions, bool]:
+        """Validate a stream's first message; gives the options and whether the stream is interactive."""
+        kind = message.WhichOneof("message")
+        if kind != "open":
+            raise invalid(kind or "message", "came before open; the first message of a stream must be open")
+        violations = Violations()
+        options = self._options(message.open.options, "open.options", violations)
+        if message.open.priority not in pb.Priority.values():
+            _unknown_enum("open.priority", message.open.priority, pb.Priority.keys(), violations)
+        violations.raise_if_any()
+        return options, message.open.priority == pb.PRIORITY_INTERACTIVE
+
+    def texts(self, message: pb.StreamTexts, texts_before: int, bytes_before: int) -> int:
+        """Validate more texts of a stream; gives their size in bytes. An error ends the stream."""
+        if not message.texts:
+            raise invalid("texts.texts", "there are none; give at least one text")
+        count, limit = texts_before + len(message.texts), self.limits.max_texts_per_stream
+        if count > limit:
+            raise invalid("texts.texts", f"the stream would hold {count} texts; the limit of one stream is {limit}")
+        violations = Violations()
+        added = sum(
+            self._text(text, f"texts.texts[{position}]", violations) for position, text in enumerate(message.texts)
+        )
+        violations.raise_if_any()
+        total, limit = bytes_before + added, self.limits.max_text_bytes_per_stream
+        if total > limit:
+            raise invalid("texts.texts", f"the stream would hold {total} bytes; the limit of one stream is {limit}")
+        return added
+
+    def chunk_id(self, chunk_id: int, earlier: set[int]) -> None:
+        """Validate a chunk's id against those before it. An error ends the stream."""
+        if chunk_id in earlier:
+            raise invalid("chunk.id", f"is {chunk_id}, as was an earlier chunk's; ids must differ within a stream")
+        if len(earlier) >= self.limits.max_chunks_per_stream:
+            raise invalid("chunk", f"is one more than {len(earlier)}, the limit of chunks in one stream")
+
+    def chunk(self, chunk: pb.StreamChunk, text_count: int) -> Pairs:
+        """Validate the pairs of a chunk. An error fails that chunk alone."""
+        kind = chunk.WhichOneof("pairs")
+        if kind is None:
+            raise invalid("chunk.pairs", "is not set; give a grid or a list")
+        source = chunk.grid if kind == "grid" else chunk.list
+        path = f"chunk.{kind}"
+        # The sizes come first: nothing is built that is larger than the limit.
+        rows, columns = len(source.query_ids), len(source.document_ids)
+        violations = Violations()
+        for name, size in (("query_ids", rows), ("document_ids", columns)):
+            if size == 0:
+                violations.add(f"{path}.{name}", "there are none; give at least one text id")
+        if kind == "list" and rows != columns:
+            violations.add(
+                f"{path}.document_ids", f"there are {columns}, but {rows} query_ids; a list pairs them one by one"
+            )
+        violations.raise_if_any()
+        count, limit = (rows * columns if kind == "grid" else rows), self.limits.max_pairs_per_chunk
+        if count > limit:
+            raise invalid(path, f"holds {count} pairs; the limit of one chunk is {limit}")
+        queries = np.fromiter(source.query_ids, dtype=np.int64, count=rows)
+        documents = np.fromiter(source.document_ids, dtype=np.int64, count=columns)
+        for name, ids in (("query_ids", queries), ("document_ids", documents)):
+            _known(ids, text_count, f"{path}.{name}", violations)
+        violations.raise_if_any()
+        return Pairs(queries, documents, grid=kind == "grid")
+
+    def _options(self, options: pb.RerankOptions, path: str, violations: Violations) -> ScoringOptions:
+        model = self.model
+        instruction = model.default_instruction
+        if options.HasField("instruction"):
+            if model.supports_instruction:
+                self._text(options.instruction, f"{path}.instruction", violations)
+                instruction = options.instruction
+            else:
+                violations.add(f"{path}.instruction", "is set, but the served model takes none; leave it out")
+        max_length = model.default_length
+        if options.HasField("max_length"):
+            max_length = options.max_length
+            if not model.min_length <= max_length <= model.max_length:
+                violations.add(
+                    f"{path}.max_length",
+                    f"is {max_length}; the served model takes {model.min_length} to {model.max_length} tokens",
+                )
+        if options.score_type not in pb.ScoreType.values():
+            _unknown_enum(f"{path}.score_type", options.score_type, pb.ScoreType.keys(), violations)
+        if options.over_long not in pb.OverLong.values():
+            _unknown_enum(f"{path}.over_long", options.over_long, pb.OverLong.keys(), violations)
+        return ScoringOptions(
+            instruction,
+            max_length,
+            raw=options.score_type == pb.SCORE_TYPE_RAW,
+            reject_over_long=options.over_long == pb.OVER_LONG_REJECT,
+        )
+
+    def _text(self, text: str, path: str, violations: Violations) -> int:
+        """Check one text's size; gives it in bytes."""
+        size = len(text) if text.isascii() else len(text.encode())
+        if size > self.limits.max_text_bytes:
+            violations.add(path, f"is {size} bytes long; the limit of one text is {self.limits.max_text_bytes}")
+        return size
+
+
+def _known(ids: NDArray[np.int64], text_count: int, path: str, violations: Violations) -> None:
+    unknown = np.flatnonzero(ids >= text_count)
+    if unknown.size:
+        position = int(unknown[0])
+        violations.add(
+            f"{path}[{position}]", f"is text id {ids[position]}, but only {text_count} texts were sent before the chunk"
+        )
+
+
+def _unknown_enum(path: str, value: int, names: Sequence[str], violations: Violations) -> None:
+    violations.add(
+        path, f"is {value}, which no {names[0].removesuffix('_UNSPECIFIED')} has; give one of {', '.join(names)}"
+    )

@@ -1,0 +1,1 @@
+"""Scheduling: admits the work of many clients into one engine."""

@@ -1,0 +1,1 @@
+"""Scoring: pairs of texts in, scores out, each pair scored once."""

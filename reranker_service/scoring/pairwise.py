@@ -1,0 +1,180 @@
+"""Raw scores from models that read both texts of a pair together: cross-encoders and causal rerankers.
+
+Pairs that are known come from the cache, those that somebody scores already are waited for, and what is left is joined
+from the encoded texts, one sequence a pair, as the engine reads them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..engines.base import TokenSequence
+from ..models.encoding import EncodedText, Encoder
+from ..rpc.errors import over_long
+from ..scheduling.scheduler import Job, Scheduler
+from .cache import ScoreCache
+from .cost import Cost
+from .disk import DiskCache
+from .texts import TextEncoder, TextTable
+from .types import Pairs
+
+# How a score lies on disk.
+_STORED = np.dtype("<f4")
+_UNKNOWN = np.array(np.nan, dtype=_STORED).tobytes()
+
+
+class _Joined(Sequence[TokenSequence]):
+    """The inputs of some pairs, joined when they are read, all at once: what never reaches the engine costs nothing."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        queries: Sequence[EncodedText],
+        documents: Sequence[EncodedText],
+        query_at: NDArray[np.intp],
+        document_at: NDArray[np.intp],
+        max_length: int,
+    ) -> None:
+        self._encoder = encoder
+        self._queries = queries
+        self._documents = documents
+        self._query_at = query_at
+        self._document_at = document_at
+        self._max_length = max_length
+
+    def __len__(self) -> int:
+        return len(self._query_at)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenSequence: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenSequence]: ...
+
+    def __getitem__(self, index: int | slice) -> TokenSequence | list[TokenSequence]:
+        if isinstance(index, slice):
+            return self._join(self._query_at[index], self._document_at[index])
+        return self._join(self._query_at[index : index + 1 or None], self._document_at[index : index + 1 or None])[0]
+
+    def __iter__(self) -> Iterator[TokenSequence]:
+        return iter(self._join(self._query_at, self._document_at))
+
+    def _join(self, query_at: NDArray[np.intp], document_at: NDArray[np.intp]) -> list[TokenSequence]:
+        queries = [self._queries[place] for place in query_at.tolist()]
+        documents = [self._documents[place] for place in document_at.tolist()]
+        return self._encoder.join_all(queries, documents, self._max_length)
+
+
+class PairScorer:
+    """Scores pairs as token sequences."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        texts: TextEncoder,
+        scheduler: Scheduler,
+        *,
+        cache: ScoreCache | None,
+        disk: DiskCache | None,
+    ) -> None:
+        """Set up.
+
+        Args:
+            encoder: Joins pairs.
+            texts: Encodes texts.
+            scheduler: Runs sequences.
+            cache: Scores already known; ``None`` to look every pair up on disk or score it.
+            disk: Scores known from earlier; ``None`` for none.
+        """
+        self._encoder = encoder
+        self._texts = texts
+        self._scheduler = scheduler
+        self._cache = cache
+        self._disk = disk
+
+    async def score(self, table: TextTable, pairs: Pairs, cost: Cost) -> NDArray[np.float32]:
+        """Raw scores of pairs, shape ``(n,)``."""
+        query_ids, document_ids = pairs.flat()
+        if self._cache is None:
+            return await self._recall(table, query_ids, document_ids, cost)
+        # Somebody who waits must not be held up by bulk work that happens to have the same pair.
+        share = not table.ticket.interactive
+        digests = table.digests()
+        scores = np.empty(len(query_ids), dtype=np.float32)
+        left = np.arange(len(query_ids))
+        claim = self._cache.claim(table.scope, digests, query_ids, document_ids, share=share)
+        cost.cached += len(claim.known)
+        while True:
+            scores[left[claim.known]] = claim.scores[claim.known]
+            mine, found = left[claim.mine], None
+            try:
+                if len(mine):
+                    found = await self._recall(table, query_ids[mine], document_ids[mine], cost)
+                    scores[mine] = found
+            finally:
+                self._cache.settle(claim, found)
+            if not claim.waits:
+                return scores
+            await asyncio.wait(claim.waits)
+            left = left[claim.waiting]
+            claim = self._cache.claim(table.scope, digests, query_ids[left], document_ids[left], share=share)
+            cost.shared += len(claim.known)
+
+    async def _recall(
+        self, table: TextTable, query_ids: NDArray[np.int64], document_ids: NDArray[np.int64], cost: Cost
+    ) -> NDArray[np.float32]:
+        """Raw scores of pairs that are given one by one, from disk where they are there."""
+        if self._disk is None:
+            return await self._compute(table, query_ids, document_ids, cost)
+        digests = table.digests()
+        keys = [
+            table.scope + digests[query] + digests[document]
+            for query, document in zip(query_ids.tolist(), document_ids.tolist(), strict=True)
+        ]
+        found = await self._disk.get(keys)
+        unknown = np.array([position for position, value in enumerate(found) if value is None], dtype=np.intp)
+        scores = np.frombuffer(b"".join(value or _UNKNOWN for value in found), dtype=_STORED).astype(np.float32)
+        cost.cached += len(found) - len(unknown)
+        if len(unknown):
+            computed = await self._compute(table, query_ids[unknown], document_ids[unknown], cost)
+            scores[unknown] = computed
+            data = computed.astype(_STORED).tobytes()
+            self._disk.put([keys[one] for one in unknown], [data[at : at + 4] for at in range(0, len(data), 4)])
+        return scores
+
+    async def _compute(
+        self, table: TextTable, query_ids: NDArray[np.int64], document_ids: NDArray[np.int64], cost: Cost
+    ) -> NDArray[np.float32]:
+        """Raw scores of pairs that are given one by one, by the model."""
+        max_length = table.options.max_length
+        distinct, query_at = np.unique(query_ids, return_inverse=True)
+        queries = await self._texts.encode(table, "query", distinct)
+        distinct, document_at = np.unique(document_ids, return_inverse=True)
+        documents = await self._texts.encode(table, "document", distinct)
+        lengths = self._encoder.lengths(queries, documents, query_at, document_at)  # (n,), nothing cut
+        cut = np.flatnonzero(lengths > max_length)
+        if len(cut) and table.options.reject_over_long:
+            first = cut[0]
+            raise over_long(
+                f"{len(cut)} of {len(lengths)} pairs are too long; the first, text {query_ids[first]} with text "
+                f"{document_ids[first]}, has {lengths[first]} tokens",
+                max_length,
+            )
+        # One query's documents next to each other: they share a prefix, which an engine may keep.
+        order = np.argsort(query_at, kind="stable")
+
+        def make(positions: NDArray[np.intp]) -> Sequence[TokenSequence]:
+            part = order[positions]
+            return _Joined(self._encoder, queries, documents, query_at[part], document_at[part], max_length)
+
+        job = Job(table.ticket, np.minimum(lengths, max_length)[order], make)
+        scores = np.empty(len(lengths), dtype=np.float32)
+        scores[order] = await self._scheduler.run(job)
+        cost.add(job)
+        cost.truncated += len(cut)
+        return scores
