@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reranker_service.engines.base import Engine, TokenSequence
-from reranker_service.models.encoding import Encoder
-from reranker_service.models.spec import ModelSpec, read_model
+from reranker_service.engines import Engine
+from reranker_service.models import ModelSpec, PairLayout, TokenSequence, make_layout, read_model
 
 Score = Callable[[list[str], list[str]], tuple[float, NDArray[np.float32]]]
 """Queries and documents to seconds and raw scores of the grid, row-major."""
@@ -37,10 +36,32 @@ def make_engine(spec: ModelSpec, name: str, dtype: str, engine_args: dict[str, A
     return VllmEngine(spec, dtype=dtype, engine_args=engine_args)
 
 
-def encode_grid(encoder: Encoder, queries: list[str], documents: list[str], max_length: int) -> list[TokenSequence]:
+def pair_layout(spec: ModelSpec) -> PairLayout:
+    """The layout of a model that reads pairs."""
+    layout = make_layout(spec)
+    assert isinstance(layout, PairLayout)
+    return layout
+
+
+def encode_grid(layout: PairLayout, queries: list[str], documents: list[str], max_length: int) -> list[TokenSequence]:
     """The model's inputs for a grid, row-major."""
-    left, right = encoder.encode_queries(queries, None), encoder.encode_documents(documents)
-    return [encoder.join(query, document, max_length)[0] for query in left for document in right]
+    left, right = layout.encode_queries(queries, None), layout.encode_documents(documents)
+    pairs = [(query, document) for query in left for document in right]
+    return layout.join([query for query, _ in pairs], [document for _, document in pairs], max_length)
+
+
+async def run_sorted(engine: Engine, sequences: list[TokenSequence]) -> NDArray[np.float32]:
+    """Run an engine by hand: where it pads, in batches of like length within its limits, the longest first."""
+    if engine.batch_tokens is None:
+        return await engine.run(sequences)
+    order = sorted(range(len(sequences)), key=lambda position: -len(sequences[position].ids))
+    scores = np.empty(len(sequences), dtype=np.float32)
+    while order:
+        longest = len(sequences[order[0]].ids)
+        batch = order[: min(max(engine.batch_tokens // longest, 1), engine.max_batch)]
+        scores[batch] = await engine.run([sequences[position] for position in batch])
+        order = order[len(batch) :]
+    return scores
 
 
 def serve(listener: Listener, score: Score) -> None:
@@ -64,15 +85,15 @@ def _reply(connection: Connection, seconds: float, scores: NDArray[np.float32]) 
 
 def _with_engine(arguments: argparse.Namespace, listener: Listener) -> None:
     spec = read_model(str(arguments.model))
-    encoder = Encoder(spec)
+    layout = pair_layout(spec)
     engine = make_engine(spec, arguments.side, arguments.dtype, json.loads(arguments.engine_args))
     with asyncio.Runner() as runner:
         runner.run(engine.start())
 
         def score(queries: list[str], documents: list[str]) -> tuple[float, NDArray[np.float32]]:
-            sequences = encode_grid(encoder, queries, documents, spec.default_length)
+            sequences = encode_grid(layout, queries, documents, spec.default_length)
             began = time.perf_counter()
-            raw = runner.run(engine.run(sequences))
+            raw = runner.run(run_sorted(engine, sequences))
             return time.perf_counter() - began, raw
 
         try:

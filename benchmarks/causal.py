@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import scrape
-from benchmarks.bare import encode_grid
+from benchmarks.bare import encode_grid, pair_layout
 from benchmarks.bench import Bench
 from benchmarks.launch import address_of
 from benchmarks.processes import Child
@@ -17,8 +17,7 @@ from benchmarks.rounds import Spread, contest
 from benchmarks.sides import StreamSide
 from benchmarks.texts import Grid
 from loss_client import RerankerClient
-from reranker_service.models.encoding import Encoder
-from reranker_service.models.spec import read_model
+from reranker_service.models import read_model
 
 _DOCUMENTS = 16
 _PREFIX_TOKENS = 300
@@ -60,7 +59,7 @@ class CachingSide(StreamSide):
     def __init__(self, name: str, process: Child, client: RerankerClient, model: Path) -> None:
         super().__init__(name, process, client)
         spec = read_model(str(model))
-        self._encoder, self._length = Encoder(spec), spec.default_length
+        self._layout, self._length = pair_layout(spec), spec.default_length
         self._counts = scrape.read(process)
         self.block = int(self._counts.labels["vllm:cache_config_info"]["block_size"])
         self._blocks = WholeBlocks(self.block)
@@ -73,7 +72,7 @@ class CachingSide(StreamSide):
         earlier, self._counts = self._counts, scrape.read(self._process)
         found = self._counts.since(earlier).totals
         self.shares.append(found["vllm:prefix_cache_hits_total"] / found["vllm:prefix_cache_queries_total"])
-        sequences = encode_grid(self._encoder, list(grid.queries), list(grid.documents), self._length)
+        sequences = encode_grid(self._layout, list(grid.queries), list(grid.documents), self._length)
         prompts = [tuple(sequence.ids.tolist()) for sequence in sequences]
         self.possible.append(sum(self._blocks.take(ids) for ids in prompts) / sum(map(len, prompts)))
         return seconds, scores
@@ -118,13 +117,13 @@ def prefix_cache(bench: Bench) -> list[Figure]:
 
 def _characters(bench: Bench, model: Path) -> int:
     """Characters of a query that make a shared prefix of about 300 tokens, template included."""
-    encoder = Encoder(read_model(str(model)))
+    layout = pair_layout(read_model(str(model)))
 
     def tokens(characters: int) -> float:
         queries = bench.corpus.long(8, characters)
-        encoded = encoder.encode_queries(queries, None)
+        encoded = layout.encode_queries(queries, None)
         return float(np.mean([len(query.ids) for query in encoded]))
 
     few, many = tokens(100), tokens(1100)
-    fixed = min(len(sequence.ids) for sequence in encode_grid(encoder, ["a"], ["a"], 2048)) - tokens(1)
+    fixed = min(len(sequence.ids) for sequence in encode_grid(layout, ["a"], ["a"], 2048)) - tokens(1)
     return max(100, int(100 + (_PREFIX_TOKENS - fixed - few) * 1000 / (many - few)))

@@ -9,9 +9,9 @@ from unittest import mock
 import numpy as np
 from numpy.typing import NDArray
 
-from reranker_service import __main__, server
-from reranker_service.engines.base import EngineDeadError, TokenSequence
-from reranker_service.models.spec import ModelSpec
+from reranker_service import __main__, loading
+from reranker_service.engines import EngineDeadError, TokenSequence
+from reranker_service.models import ModelSpec
 from reranker_service.settings import Settings
 
 
@@ -56,7 +56,7 @@ def _make_engine(settings: Settings, spec: ModelSpec) -> InstantEngine:
 
 def main() -> None:
     """Run the server; its flags are those of ``python -m reranker_service``."""
-    with mock.patch.object(server, "make_engine", _make_engine):
+    with mock.patch.object(loading, "make_engine", _make_engine):
         __main__.main()
 
 

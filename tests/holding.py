@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.instant import InstantEngine
-from reranker_service import __main__, server
-from reranker_service.engines.base import EngineDeadError, TokenSequence
+from reranker_service import __main__, loading
+from reranker_service.engines import EngineDeadError, TokenSequence
 
 LONG_TOKENS = 64
 RELEASE = signal.SIGUSR1
@@ -44,5 +44,5 @@ class HoldingEngine(InstantEngine):
 
 
 if __name__ == "__main__":
-    with mock.patch.object(server, "make_engine", return_value=HoldingEngine()):
+    with mock.patch.object(loading, "make_engine", return_value=HoldingEngine()):
         __main__.main()

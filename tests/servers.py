@@ -19,13 +19,13 @@ from grpc import aio
 from numpy.typing import NDArray
 
 from reranker.v1 import reranker_pb2 as pb
-from reranker_service.engines.base import EngineDeadError, TokenSequence
-from reranker_service.models.encoding import Encoder
-from reranker_service.models.spec import read_model
+from reranker_service.engines import EngineDeadError, TokenSequence
+from reranker_service.models import make_layout, read_model
 from reranker_service.rpc.limits import Limits
 from reranker_service.rpc.servicer import RerankerServicer
 from reranker_service.rpc.validation import Validator
-from reranker_service.scoring.scorer import Scorer
+from reranker_service.scheduling import Scheduler
+from reranker_service.scoring import Scorer
 
 START_SECONDS = 400
 
@@ -165,12 +165,12 @@ class ControlledEngine:
 async def serve_in_process(
     model: Path, engine: ControlledEngine, limits: Limits | None = None, *, cache_bytes: int = 0
 ) -> AsyncIterator[aio.Channel]:
-    """The real servicer, scorer and encoder around ``engine``, over a real socket; gives a channel to it."""
+    """The real servicer, scorer and layout around ``engine``, over a real socket; gives a channel to it."""
     spec = read_model(str(model))
     limits = limits or Limits()
-    scorer = Scorer(spec, Encoder(spec), engine, cache_bytes=cache_bytes)
+    scorer = Scorer(spec, make_layout(spec), Scheduler(engine), cache_bytes=cache_bytes)
     servicer = RerankerServicer()
-    servicer.open(scorer, Validator(limits, scorer.facts), pb.GetModelInfoResponse(model=spec.name, fingerprint="f"))
+    servicer.open(scorer, Validator(limits, scorer.ranges), pb.GetModelInfoResponse(model=spec.name, fingerprint="f"))
     server = aio.server()
     server.add_generic_rpc_handlers((servicer.handler(),))
     port = server.add_insecure_port("127.0.0.1:0")

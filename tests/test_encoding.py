@@ -16,8 +16,16 @@ from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, proce
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from reranker_service.models.encoding import EncodedText, Encoder, NoRoomError
-from reranker_service.models.spec import UnsupportedModelError, read_model
+from reranker_service.models import (
+    EncodedText,
+    NoRoomError,
+    PairLayout,
+    TextLayout,
+    TokenSequence,
+    UnsupportedModelError,
+    make_layout,
+    read_model,
+)
 
 from . import models
 from .references import CARD_INSTRUCTION, CARD_PREFIX, CARD_SUFFIX, ODD_PAIRS, causal_ids
@@ -93,79 +101,93 @@ def spm_causal_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def join(encoder: Encoder, query: str, document: str, max_length: int, instruction: str | None = None):
-    encoded_query = encoder.encode_queries([query], instruction)[0]
-    return encoder.join(encoded_query, encoder.encode_documents([document])[0], max_length)
+def pair_layout(model: Path) -> PairLayout:
+    layout = make_layout(read_model(str(model)))
+    assert isinstance(layout, PairLayout)
+    return layout
+
+
+def text_layout(model: Path) -> TextLayout:
+    layout = make_layout(read_model(str(model)))
+    assert isinstance(layout, TextLayout)
+    return layout
+
+
+def length_of(layout: PairLayout, query: EncodedText, document: EncodedText) -> int:
+    zero = np.zeros(1, dtype=np.int64)
+    return int(layout.lengths([query], [document], zero, zero)[0])
+
+
+def join(
+    layout: PairLayout, query: str, document: str, max_length: int, instruction: str | None = None
+) -> TokenSequence:
+    encoded_query = layout.encode_queries([query], instruction)[0]
+    return layout.join([encoded_query], layout.encode_documents([document]), max_length)[0]
 
 
 def test_joined_pairs_are_the_tokenizers_own(pair_model: Path) -> None:
-    encoder = Encoder(read_model(str(pair_model)))
+    layout = pair_layout(pair_model)
     tokenizer = AutoTokenizer.from_pretrained(pair_model)
 
     @PROPERTY
-    @given(queries=FEW, documents=FEW, max_length=st.integers(encoder.min_length, 128))
+    @given(queries=FEW, documents=FEW, max_length=st.integers(layout.smallest_length(None), 128))
     def check(queries: list[str], documents: list[str], max_length: int) -> None:
-        for query, encoded_query in zip(queries, encoder.encode_queries(queries, None), strict=True):
-            for document, encoded_document in zip(documents, encoder.encode_documents(documents), strict=True):
+        for query, encoded_query in zip(queries, layout.encode_queries(queries, None), strict=True):
+            for document, encoded_document in zip(documents, layout.encode_documents(documents), strict=True):
                 for limit in (10**6, max_length):
-                    sequence, cut = encoder.join(encoded_query, encoded_document, limit)
+                    sequence = layout.join([encoded_query], [encoded_document], limit)[0]
                     # A list of one pair: given alone, an empty document would count as none.
                     whole = tokenizer([(query, document)], truncation="longest_first", max_length=limit)
                     assert sequence.ids.tolist() == whole["input_ids"][0]
                     types = whole.get("token_type_ids", [[0] * len(sequence.ids)])[0]
                     assert [0] * sequence.first_segment + [1] * (len(types) - sequence.first_segment) == types
                     full = len(tokenizer([(query, document)])["input_ids"][0])
-                    assert encoder.length(encoded_query, encoded_document) == full
-                    assert cut == (full > limit)
+                    assert length_of(layout, encoded_query, encoded_document) == full
 
     check()
 
 
 def test_pairs_joined_together_are_pairs_joined_one_by_one(pair_model: Path, causal_model: Path) -> None:
     for model in (pair_model, causal_model):
-        check_joined_together(Encoder(read_model(str(model))))
+        check_joined_together(pair_layout(model))
 
 
-def check_joined_together(encoder: Encoder) -> None:
-    limit = encoder.min_length + 12
-    queries = encoder.encode_queries(["", "a query", "a long query " * 9], None)
-    documents = encoder.encode_documents(["a document", "", "a long document " * 9])
+def check_joined_together(layout: PairLayout) -> None:
+    limit = layout.smallest_length(None) + 12
+    queries = layout.encode_queries(["", "a query", "a long query " * 9], None)
+    documents = layout.encode_documents(["a document", "", "a long document " * 9])
     pairs = [(query, document) for query in queries for document in documents]
-    together = encoder.join_all(*zip(*pairs, strict=True), limit)
-    alone = [encoder.join(query, document, limit) for query, document in pairs]
-    assert {cut for _, cut in alone} == {False, True}
-    for found, (expected, _) in zip(together, alone, strict=True):
+    together = layout.join(*zip(*pairs, strict=True), limit)
+    alone = [layout.join([query], [document], limit)[0] for query, document in pairs]
+    assert {length_of(layout, *pair) > limit for pair in pairs} == {False, True}
+    for found, expected in zip(together, alone, strict=True):
         assert found.ids.tolist() == expected.ids.tolist()
         assert found.first_segment == expected.first_segment
-    assert encoder.join_all([], [], limit) == []
+    assert layout.join([], [], limit) == []
     with pytest.raises(NoRoomError):
-        encoder.join_all(*zip(*pairs, strict=True), 1)
+        layout.join(*zip(*pairs, strict=True), 1)
 
 
-@pytest.mark.parametrize("which", ["causal_model", "spm_causal_model"])
-def test_joined_causal_pairs_are_the_model_cards(which: str, request: pytest.FixtureRequest) -> None:
-    model = request.getfixturevalue(which)
-    encoder = Encoder(read_model(str(model)))
-    tokenizer = AutoTokenizer.from_pretrained(model)
+def test_joined_causal_pairs_are_the_model_cards(causal_model: Path) -> None:
+    layout = pair_layout(causal_model)
+    tokenizer = AutoTokenizer.from_pretrained(causal_model)
 
     @PROPERTY
     @given(queries=FEW, documents=FEW, instruction=st.one_of(st.none(), TEXTS), spare=st.integers(0, 60))
     def check(queries: list[str], documents: list[str], instruction: str | None, spare: int) -> None:
-        encoded_documents = encoder.encode_documents(documents)
-        for query, encoded_query in zip(queries, encoder.encode_queries(queries, instruction), strict=True):
+        encoded_documents = layout.encode_documents(documents)
+        for query, encoded_query in zip(queries, layout.encode_queries(queries, instruction), strict=True):
             for document, encoded_document in zip(documents, encoded_documents, strict=True):
                 whole = causal_ids(tokenizer, query, document, instruction, 10**6)
-                sequence, cut = encoder.join(encoded_query, encoded_document, 10**6)
+                sequence = layout.join([encoded_query], [encoded_document], 10**6)[0]
                 assert sequence.ids.tolist() == whole
-                assert not cut
-                assert sequence.first_segment == len(whole) == encoder.length(encoded_query, encoded_document)
+                assert sequence.first_segment == len(whole) == length_of(layout, encoded_query, encoded_document)
                 # The least that leaves room for a token of the document beside the whole query.
-                limit = encoder.smallest_length(instruction) - encoder.smallest_length("") + spare
+                limit = layout.smallest_length(instruction) - layout.smallest_length("") + spare
                 limit += len(causal_ids(tokenizer, query, "", "", 10**6))
                 if limit > len(encoded_query.ids) + overhead(tokenizer):
-                    sequence, cut = encoder.join(encoded_query, encoded_document, limit)
+                    sequence = layout.join([encoded_query], [encoded_document], limit)[0]
                     assert sequence.ids.tolist() == causal_ids(tokenizer, query, document, instruction, limit)
-                    assert cut == (len(whole) > limit)
 
     check()
 
@@ -174,18 +196,14 @@ def overhead(tokenizer) -> int:
     return sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in (CARD_PREFIX, CARD_SUFFIX))
 
 
-def test_which_tokenizers_need_the_whole_is_found_out(causal_model: Path, spm_causal_model: Path) -> None:
-    by_parts = Encoder(read_model(str(causal_model))).encode_documents(["a"])[0]
-    as_whole = Encoder(read_model(str(spm_causal_model))).encode_documents(["a"])[0]
-    assert by_parts.source is None
-    assert as_whole.source == " a"
+def test_a_tokenizer_that_joins_the_template_with_a_text_is_refused(spm_causal_model: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="a byte-level tokenizer is needed"):
+        make_layout(read_model(str(spm_causal_model)))
 
 
-@pytest.mark.parametrize("which", ["causal_model", "spm_causal_model"])
-def test_cutting_a_causal_pair_spares_the_template(which: str, request: pytest.FixtureRequest) -> None:
-    model = request.getfixturevalue(which)
-    encoder = Encoder(read_model(str(model)))
-    tokenizer = AutoTokenizer.from_pretrained(model)
+def test_cutting_a_causal_pair_spares_the_template(causal_model: Path) -> None:
+    layout = pair_layout(causal_model)
+    tokenizer = AutoTokenizer.from_pretrained(causal_model)
     prefix = tokenizer.encode(CARD_PREFIX, add_special_tokens=False)
     suffix = tokenizer.encode(CARD_SUFFIX, add_special_tokens=False)
     head = tokenizer.encode(f"<Instruct>: {CARD_INSTRUCTION}\n<Query>:", add_special_tokens=False)
@@ -194,13 +212,12 @@ def test_cutting_a_causal_pair_spares_the_template(which: str, request: pytest.F
     @PROPERTY
     @given(query=TEXTS, document=TEXTS, spare=st.integers(0, 40))
     def check(query: str, document: str, spare: int) -> None:
-        encoded_query = encoder.encode_queries([query], None)[0]
-        encoded_document = encoder.encode_documents([document])[0]
-        limit = encoder.min_length + spare
-        sequence, cut = encoder.join(encoded_query, encoded_document, limit)
-        ids = sequence.ids.tolist()
+        encoded_query = layout.encode_queries([query], None)[0]
+        encoded_document = layout.encode_documents([document])[0]
+        limit = layout.smallest_length(None) + spare
+        ids = layout.join([encoded_query], [encoded_document], limit)[0].ids.tolist()
+        cut = length_of(layout, encoded_query, encoded_document) > limit
         assert len(ids) <= limit
-        assert cut == (encoder.length(encoded_query, encoded_document) > limit)
         assert ids[: len(prefix)] == prefix
         assert ids[len(ids) - len(suffix) :] == suffix
         body = ids[len(prefix) : len(ids) - len(suffix)]
@@ -219,53 +236,48 @@ def test_cutting_a_causal_pair_spares_the_template(which: str, request: pytest.F
 
 
 def test_the_cut_of_an_over_long_query_keeps_only_its_own_words(causal_model: Path) -> None:
-    encoder = Encoder(read_model(str(causal_model)))
+    layout = pair_layout(causal_model)
     tokenizer = AutoTokenizer.from_pretrained(causal_model)
     for query in ("word " * 300 + "end", "word " * 300 + "end?", "word? " * 300):
         for spare in range(12):
-            sequence, cut = join(encoder, query, "the document", encoder.min_length + spare)
+            sequence = join(layout, query, "the document", layout.smallest_length(None) + spare)
             text = tokenizer.decode(sequence.ids)
             kept = text.partition("\n<Query>:")[2].partition("\n<Document>:")[0]
-            assert cut
             assert query.startswith(kept.strip())
+            assert len(kept.strip()) < len(query)
             assert text.count("<Document>:") == 1
 
 
 def test_room_is_demanded_for_the_instruction(causal_model: Path) -> None:
-    encoder = Encoder(read_model(str(causal_model)))
+    layout = pair_layout(causal_model)
     long = "Find what is asked for. " * 20
-    need = encoder.smallest_length(long)
-    assert need > encoder.min_length
-    sequence, cut = join(encoder, "word " * 300, "word " * 300, need, long)
-    assert len(sequence.ids) == need
-    assert cut
+    need = layout.smallest_length(long)
+    assert need > layout.smallest_length(None)
+    assert len(join(layout, "word " * 300, "word " * 300, need, long).ids) == need
     with pytest.raises(NoRoomError, match=f"the least is {need}"):
-        join(encoder, "word " * 300, "word " * 300, need - 1, long)
+        join(layout, "word " * 300, "word " * 300, need - 1, long)
 
 
 def test_single_texts_are_the_tokenizers_own(tmp_path: Path) -> None:
     prompts = {"query": "Represent this: ", "document": ""}
     model = models.build_bi_encoder(tmp_path, prompts=prompts)
-    encoder = Encoder(read_model(str(model)))
+    layout = text_layout(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
 
     @PROPERTY
-    @given(texts=FEW, max_length=st.integers(encoder.min_length, 64))
+    @given(texts=FEW, max_length=st.integers(layout.smallest_length(None), 64))
     def check(texts: list[str], max_length: int) -> None:
         for prompt, encoded in (
-            ("Represent this: ", encoder.encode_queries(texts, None)),
-            ("", encoder.encode_documents(texts)),
+            ("Represent this: ", layout.encode_queries(texts, None)),
+            ("", layout.encode_documents(texts)),
         ):
             for text, one in zip(texts, encoded, strict=True):
                 whole = tokenizer(prompt + text)["input_ids"]
-                sequence, cut = encoder.single(one, max_length)
+                sequence, cut = layout.single(one, max_length)
                 expected = tokenizer(prompt + text, truncation="longest_first", max_length=max_length)["input_ids"]
                 assert sequence.ids.tolist() == expected
                 assert sequence.first_segment == len(expected)
                 assert cut == (len(whole) > max_length)
-        query, document = encoder.encode_queries(texts, None)[0], encoder.encode_documents(texts)[0]
-        longest = max(len(encoder.single(one, 10**6)[0].ids) for one in (query, document))
-        assert encoder.length(query, document) == longest
 
     check()
 
@@ -276,9 +288,9 @@ def test_left_truncation_is_the_tokenizers_own(tmp_path: Path) -> None:
     settings_file.write_text(json.dumps({**json.loads(settings_file.read_text()), "truncation_side": "left"}))
     tokenizer = AutoTokenizer.from_pretrained(model)
     assert tokenizer.truncation_side == "left"
-    encoder = Encoder(read_model(str(model)))
+    layout = pair_layout(model)
     for query, document in ODD_PAIRS:
-        sequence, _ = join(encoder, query, document, 20)
+        sequence = join(layout, query, document, 20)
         assert sequence.ids.tolist() == tokenizer([(query, document)], truncation=True, max_length=20)["input_ids"][0]
 
 
@@ -292,54 +304,44 @@ def test_special_tokens_of_a_causal_tokenizer_stand_around_the_body(tmp_path: Pa
     tokenizer.save(str(model / "tokenizer.json"))
     reference = AutoTokenizer.from_pretrained(model)
     assert len(reference("a")["input_ids"]) == 3
-    encoder = Encoder(read_model(str(model)))
+    layout = pair_layout(model)
     for query, document in [("a query", "a document"), ("a query", "word " * 500)]:
-        sequence, _ = join(encoder, query, document, 300)
+        sequence = join(layout, query, document, 300)
         assert sequence.ids.tolist() == causal_ids(reference, query, document, None, 300)
 
 
-def test_lower_casing_and_default_prompt(tmp_path: Path) -> None:
-    model = models.build_bi_encoder(tmp_path)
-    spec = read_model(str(model))
-    assert np.array_equal(
-        Encoder(spec).encode_documents(["ABC"])[0].ids, Encoder(spec).encode_documents(["abc"])[0].ids
-    )
-    cased = models.build_roberta_cross_encoder(tmp_path / "cased")
-    plain, lowered = Encoder(read_model(str(cased))), Encoder(replace(read_model(str(cased)), lower_case=True))
+def test_lower_casing(tmp_path: Path) -> None:
+    uncased = make_layout(read_model(str(models.build_bi_encoder(tmp_path))))
+    assert np.array_equal(uncased.encode_documents(["ABC"])[0].ids, uncased.encode_documents(["abc"])[0].ids)
+    spec = read_model(str(models.build_roberta_cross_encoder(tmp_path / "cased")))
+    plain, lowered = make_layout(spec), make_layout(replace(spec, lower_case=True))
     assert not np.array_equal(plain.encode_documents(["ABC"])[0].ids, plain.encode_documents(["abc"])[0].ids)
     assert np.array_equal(lowered.encode_documents(["ABC"])[0].ids, plain.encode_documents(["abc"])[0].ids)
 
 
-def test_instructions_are_refused_where_none_is_taken(pair_model: Path, causal_model: Path) -> None:
-    encoder = Encoder(read_model(str(pair_model)))
-    assert not encoder.supports_instruction
-    assert encoder.default_instruction is None
-    with pytest.raises(ValueError, match="takes no instruction"):
-        encoder.encode_queries(["a"], "")
-    causal = Encoder(read_model(str(causal_model)))
-    assert causal.supports_instruction
-    assert causal.default_instruction == CARD_INSTRUCTION
+def test_only_causal_rerankers_take_an_instruction(pair_model: Path, causal_model: Path) -> None:
+    assert pair_layout(pair_model).default_instruction is None
+    assert pair_layout(causal_model).default_instruction == CARD_INSTRUCTION
 
 
 def test_smallest_lengths(pair_model: Path, causal_model: Path) -> None:
     for model in (pair_model, causal_model):
-        encoder = Encoder(read_model(str(model)))
-        sequence, cut = join(encoder, "word " * 200, "word " * 200, encoder.min_length)
-        assert len(sequence.ids) == encoder.min_length
-        assert cut
+        layout = pair_layout(model)
+        least = layout.smallest_length(None)
+        assert len(join(layout, "word " * 200, "word " * 200, least).ids) == least
         with pytest.raises(NoRoomError):
-            join(encoder, "word " * 200, "word " * 200, encoder.min_length - 1)
+            join(layout, "word " * 200, "word " * 200, least - 1)
 
 
-def test_threads_share_an_encoder(causal_model: Path) -> None:
-    encoder = Encoder(read_model(str(causal_model)))
+def test_threads_share_a_layout(causal_model: Path) -> None:
+    layout = pair_layout(causal_model)
     texts = [text[:200] for text in models.docstrings()[:100]]
-    alone = [one.ids for one in encoder.encode_queries(texts, None)]
+    alone = [one.ids for one in layout.encode_queries(texts, None)]
     start = threading.Barrier(4)
 
     def work(_: int) -> list[EncodedText]:
         start.wait()
-        return encoder.encode_queries(texts, None)
+        return layout.encode_queries(texts, None)
 
     with ThreadPoolExecutor(4) as pool:
         for result in pool.map(work, range(4)):
@@ -352,4 +354,4 @@ def test_a_tokenizer_without_separator_is_refused(tmp_path: Path) -> None:
     tokenizer.post_processor = None
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]").save_pretrained(model)
     with pytest.raises(UnsupportedModelError, match="no special token between"):
-        Encoder(read_model(str(model)))
+        make_layout(read_model(str(model)))

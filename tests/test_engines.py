@@ -13,12 +13,18 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from reranker_service.engines.base import Engine, EngineDeadError, TokenSequence
-from reranker_service.engines.checks import NonFiniteScoreError
+from reranker_service.engines import Engine, EngineDeadError, NonFiniteScoreError
 from reranker_service.engines.torch_engine import TorchEngine
 from reranker_service.engines.vllm_engine import VllmEngine
-from reranker_service.models.encoding import Encoder
-from reranker_service.models.spec import ModelSpec, UnsupportedModelError, read_model
+from reranker_service.models import (
+    ModelSpec,
+    PairLayout,
+    TextLayout,
+    TokenSequence,
+    UnsupportedModelError,
+    make_layout,
+    read_model,
+)
 
 from . import models, references
 
@@ -28,11 +34,11 @@ TOLERANCE = 1e-5
 def inputs(
     spec: ModelSpec, texts: Sequence[tuple[str, str]], max_length: int | None = None, instruction: str | None = None
 ) -> list[TokenSequence]:
-    encoder = Encoder(spec)
-    queries = encoder.encode_queries([query for query, _ in texts], instruction)
-    documents = encoder.encode_documents([document for _, document in texts])
-    limit = max_length or spec.default_length
-    return [encoder.join(query, document, limit)[0] for query, document in zip(queries, documents, strict=True)]
+    layout = make_layout(spec)
+    assert isinstance(layout, PairLayout)
+    queries = layout.encode_queries([query for query, _ in texts], instruction)
+    documents = layout.encode_documents([document for _, document in texts])
+    return layout.join(queries, documents, max_length or spec.default_length)
 
 
 def compute(spec: ModelSpec, sequences: Sequence[TokenSequence], **options: object) -> NDArray[np.float32]:
@@ -100,10 +106,11 @@ def test_the_real_bi_encoder() -> None:
 
 def check_bi_encoder(model: Path, max_length: int | None) -> None:
     spec, texts = read_model(str(model)), references.pairs()
-    encoder = Encoder(spec)
+    layout = make_layout(spec)
+    assert isinstance(layout, TextLayout)
     queries, documents = [query for query, _ in texts], [document for _, document in texts]
-    encoded = [*encoder.encode_queries(queries, None), *encoder.encode_documents(documents)]
-    vectors = compute(spec, [encoder.single(one, max_length or spec.default_length)[0] for one in encoded])
+    encoded = [*layout.encode_queries(queries, None), *layout.encode_documents(documents)]
+    vectors = compute(spec, [layout.single(one, max_length or spec.default_length)[0] for one in encoded])
     expected = np.concatenate(
         [
             references.embeddings(model, queries, "query", max_length),
@@ -118,7 +125,9 @@ def check_bi_encoder(model: Path, max_length: int | None) -> None:
 
 def test_leading_dimensions(tmp_path: Path) -> None:
     spec = read_model(str(models.build_bi_encoder(tmp_path)))
-    sequences = [Encoder(spec).single(one, 64)[0] for one in Encoder(spec).encode_documents(["some text", "more"])]
+    layout = make_layout(spec)
+    assert isinstance(layout, TextLayout)
+    sequences = [layout.single(one, 64)[0] for one in layout.encode_documents(["some text", "more"])]
     whole, part = compute(spec, sequences), compute(replace(spec, dimensions=8), sequences)
     assert part.shape == (2, 8)
     assert np.allclose(part, whole[:, :8] / np.linalg.norm(whole[:, :8], axis=1, keepdims=True), atol=1e-6)
@@ -129,33 +138,19 @@ def test_batches_do_not_change_scores(cross_encoder: Path, causal_reranker: Path
         spec = read_model(str(model))
         sequences = inputs(spec, references.pairs())
         whole = compute(spec, sequences)
-        # One by one: nothing is padded.
-        assert np.abs(compute(spec, sequences, batch_tokens=1) - whole).max() < TOLERANCE
+        # Alone, a sequence is not padded.
+        alone = np.concatenate([compute(spec, [sequence]) for sequence in sequences[-9:]])
+        assert np.abs(alone - whole[-9:]).max() < TOLERANCE
         assert np.abs(compute(spec, sequences[::-1])[::-1] - whole).max() < TOLERANCE
-
-
-def test_the_budget_of_tokens_holds(cross_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = read_model(str(cross_encoder))
-    shapes: list[tuple[int, int]] = []
-    compute_batch = TorchEngine._compute
-
-    def spy(self: TorchEngine, sequences: list[TokenSequence]):
-        shapes.append((len(sequences), max(len(one.ids) for one in sequences)))
-        return compute_batch(self, sequences)
-
-    monkeypatch.setattr(TorchEngine, "_compute", spy)
-    sequences = inputs(spec, references.pairs())
-    compute(spec, sequences, batch_tokens=300)
-    assert sum(count for count, _ in shapes) == len(sequences)
-    assert all(count * longest <= 300 for count, longest in shapes)
-    assert max(count for count, _ in shapes) > 1
 
 
 def test_nothing_to_do(cross_encoder: Path) -> None:
     assert compute(read_model(str(cross_encoder)), []).shape == (0,)
 
 
-def test_what_is_left_of_a_cancelled_run_never_starts(cross_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_is_cancelled_before_it_begins_never_runs(
+    cross_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = read_model(str(cross_encoder))
     began, go_on = threading.Event(), threading.Event()
     batches: list[int] = []
@@ -170,60 +165,22 @@ def test_what_is_left_of_a_cancelled_run_never_starts(cross_encoder: Path, monke
     monkeypatch.setattr(TorchEngine, "_compute", slow)
 
     async def work() -> None:
-        engine = TorchEngine(spec, threads=1, batch_tokens=1)
+        engine = TorchEngine(spec, threads=1)
         await engine.start()
         sequences = inputs(spec, references.pairs())
-        run = asyncio.create_task(engine.run(sequences))
+        runs = [asyncio.create_task(engine.run(sequences[:count])) for count in (1, 2, 3, 4)]
         await asyncio.to_thread(began.wait, 60)
-        run.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await run
+        runs[0].cancel()  # it has begun
+        runs[2].cancel()
         go_on.set()
-        # The engine lives on, and comes to this right after the batch that had begun.
-        assert len(await engine.run(sequences[:2])) == 2
+        found = await asyncio.gather(*runs, return_exceptions=True)
+        assert isinstance(found[0], asyncio.CancelledError)
+        assert isinstance(found[2], asyncio.CancelledError)
+        assert (len(found[1]), len(found[3])) == (2, 4)
         await engine.close()
 
     asyncio.run(work())
-    assert batches == [1, 1, 1]
-
-
-def test_what_is_left_of_a_failed_run_never_starts(cross_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = read_model(str(cross_encoder))
-    queued, batches = threading.Event(), []
-
-    def fail(self: TorchEngine, sequences: list[TokenSequence]):
-        batches.append(len(sequences))
-        assert queued.wait(60)
-        # The others are queued behind this one, and must be gone before the worker comes to them.
-        monkeypatch.setattr(TorchEngine, "_compute", held)
-        raise RuntimeError("no memory")
-
-    cancelled = threading.Event()
-
-    def held(self: TorchEngine, sequences: list[TokenSequence]):
-        batches.append(len(sequences))
-        assert cancelled.wait(60)
-        return compute_batch(self, sequences)
-
-    compute_batch = TorchEngine._compute
-    monkeypatch.setattr(TorchEngine, "_compute", fail)
-
-    async def work() -> None:
-        engine = TorchEngine(spec, threads=1, batch_tokens=1)
-        await engine.start()
-        sequences = inputs(spec, references.pairs())
-        run = asyncio.create_task(engine.run(sequences))
-        await asyncio.sleep(0)
-        queued.set()
-        with pytest.raises(RuntimeError, match="no memory"):
-            await run
-        cancelled.set()
-        await engine.run(sequences[:1])
-        await engine.close()
-
-    asyncio.run(work())
-    # The one that failed, at most the one that the worker had taken up since, and the new run's.
-    assert len(batches) <= 3
+    assert batches == [1, 2, 4]
 
 
 def test_a_dead_device_is_known_though_nobody_waited_for_the_batch_that_found_it_out(cross_encoder: Path) -> None:

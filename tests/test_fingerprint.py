@@ -5,31 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from reranker_service.engines.base import Engine
-from reranker_service.models.fingerprint import fingerprint
-from reranker_service.models.spec import read_model
+from reranker_service.models import fingerprint, read_model
 
 from . import models
 
-
-@dataclass
-class SomeEngine:
-    name: str = "torch"
-    dtype: str = "float32"
-    versions: dict[str, str] = field(default_factory=lambda: {"torch": "2.13.0"})
-    scoring_args: dict[str, object] = field(default_factory=dict)
+ENGINE = {"name": "torch", "dtype": "float32", "versions": {"torch": "2.13.0"}}
 
 
-def of(model: Path, **engine: object) -> str:
-    return fingerprint(read_model(str(model)), cast(Engine, SomeEngine(**engine)))  # type: ignore[arg-type]
+def of(model: Path, arguments: dict[str, object] | None = None, **engine: object) -> str:
+    return fingerprint(read_model(str(model)), ENGINE | engine, arguments)
 
 
 def edit(name: str, **changes: object) -> Callable[[Path], None]:
@@ -92,7 +83,7 @@ def test_files_that_change_scores_change_it(change: Callable[[Path], None], mode
         {"dtype": "bfloat16"},
         {"versions": {"torch": "2.14.0"}},
         {"versions": {"vllm": "0.32"}},
-        {"scoring_args": {"quantization": "fp8"}},
+        {"arguments": {"quantization": "fp8"}},
     ],
 )
 def test_the_engine_changes_it(engine: dict[str, object], model: Path) -> None:
@@ -113,7 +104,7 @@ def test_the_engine_changes_it(engine: dict[str, object], model: Path) -> None:
 def test_the_use_of_the_model_changes_it(change: dict[str, object], model: Path) -> None:
     spec = read_model(str(model))
     other = replace(spec, **change)  # type: ignore[arg-type]
-    assert fingerprint(other, cast(Engine, SomeEngine())) != of(model)
+    assert fingerprint(other, ENGINE) != of(model)
 
 
 def test_both_layouts_differ(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from sentence_transformers import CrossEncoder
 from loss_client import RerankerClient
 from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
-from reranker_service.scheduling.scheduler import Job, Scheduler
+from reranker_service.scheduling import Job, Scheduler
 
 from .servers import ControlledEngine, ServerProcess, serve_in_process
 

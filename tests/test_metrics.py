@@ -19,6 +19,7 @@ from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
 from reranker_service.observing.metrics import Load
 from reranker_service.observing.prometheus import PrometheusMetrics
+from reranker_service.rpc.servicer import RPCS, SCORING_RPCS
 
 from .scrapes import scrape, scrape_text, scraped
 from .servers import ServerProcess
@@ -166,20 +167,20 @@ def test_the_model_is_named_and_the_engine_up(server: ServerProcess, stub: rpc.R
 
 
 def test_the_engine_is_up_from_the_first_score_to_its_death() -> None:
-    metrics = PrometheusMetrics()
+    metrics = PrometheusMetrics(RPCS, SCORING_RPCS)
 
     def up() -> float:
         return scraped(generate_latest(metrics.registry).decode())["reranker_engine_up"]
 
     states = [up()]
-    metrics.serving(pb.GetModelInfoResponse(model="m", kind=pb.MODEL_KIND_BI_ENCODER))
+    metrics.serving({"model": "m", "kind": "bi-encoder"})
     states.append(up())
     metrics.engine_gone()
     assert [*states, up()] == [0, 1, 0]
 
 
 def test_the_load_is_read_when_somebody_looks() -> None:
-    metrics = PrometheusMetrics()
+    metrics = PrometheusMetrics(RPCS, SCORING_RPCS)
     loads = iter([Load(waiting=7, oldest_seconds=1.5, running=64, cache_bytes=4096), Load()])
     metrics.watch(lambda: next(loads))
     names = [

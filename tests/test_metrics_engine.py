@@ -11,13 +11,13 @@ from prometheus_client import generate_latest
 
 from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
-from reranker_service.models.encoding import Encoder
-from reranker_service.models.spec import read_model
+from reranker_service.models import make_layout, read_model
 from reranker_service.observing.prometheus import PrometheusMetrics
 from reranker_service.rpc.limits import Limits
-from reranker_service.rpc.servicer import RerankerServicer
+from reranker_service.rpc.servicer import RPCS, SCORING_RPCS, RerankerServicer
 from reranker_service.rpc.validation import Validator
-from reranker_service.scoring.scorer import Scorer
+from reranker_service.scheduling import Scheduler
+from reranker_service.scoring import Scorer
 
 from .scrapes import Scrape, scrape, scraped
 from .servers import ControlledEngine, ServerProcess
@@ -57,13 +57,13 @@ def test_texts_are_tokenized_once_and_batches_hold_what_the_replies_count(cross_
 
 def test_what_waits_and_what_runs_is_seen_while_it_does(cross_encoder: Path) -> None:
     async def scenario() -> list[Scrape]:
-        metrics = PrometheusMetrics()
+        metrics = PrometheusMetrics(RPCS, SCORING_RPCS)
         engine = ControlledEngine(max_in_flight=4, max_batch=4, open_gate=False)
         spec = read_model(str(cross_encoder))
-        scorer = Scorer(spec, Encoder(spec), engine, metrics=metrics)
+        scorer = Scorer(spec, make_layout(spec), Scheduler(engine, metrics))
         metrics.watch(scorer.load)
         servicer = RerankerServicer(metrics)
-        servicer.open(scorer, Validator(Limits(), scorer.facts), pb.GetModelInfoResponse())
+        servicer.open(scorer, Validator(Limits(), scorer.ranges), pb.GetModelInfoResponse())
         server = aio.server()
         server.add_generic_rpc_handlers((servicer.handler(),))
         port = server.add_insecure_port("127.0.0.1:0")

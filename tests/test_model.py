@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
-from reranker_service.models.spec import UnsupportedModelError, read_model
-from reranker_service.server import choose_model
+from reranker_service.loading import choose_model
+from reranker_service.models import UnsupportedModelError, read_model
 from reranker_service.settings import Settings
 
 from . import models

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from reranker_service.engines.base import TokenSequence
+from reranker_service.engines import TokenSequence
 from reranker_service.engines.checks import NonFiniteScoreError, finite
-from reranker_service.scheduling.scheduler import Job, Scheduler, Ticket
+from reranker_service.scheduling import Job, Scheduler, Ticket
 from reranker_service.scheduling.window import Pace
 
 from .servers import ControlledEngine
@@ -34,6 +34,10 @@ def mixed(stream: str, lengths: Sequence[int], *, interactive: bool = False) -> 
     return Job(Ticket(stream, interactive), np.array(lengths), make)
 
 
+async def values(scheduler: Scheduler, job: Job) -> NDArray[np.float32]:
+    return (await scheduler.run(job)).values
+
+
 def order(engine: ControlledEngine) -> str:
     """Streams of the batches given to the engine, in order."""
     return "".join(chr(batch[0].ids[0]) for batch in engine.batches)
@@ -46,7 +50,7 @@ def one_at_a_time() -> ControlledEngine:
 def test_results_come_in_the_order_of_the_job() -> None:
     async def scenario() -> np.ndarray:
         engine = ControlledEngine(max_in_flight=4, max_batch=3)
-        return await Scheduler(engine).run(mixed("a", range(1, 12)))
+        return await values(Scheduler(engine), mixed("a", range(1, 12)))
 
     assert asyncio.run(scenario()).tolist() == list(range(1, 12))
 
@@ -55,7 +59,7 @@ def test_the_engine_never_holds_more_than_it_wants() -> None:
     async def scenario() -> int:
         engine = ControlledEngine(max_in_flight=7, max_batch=3, open_gate=False)
         scheduler = Scheduler(engine)
-        runs = [asyncio.create_task(scheduler.run(job(name, 10))) for name in "abc"]
+        runs = [asyncio.create_task(values(scheduler, job(name, 10))) for name in "abc"]
         await engine.wait_for_sequences(6)
         held = sum(map(len, engine.batches))
         engine.gate.set()
@@ -70,7 +74,7 @@ def test_the_engine_is_given_a_few_steps_of_tokens_at_a_time() -> None:
         engine = ControlledEngine(max_in_flight=64, max_batch=16, open_gate=False)
         engine.step_tokens = 10
         scheduler = Scheduler(engine)
-        run = asyncio.create_task(scheduler.run(mixed("a", lengths)))
+        run = asyncio.create_task(values(scheduler, mixed("a", lengths)))
         await engine.wait_for_sequences(1)
         held = scheduler.running
         engine.gate.set()
@@ -90,14 +94,14 @@ def test_interactive_work_overtakes_bulk_work() -> None:
     async def scenario() -> str:
         engine = one_at_a_time()
         scheduler = Scheduler(engine)
-        bulk = asyncio.create_task(scheduler.run(job("bulk", 8)))
+        bulk = asyncio.create_task(values(scheduler, job("bulk", 8)))
         await engine.wait_for_sequences(2)
 
         async def open_gate() -> None:
             engine.gate.set()
 
         # Tasks begin in the order of their making: the gate opens when the interactive job is in the queue.
-        await asyncio.gather(bulk, scheduler.run(job("quick", 4, interactive=True)), open_gate())
+        await asyncio.gather(bulk, values(scheduler, job("quick", 4, interactive=True)), open_gate())
         return order(engine)
 
     assert asyncio.run(scenario()) == "bqqbbb"
@@ -108,9 +112,9 @@ def test_interactive_work_enters_an_engine_that_lets_it_overtake_at_once() -> No
         engine = ControlledEngine(max_in_flight=4, max_batch=2, open_gate=False)
         engine.overtakes = True
         scheduler = Scheduler(engine)
-        bulk = asyncio.create_task(scheduler.run(job("bulk", 8)))
+        bulk = asyncio.create_task(values(scheduler, job("bulk", 8)))
         await engine.wait_for_sequences(4)
-        quick = asyncio.create_task(scheduler.run(job("quick", 6, interactive=True)))
+        quick = asyncio.create_task(values(scheduler, job("quick", 6, interactive=True)))
         await engine.wait_for_sequences(8)
         held = order(engine)  # as much again as it holds, and no more
         engine.gate.set()
@@ -127,8 +131,8 @@ def test_two_streams_take_turns_however_many_jobs_one_has() -> None:
     async def scenario() -> str:
         engine = one_at_a_time()
         scheduler = Scheduler(engine)
-        runs = [asyncio.create_task(scheduler.run(job("many", 4))) for _ in range(3)]
-        runs.append(asyncio.create_task(scheduler.run(job("few", 8))))
+        runs = [asyncio.create_task(values(scheduler, job("many", 4))) for _ in range(3)]
+        runs.append(asyncio.create_task(values(scheduler, job("few", 8))))
         await engine.wait_for_sequences(2)
         engine.gate.set()
         await asyncio.gather(*runs)
@@ -143,8 +147,8 @@ def test_streams_share_by_tokens_not_by_pairs() -> None:
         engine = one_at_a_time()
         scheduler = Scheduler(engine)
         runs = [
-            asyncio.create_task(scheduler.run(job("long", 8, length=30))),
-            asyncio.create_task(scheduler.run(job("short", 8, length=10))),
+            asyncio.create_task(values(scheduler, job("long", 8, length=30))),
+            asyncio.create_task(values(scheduler, job("short", 8, length=10))),
         ]
         await engine.wait_for_sequences(2)
         engine.gate.set()
@@ -159,9 +163,9 @@ def test_a_cancelled_job_leaves_the_queue_and_the_engine() -> None:
     async def scenario() -> tuple[int, str]:
         engine = one_at_a_time()
         scheduler = Scheduler(engine)
-        gone = asyncio.create_task(scheduler.run(job("gone", 100)))
+        gone = asyncio.create_task(values(scheduler, job("gone", 100)))
         await engine.wait_for_sequences(2)
-        stays = asyncio.create_task(scheduler.run(job("stays", 2)))
+        stays = asyncio.create_task(values(scheduler, job("stays", 2)))
         gone.cancel()
         with pytest.raises(asyncio.CancelledError):
             await gone
@@ -179,9 +183,9 @@ def test_an_engines_error_fails_the_job_and_the_next_one_runs() -> None:
         scheduler = Scheduler(engine)
         engine.gate.set()
         with pytest.raises(RuntimeError, match="no"):
-            await scheduler.run(job("a", 10))
+            await values(scheduler, job("a", 10))
         engine.failure = None
-        return await scheduler.run(job("b", 4))
+        return await values(scheduler, job("b", 4))
 
     assert asyncio.run(scenario()).tolist() == [3, 3, 3, 3]
 
@@ -195,8 +199,8 @@ def test_sequences_that_cannot_be_made_fail_their_own_job_only() -> None:
         engine.gate.set()
         scheduler = Scheduler(engine)
         with pytest.raises(ValueError, match="cannot join"):
-            await scheduler.run(Job(Ticket("a", False), np.ones(3, dtype=np.int64), broken))
-        return await scheduler.run(job("b", 1))
+            await values(scheduler, Job(Ticket("a", False), np.ones(3, dtype=np.int64), broken))
+        return await values(scheduler, job("b", 1))
 
     assert asyncio.run(scenario()).tolist() == [3]
 
@@ -207,10 +211,10 @@ def test_work_that_is_cancelled_before_it_begins_gives_its_place_back() -> None:
     async def scenario() -> tuple[np.ndarray, int]:
         engine = one_at_a_time()
         scheduler = Scheduler(engine)
-        first = asyncio.create_task(scheduler.run(job("first", 2)))
+        first = asyncio.create_task(values(scheduler, job("first", 2)))
         await engine.wait_for_sequences(2)
-        second = asyncio.create_task(scheduler.run(job("second", 2)))
-        third = asyncio.create_task(scheduler.run(job("third", 2)))
+        second = asyncio.create_task(values(scheduler, job("second", 2)))
+        third = asyncio.create_task(values(scheduler, job("third", 2)))
         first.add_done_callback(lambda _: second.cancel())
         engine.gate.set()
         await asyncio.wait({first, second, third}, timeout=10)
@@ -231,7 +235,7 @@ def test_what_waits_and_runs_is_counted() -> None:
             seen.append((scheduler.waiting, scheduler.running, scheduler.waiting_since is not None))
 
         look()
-        runs = [asyncio.create_task(scheduler.run(job(name, 5))) for name in "abc"]
+        runs = [asyncio.create_task(values(scheduler, job(name, 5))) for name in "abc"]
         await engine.wait_for_sequences(2)
         look()
         runs[2].cancel()
@@ -257,7 +261,7 @@ def lengths_of(batch: Sequence[TokenSequence]) -> list[int]:
 
 async def hold(scheduler: Scheduler, engine: ControlledEngine) -> list[asyncio.Task[np.ndarray]]:
     """Fill the engine with two batches, so that what comes next gathers until the gate opens."""
-    runs = [asyncio.create_task(scheduler.run(job("hold", 1))) for _ in range(2)]
+    runs = [asyncio.create_task(values(scheduler, job("hold", 1))) for _ in range(2)]
     await engine.wait_for_sequences(2)
     return runs
 
@@ -269,7 +273,7 @@ def test_an_engine_that_pads_gets_full_batches_from_many_small_jobs(monkeypatch:
     async def scenario() -> tuple[list[int], list[list[float]]]:
         engine = padding()
         scheduler = Scheduler(engine)
-        runs = [asyncio.create_task(scheduler.run(job(f"{i}", 3, length=i + 1))) for i in range(8)]
+        runs = [asyncio.create_task(values(scheduler, job(f"{i}", 3, length=i + 1))) for i in range(8)]
         await engine.wait_for_sequences(3)
         engine.gate.set()
         found = [one.tolist() for one in await asyncio.gather(*runs)]
@@ -285,8 +289,8 @@ def test_a_shared_batch_goes_on_for_those_who_still_want_it_and_ends_with_the_la
     async def scenario() -> tuple[int, list[float], int]:
         engine = padding()
         scheduler = Scheduler(engine)
-        runs = [asyncio.create_task(scheduler.run(job(name, 8))) for name in "ab"]
-        runs += [asyncio.create_task(scheduler.run(job(name, 2))) for name in "cde"]
+        runs = [asyncio.create_task(values(scheduler, job(name, 8))) for name in "ab"]
+        runs += [asyncio.create_task(values(scheduler, job(name, 2))) for name in "cde"]
         await engine.wait_for_sequences(16)
         runs[0].cancel()
         await engine.wait_for_sequences(22)  # c, d and e in one batch
@@ -314,7 +318,7 @@ def test_a_window_sorts_sequences_of_many_jobs_and_cuts_them_by_tokens() -> None
         engine = padding(max_batch=64, batch_tokens=200)
         scheduler = Scheduler(engine)
         held = await hold(scheduler, engine)
-        runs = [asyncio.create_task(scheduler.run(mixed(f"{i}", lengths))) for i, lengths in enumerate(jobs)]
+        runs = [asyncio.create_task(values(scheduler, mixed(f"{i}", lengths))) for i, lengths in enumerate(jobs)]
         # Each of them pushes its job before the gate opens.
         await asyncio.sleep(0)
         engine.gate.set()
@@ -338,7 +342,7 @@ def test_results_of_a_job_larger_than_a_window_land_in_their_places() -> None:
     async def scenario() -> tuple[list[int], list[float]]:
         engine = padding(max_batch=16, batch_tokens=100)
         engine.gate.set()
-        found = await Scheduler(engine).run(mixed("a", lengths))
+        found = await values(Scheduler(engine), mixed("a", lengths))
         return [max(lengths_of(batch)) for batch in engine.batches], found.tolist()
 
     longest, found = asyncio.run(scenario())
@@ -362,9 +366,9 @@ def test_interactive_work_overtakes_a_window_that_is_composed() -> None:
         engine = padding(batch_tokens=6)
         scheduler = Scheduler(engine)
         # All 8 share a window, two sequences to a batch; two batches are in the engine.
-        bulk = asyncio.create_task(scheduler.run(job("bulk", 8)))
+        bulk = asyncio.create_task(values(scheduler, job("bulk", 8)))
         await engine.wait_for_sequences(4)
-        quick = asyncio.create_task(scheduler.run(job("quick", 4, interactive=True)))
+        quick = asyncio.create_task(values(scheduler, job("quick", 4, interactive=True)))
         await asyncio.sleep(0)
         engine.gate.set()
         await asyncio.gather(bulk, quick)
@@ -378,8 +382,8 @@ def test_a_cancelled_jobs_share_of_a_window_never_reaches_the_engine() -> None:
         engine = padding(max_batch=32, batch_tokens=12)
         scheduler = Scheduler(engine)
         held = await hold(scheduler, engine)
-        gone = asyncio.create_task(scheduler.run(mixed("gone", [3] * 6)))
-        stays = asyncio.create_task(scheduler.run(mixed("stays", [4, 3, 2, 3, 1])))
+        gone = asyncio.create_task(values(scheduler, mixed("gone", [3] * 6)))
+        stays = asyncio.create_task(values(scheduler, mixed("stays", [4, 3, 2, 3, 1])))
         await asyncio.sleep(0)
         # One batch ends: the window is drawn, and its first batch of 4, 3 and 3 enters.
         held[0].cancel()
@@ -409,8 +413,8 @@ def test_streams_share_a_padding_engine_by_tokens(monkeypatch: pytest.MonkeyPatc
         engine = padding(max_batch=256, batch_tokens=300)
         scheduler = Scheduler(engine)
         held = await hold(scheduler, engine)
-        runs = [asyncio.create_task(scheduler.run(job("long", 64, length=30))) for _ in range(40)]
-        runs += [asyncio.create_task(scheduler.run(job("short", 64, length=10))) for _ in range(40)]
+        runs = [asyncio.create_task(values(scheduler, job("long", 64, length=30))) for _ in range(40)]
+        runs += [asyncio.create_task(values(scheduler, job("short", 64, length=10))) for _ in range(40)]
         await asyncio.sleep(0)
         engine.gate.set()
         await asyncio.gather(*held, *runs)
@@ -438,7 +442,7 @@ def test_an_error_in_one_batch_fails_only_the_jobs_in_it() -> None:
         scheduler = Scheduler(engine)
         held = await hold(scheduler, engine)
         jobs = [mixed("a", [50, 2, 2]), mixed("b", [45, 30]), mixed("c", [30, 20])]
-        runs = [asyncio.create_task(scheduler.run(one)) for one in jobs]
+        runs = [asyncio.create_task(values(scheduler, one)) for one in jobs]
         await asyncio.sleep(0)
         engine.gate.set()
         await asyncio.gather(*held)
@@ -465,7 +469,7 @@ def test_a_score_that_is_no_number_fails_only_the_job_it_belongs_to() -> None:
         engine.batch_tokens = 200
         scheduler = Scheduler(engine)
         held = await hold(scheduler, engine)
-        runs = [asyncio.create_task(scheduler.run(one)) for one in (mixed("a", [50, 2]), mixed("b", [45, 30]))]
+        runs = [asyncio.create_task(values(scheduler, one)) for one in (mixed("a", [50, 2]), mixed("b", [45, 30]))]
         await asyncio.sleep(0)
         engine.gate.set()
         await asyncio.gather(*held)
@@ -491,7 +495,7 @@ def test_what_cannot_be_made_fails_its_own_job_in_a_shared_batch() -> None:
         scheduler = Scheduler(engine)
         held = await hold(scheduler, engine)
         broken = Job(Ticket("a", False), np.array([3, 3]), lambda positions: Broken())
-        runs = [asyncio.create_task(scheduler.run(one)) for one in (broken, job("b", 2))]
+        runs = [asyncio.create_task(values(scheduler, one)) for one in (broken, job("b", 2))]
         await asyncio.sleep(0)
         engine.gate.set()
         await asyncio.gather(*held)

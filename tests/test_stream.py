@@ -13,7 +13,7 @@ from grpc import aio
 
 from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
-from reranker_service.engines.base import EngineDeadError
+from reranker_service.engines import EngineDeadError
 from reranker_service.rpc.limits import Limits
 
 from .servers import ControlledEngine, serve_in_process
@@ -224,17 +224,17 @@ def test_an_over_long_text_fails_its_own_chunk_only(bi_encoder: Path) -> None:
 
 
 def test_each_text_of_a_stream_is_encoded_once(cross_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from reranker_service.models.encoding import Encoder
+    from reranker_service.models.cross_encoder import CrossEncoderLayout
 
     encoded: list[str] = []
     for name in ("encode_queries", "encode_documents"):
-        original = getattr(Encoder, name)
+        original = getattr(CrossEncoderLayout, name)
 
-        def counting(self: Encoder, texts: list[str], *rest: object, original: object = original) -> object:
+        def counting(self: CrossEncoderLayout, texts: list[str], *rest: object, original: object = original) -> object:
             encoded.extend(texts)
             return original(self, texts, *rest)
 
-        monkeypatch.setattr(Encoder, name, counting)
+        monkeypatch.setattr(CrossEncoderLayout, name, counting)
 
     async def scenario() -> None:
         async with serve_in_process(cross_encoder, ControlledEngine()) as channel:

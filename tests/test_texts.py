@@ -9,15 +9,16 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from reranker_service.models.encoding import Encoder
+from reranker_service.models import Layout
 from reranker_service.observing.metrics import Metrics
-from reranker_service.scheduling.scheduler import Ticket
-from reranker_service.scoring.texts import TextEncoder, TextTable
+from reranker_service.scheduling import Ticket
+from reranker_service.scoring.encoding import TextEncoder
+from reranker_service.scoring.texts import TextTable
 
 LONG = "x" * 100_000
 
 
-class SlowEncoder:
+class SlowLayout:
     """Encodes once it is let; notes what it was given."""
 
     def __init__(self) -> None:
@@ -43,8 +44,8 @@ async def begin(encoder: TextEncoder, texts: TextTable) -> asyncio.Task[Any]:
 
 def test_an_interactive_call_waits_for_one_slice_of_a_large_group() -> None:
     async def scenario() -> tuple[list[list[str]], list[Any]]:
-        slow = SlowEncoder()
-        encoder = TextEncoder(cast(Encoder, slow), Metrics())
+        slow = SlowLayout()
+        encoder = TextEncoder(cast(Layout, slow), Metrics())
         bulk = await begin(encoder, table([LONG + str(number) for number in range(4)], interactive=False))
         other = await begin(encoder, table(["more"], interactive=False))
         small = await begin(encoder, table(["a", "b"], interactive=True))
@@ -63,8 +64,8 @@ def test_an_interactive_call_waits_for_one_slice_of_a_large_group() -> None:
 @pytest.mark.parametrize("waiting", [False, True])
 def test_encoding_ends_with_the_slice_when_its_client_is_gone(waiting: bool) -> None:
     async def scenario() -> list[list[str]]:
-        slow = SlowEncoder()
-        encoder = TextEncoder(cast(Encoder, slow), Metrics())
+        slow = SlowLayout()
+        encoder = TextEncoder(cast(Layout, slow), Metrics())
         first = table([LONG + str(number) for number in range(4)], interactive=False)
         second = table(["gone" if waiting else "stays"], interactive=False)
         bulk, other = await begin(encoder, first), await begin(encoder, second)

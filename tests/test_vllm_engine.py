@@ -18,10 +18,9 @@ import psutil
 import pytest
 from numpy.typing import NDArray
 
-from reranker_service.engines.base import EngineDeadError, TokenSequence
+from reranker_service.engines import EngineDeadError, TokenSequence
 from reranker_service.engines.vllm_engine import VllmEngine
-from reranker_service.models.encoding import Encoder
-from reranker_service.models.spec import ModelSpec, read_model
+from reranker_service.models import ModelSpec, TextLayout, make_layout, read_model
 
 from . import models, references
 from .test_engines import TOLERANCE, inputs
@@ -99,9 +98,10 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def sequences_of(spec: ModelSpec, texts: list[tuple[str, str]], max_length: int | None = None) -> list[TokenSequence]:
     if spec.kind != "bi-encoder":
         return inputs(spec, texts, max_length)
-    encoder = Encoder(spec)
-    documents = encoder.encode_documents([document for _, document in texts])
-    return [encoder.single(one, max_length or spec.default_length)[0] for one in documents]
+    layout = make_layout(spec)
+    assert isinstance(layout, TextLayout)
+    documents = layout.encode_documents([document for _, document in texts])
+    return [layout.single(one, max_length or spec.default_length)[0] for one in documents]
 
 
 def expected(running: Running, texts: list[tuple[str, str]], max_length: int | None) -> NDArray[np.float32]:

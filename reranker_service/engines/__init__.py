@@ -1,1 +1,10 @@
-"""Engines: token sequences in, one number (or one vector) a sequence out."""
+"""Engines: token sequences in, one number or one vector a sequence out.
+
+`base` is the protocol, `torch_engine` and `vllm_engine` implement it.
+"""
+
+from ..models import TokenSequence
+from .base import Engine, EngineDeadError
+from .checks import NonFiniteScoreError
+
+__all__ = ["Engine", "EngineDeadError", "NonFiniteScoreError", "TokenSequence"]

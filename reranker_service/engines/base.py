@@ -1,31 +1,18 @@
-"""What an engine is: token sequences in, one number or one vector a sequence out.
+"""Protocol of an engine: token sequences in, one number or one vector a sequence out.
 
-An engine knows nothing of texts, queries, templates, caches or clients. It runs what it is given, as fast as it can;
-who comes first is the scheduler's business.
+An engine knows nothing of texts, templates, caches or clients, and does not decide which sequences come first: the
+scheduler does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-
-@dataclass(frozen=True, slots=True)
-class TokenSequence:
-    """One input of the model.
-
-    Attributes:
-        ids: Token ids with all special and template tokens, int32, shape ``(length,)``.
-        first_segment: How many leading tokens are of segment 0; the rest are of segment 1. The whole length for
-            models that know one segment only.
-    """
-
-    ids: NDArray[np.int32]
-    first_segment: int
+from ..models import TokenSequence
 
 
 class EngineDeadError(RuntimeError):
@@ -38,14 +25,14 @@ class Engine(Protocol):
     Attributes:
         name: ``"torch"`` or ``"vllm"``.
         dtype: Number format of the computation, such as ``"float32"``.
-        max_in_flight: How many sequences it wants at a time to be kept busy; more only wait inside it. One that pads
-            wants two batches, whatever they hold.
-        max_batch: How many sequences one call of ``run`` should hold at most.
-        step_tokens: How many tokens it computes at a time, where it takes sequences one by one; ``None`` if it does not
-            matter. Beside ``max_in_flight``, a few such steps are all that it is given at a time.
+        max_in_flight: Number of sequences in flight that keep the engine busy; more would only wait inside it. An
+            engine that pads is given two batches instead, whatever their size.
+        max_batch: Most sequences of one call of ``run``.
+        step_tokens: Tokens that an engine without padding computes in one step; ``None`` if it has no such limit. The
+            scheduler gives the engine a few steps' tokens at a time, and no more than ``max_in_flight`` sequences.
         versions: Distribution name to version of the libraries that compute.
-        scoring_args: What else it was told that may change scores, by name.
-        overtakes: Whether urgent sequences go before the others that wait inside it.
+        scoring_args: Arguments of the engine, by name, that may change scores.
+        overtakes: Whether urgent sequences overtake others that wait inside the engine.
     """
 
     name: str
@@ -59,23 +46,23 @@ class Engine(Protocol):
 
     @property
     def batch_tokens(self) -> int | None:
-        """How many tokens one call of ``run`` should hold at most, padding included; ``None`` if it does not pad.
+        """Most tokens of one call of ``run``, padding included; ``None`` if the engine does not pad.
 
-        Where it pads, a batch costs as much as its longest sequence: give it sequences of like length.
+        An engine that pads computes every sequence of a batch at the length of the longest one.
         """
 
     async def start(self) -> None:
-        """Load the model. Raises what loading raised."""
+        """Load the model; raises the error that loading raised."""
 
     def choices(self) -> dict[str, object]:
-        """What it chose for this machine, by name, for the log; after ``start``."""
+        """Settings that the engine chose for this machine, by name, for the log; call it after ``start``."""
 
     async def run(self, sequences: Sequence[TokenSequence], urgent: bool = False) -> NDArray[np.float32]:
         """Compute the model's number for each sequence.
 
         Args:
-            sequences: The inputs. They may be made when they are read: read each one once.
-            urgent: Whether to compute them before others that wait inside; without effect unless it overtakes.
+            sequences: The inputs. Reading one may make it, so an engine reads each one once.
+            urgent: Whether to compute them before others that wait inside; no effect on an engine that cannot.
 
         Returns:
             Raw scores, shape ``(len(sequences),)``, or for a bi-encoder unit-norm embeddings, shape
@@ -84,11 +71,11 @@ class Engine(Protocol):
         Raises:
             EngineDeadError: The engine is gone.
 
-        Cancelling the call frees the engine of the work as far as it can be freed.
+        A cancelled call ends the work that has not begun, and as much of the rest as the engine can end.
         """
 
     async def wait_dead(self) -> EngineDeadError:
-        """Return once the engine has died by itself; never after ``close``."""
+        """Return once the engine has died; never returns after ``close``."""
 
     async def close(self) -> None:
-        """End the engine and every process and thread it started."""
+        """End the engine with every process and thread that it started."""

@@ -1,4 +1,4 @@
-"""What every engine checks of its own results before it hands them out."""
+"""Check of an engine's results: they must be finite numbers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from numpy.typing import NDArray
 
 
 class NonFiniteScoreError(ValueError):
-    """The model computed something that is not a finite number.
+    """The model computed a value that is not a finite number.
 
     Attributes:
-        values: All that it computed, shape ``(n, ...)``: what is wrong with one sequence is not the others' fault.
+        values: All results of the batch, shape ``(n, ...)``, so that sequences with finite results can be answered.
     """
 
     def __init__(self, message: str, values: NDArray[np.float32]) -> None:
@@ -19,7 +19,7 @@ class NonFiniteScoreError(ValueError):
 
 
 def finite(model: str, dtype: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Pass ``values`` on.
+    """Return ``values`` if all of them are finite.
 
     Args:
         model: The model's name, for the message.
@@ -27,7 +27,7 @@ def finite(model: str, dtype: str, values: NDArray[np.float32]) -> NDArray[np.fl
         values: Scores, shape ``(n,)``, or embeddings, shape ``(n, dim)``.
 
     Raises:
-        NonFiniteScoreError: One of them is infinite or no number.
+        NonFiniteScoreError: A value is infinite or NaN.
     """
     if not np.isfinite(values).all():
         rows = ~np.isfinite(values.reshape(len(values), -1)).all(axis=1)

@@ -1,7 +1,7 @@
-"""The engine for laptops, tests and small servers: transformers in this process, on one worker thread.
+"""Engine for laptops, tests and small servers: transformers in this process, on one worker thread.
 
-Sequences of like length share a batch, cut by a budget of tokens with padding. Each batch is a job of its own on the
-worker thread, so that runs take turns between batches, and what is left of a cancelled run never starts.
+One call of ``run`` is one padded batch; the scheduler composes batches of sequences of like length. Batches wait in the
+worker thread's queue, and a call that is cancelled before its batch begins takes it out.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch.nn import functional
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from ..models.spec import ModelSpec, Pooling, UnsupportedModelError
-from .base import EngineDeadError, TokenSequence
+from ..models import ModelSpec, Pooling, TokenSequence, UnsupportedModelError
+from .base import EngineDeadError
 from .checks import finite
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,7 +29,7 @@ class TorchEngine:
     """Implements ``Engine`` with transformers."""
 
     name = "torch"
-    overtakes = False  # at most one batch waits inside
+    overtakes = False  # at most one batch waits inside it
     step_tokens: int | None = None
 
     def __init__(
@@ -41,15 +41,15 @@ class TorchEngine:
         threads: int | None = None,
         batch_tokens: int | None = None,
     ) -> None:
-        """Choose device and number format; nothing is loaded before ``start``.
+        """Choose device and number format. ``start`` loads the model.
 
         Args:
             spec: The model.
             dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, bfloat16 elsewhere.
             device: A device as torch names it, or "auto": the GPU if there is one.
             threads: Threads of one operation on a CPU; ``None`` leaves it to torch.
-            batch_tokens: Most tokens of a batch, padding included (a longer sequence goes alone); ``None`` means
-                4,096 on a CPU and 65,536 elsewhere.
+            batch_tokens: Most tokens of a batch, padding included; ``None`` means 4,096 on a CPU and 65,536
+                elsewhere. A longer sequence is a batch of its own.
 
         Raises:
             ValueError: ``dtype`` or ``device`` is unknown.
@@ -89,7 +89,7 @@ class TorchEngine:
         await asyncio.get_running_loop().run_in_executor(self._worker, self._load)
 
     def choices(self) -> dict[str, object]:
-        """What it chose for this machine; see ``Engine.choices``."""
+        """Settings that the engine chose; see ``Engine.choices``."""
         return {
             "device": str(self._device),
             "threads": self._threads or torch.get_num_threads(),
@@ -104,29 +104,17 @@ class TorchEngine:
             NonFiniteScoreError: A result is not a finite number.
         """
         if self._death is not None:
-            # Nobody may have waited for the batch that found it out.
+            # The call that saw the device fail may have been cancelled before it could set the event.
             self._died.set()
             raise self._death
-        sequences = list(sequences)
-        loop = asyncio.get_running_loop()
-        batches = _batches([len(sequence.ids) for sequence in sequences], self.batch_tokens)
-        futures = [
-            loop.run_in_executor(self._worker, self._forward, [sequences[one] for one in batch]) for batch in batches
-        ]
+        if not sequences:
+            return np.empty(0, dtype=np.float32)
         try:
-            parts = await asyncio.gather(*futures)
+            # Cancelling the call takes a batch that has not begun out of the worker's queue.
+            values = await asyncio.get_running_loop().run_in_executor(self._worker, self._forward, list(sequences))
         except EngineDeadError:
             self._died.set()
             raise
-        finally:
-            # Takes batches that have not begun out of the worker's queue, if the run is cancelled or one batch failed.
-            for future in futures:
-                future.cancel()
-        if not parts:
-            return np.empty(0, dtype=np.float32)
-        values = np.empty((len(sequences), *parts[0].shape[1:]), dtype=np.float32)
-        for batch, part in zip(batches, parts, strict=True):
-            values[batch] = part
         return finite(self._spec.name, self.dtype, values)
 
     async def wait_dead(self) -> EngineDeadError:
@@ -157,7 +145,7 @@ class TorchEngine:
             trust_remote_code=False,
             output_loading_info=True,
         )
-        # A pooler is of no use for our own pooling; sentence-transformers does not save it either.
+        # Pooling happens here, so a bi-encoder's own pooler is not needed; sentence-transformers does not save it.
         missing = sorted(key for key in report["missing_keys"] if spec.kind != "bi-encoder" or "pooler." not in key)
         if missing or report["mismatched_keys"]:
             wrong = missing or sorted(str(key) for key in report["mismatched_keys"])
@@ -167,7 +155,7 @@ class TorchEngine:
             yes, no = (model.get_output_embeddings().weight[answer].float() for answer in spec.answers)
             model, self._head = model.model, yes - no
         elif spec.kind == "causal-reranker":
-            # The classifier itself looks for the last token by the padding's id, which may be the template's as well.
+            # The classifier finds the last token by the padding's id, which may also be the template's last token.
             model, self._head = model.model, model.score.weight[0].float()
         self._model = model.eval().requires_grad_(False).to(self._device)
         if self._head is not None:
@@ -214,20 +202,6 @@ class TorchEngine:
         assert self._spec.pooling is not None
         pooled = _pool(tokens, inputs["attention_mask"], last, self._spec.pooling)
         return functional.normalize(pooled[:, : self._spec.dimensions], dim=1)  # (batch, dim)
-
-
-def _batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Positions of sequences that share a batch, the longest first; padded, a batch stays within the budget."""
-    if max(lengths, default=0) * len(lengths) <= budget:
-        return [list(range(len(lengths)))] if lengths else []
-    batches: list[list[int]] = []
-    width = 0
-    for position in sorted(range(len(lengths)), key=lambda one: -lengths[one]):
-        if not batches or (len(batches[-1]) + 1) * width > budget:
-            batches.append([])
-            width = lengths[position]
-        batches[-1].append(position)
-    return batches
 
 
 def _pool(tokens: torch.Tensor, mask: torch.Tensor, last: torch.Tensor, pooling: Pooling) -> torch.Tensor:

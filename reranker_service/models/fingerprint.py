@@ -1,20 +1,19 @@
-"""A name for everything that scores depend on: equal fingerprints mean equal scores up to rounding.
+"""Fingerprint: a hash of everything that scores depend on. Equal fingerprints mean equal scores up to rounding.
 
-Weights are not read as a whole: of each file its size, its beginning (in safetensors, the names, shapes and types of
-all tensors) and small blocks at even distances count. Training changes every block; a change of a few bytes in
-between can go unseen. Where a directory lies, when it was written and what its files are called by a cache is of no
-account.
+Weights are sampled: of each file the hash covers its size, its header (in safetensors the names, shapes and types of
+all tensors) and blocks of 4 KiB at even distances. Training changes every block; a change of a few bytes between two
+blocks can go unseen. The directory's place, the files' dates and the names that a cache gives to files do not count.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 
-from ..engines.base import Engine
 from .spec import ModelSpec
 from .templates import DEFAULT_INSTRUCTION, DOCUMENT_MARK, PREFIX, SUFFIX, query_head
 
@@ -24,18 +23,19 @@ _HEADER_LIMIT = 16 << 20
 _WHOLE_LIMIT = 64 << 20
 _WEIGHTS = (".safetensors", ".bin")
 _PLACE = {"name", "path"}
-# Files that say nothing about scores, or that change each time a model is saved.
+# Files without influence on scores, and files that change each time a model is saved.
 _IGNORED = {"config_sentence_transformers.json", "generation_config.json", "modules.json", "training_args.bin"}
 _VOLATILE = {"_name_or_path", "transformers_version", "is_local", "local_files_only", "name_or_path", "use_cache"}
 
 
-def fingerprint(spec: ModelSpec, engine: Engine) -> str:
-    """Hash everything that scores depend on; the engine must have been started.
+def fingerprint(spec: ModelSpec, engine: Mapping[str, object], arguments: Mapping[str, object] | None = None) -> str:
+    """Hash everything that scores depend on.
 
     Args:
         spec: The model. Its weights, tokenizer, configuration, kind, lengths and prompts count; its name and place do
             not.
-        engine: Its name, number format, the versions of its libraries, and arguments that may change scores count.
+        engine: Facts of the engine that may change scores: name, number format, versions of its libraries.
+        arguments: Arguments of the engine that may change scores, if there are any.
 
     Returns:
         64 hexadecimal digits.
@@ -45,9 +45,9 @@ def fingerprint(spec: ModelSpec, engine: Engine) -> str:
     # The default length is a default of requests: with the length given, it changes no score.
     del facts["default_length"]
     _add(digest, "model", facts)
-    _add(digest, "engine", {"name": engine.name, "dtype": engine.dtype, "versions": engine.versions})
-    if engine.scoring_args:
-        _add(digest, "arguments", dict(engine.scoring_args))
+    _add(digest, "engine", dict(engine))
+    if arguments:
+        _add(digest, "arguments", dict(arguments))
     _add(digest, "tokenizers", version("tokenizers"))
     if spec.kind == "causal-reranker":
         _add(digest, "template", [PREFIX, query_head(DEFAULT_INSTRUCTION), DOCUMENT_MARK, SUFFIX])

@@ -1,27 +1,24 @@
-"""What the server tells of its work while it runs; told to nobody unless somebody listens.
+"""Metrics: the events that the server's rooms report, in plain numbers and strings.
 
-The other rooms call the methods of ``Metrics`` where a fact is known, and never ask for anything. ``Metrics`` itself
-does nothing, at the price of a call for each reply or batch, never for each pair; ``PrometheusMetrics`` listens.
+A room calls a method of ``Metrics`` where it knows a fact. ``Metrics`` itself discards everything;
+``PrometheusMetrics`` counts. The cost is one call for each reply or batch, never one for each pair.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-
-from grpc import StatusCode
-
-from reranker.v1 import reranker_pb2 as pb
+from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What waits and what is kept at one moment.
+    """Waiting and running work at one moment, and the size of the cache.
 
     Attributes:
-        waiting: Sequences that have not entered the engine yet.
-        oldest_seconds: How long the longest waiting job has been there; 0 if none waits.
+        waiting: Sequences that have not entered the engine.
+        oldest_seconds: Time that the oldest waiting job has waited; 0 if none waits.
         running: Sequences inside the engine.
         cache_bytes: Bytes that the cache takes up.
     """
@@ -32,50 +29,62 @@ class Load:
     cache_bytes: int = 0
 
 
+class ReplyUsage(Protocol):
+    """Counts and times of one reply. ``reranker_service.scoring.Usage`` has them, and says what each one is."""
+
+    pairs: int
+    cached_pairs: int
+    shared_pairs: int
+    truncated_pairs: int
+    tokens: int
+    queue_seconds: float
+    engine_seconds: float
+
+
 class Call:
     """One call of an RPC while it runs.
 
     Attributes:
-        code: The status it ends with. CANCELLED until somebody says otherwise: a call that ends without a status of
-            its own is one whose client has gone or whose deadline has passed.
+        code: Name of the status that the call ends with. CANCELLED until the servicer sets another one: a call that
+            ends without a status was cancelled by its client or passed its deadline.
     """
 
     __slots__ = ("code",)
 
     def __init__(self) -> None:
-        self.code = StatusCode.CANCELLED
+        self.code = "CANCELLED"
 
 
 class Metrics:
-    """Everything that can be told; here nobody listens."""
+    """All events that can be reported; this class discards them."""
 
     def call(self, rpc: str) -> AbstractContextManager[Call]:
-        """A call of ``rpc`` lasts as long as the context; set ``Call.code`` inside."""
+        """Report a call of ``rpc``, which lasts as long as the context; set ``Call.code`` inside."""
         return nullcontext(Call())
 
-    def reply(self, rpc: str, usage: pb.Usage) -> None:
-        """Something was scored: a ranking, one request of a batch, or a chunk of a stream."""
+    def reply(self, rpc: str, usage: ReplyUsage) -> None:
+        """Report a ranking, a request of a batch or a chunk of a stream that was scored."""
 
-    def refusal(self, rpc: str, code: StatusCode) -> None:
-        """Something was not scored: a ranking, one request of a batch, or a chunk of a stream failed with ``code``."""
+    def refusal(self, rpc: str, code: str) -> None:
+        """Report a ranking, a request of a batch or a chunk of a stream that failed with the status ``code``."""
 
     def sent(self, seconds: float) -> None:
-        """A reply went out ``seconds`` after its scores were known."""
+        """Report a reply that went out ``seconds`` after its last score was known."""
 
     def encoded(self, seconds: float, texts: int) -> None:
-        """``texts`` texts were tokenized in ``seconds``. May be called from any thread."""
+        """Report that ``texts`` texts were tokenized in ``seconds``. May be called from any thread."""
 
     def batch(self, sequences: int, tokens: int) -> None:
-        """A batch entered the engine."""
+        """Report a batch that entered the engine."""
 
     def watch(self, read: Callable[[], Load]) -> None:
-        """Call ``read`` whenever somebody looks.
+        """Give the function that reads the present load.
 
-        It is called from another thread than the server's: it must not walk through anything that may change meanwhile.
+        It is called from another thread than the server's, so it must not iterate over anything that may change.
         """
 
-    def serving(self, info: pb.GetModelInfoResponse) -> None:
-        """The engine answers, with this model."""
+    def serving(self, labels: Mapping[str, str]) -> None:
+        """Report that the engine answers, with a model described by ``labels``."""
 
     def engine_gone(self) -> None:
-        """The engine answers no more."""
+        """Report that the engine has died."""

@@ -1,34 +1,33 @@
-"""Who watches the server: metrics and tracing, begun before anything else and ended after it.
+"""Observers: metrics and tracing of one server, started before the server and ended after it.
 
-What is not asked for is not imported.
+Only the packages of the observers that the settings ask for are imported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import structlog
 from grpc import aio
 
-from ..settings import Settings
 from .metrics import Metrics
 
 log = structlog.get_logger()
 
 
 class ObserverError(RuntimeError):
-    """Metrics or tracing were asked for and cannot be had."""
+    """Metrics or tracing cannot start; the message names the flag."""
 
 
 @dataclass(frozen=True, slots=True)
 class Observers:
-    """Those who watch.
+    """Running observers.
 
     Attributes:
-        metrics: To be told of the server's work.
-        interceptors: For ``grpc.aio.server``.
+        metrics: Receives the server's events.
+        interceptors: Interceptors for ``grpc.aio.server``.
     """
 
     metrics: Metrics
@@ -36,12 +35,24 @@ class Observers:
 
 
 @contextmanager
-def observers(settings: Settings, service: str) -> Iterator[Observers]:
-    """Have the server watched as the settings say.
+def observers(
+    service: str,
+    rpcs: Sequence[str],
+    scoring_rpcs: Sequence[str],
+    *,
+    host: str,
+    metrics_port: int | None,
+    tracing: bool,
+) -> Iterator[Observers]:
+    """Run the observers of a server.
 
     Args:
-        settings: ``host``, ``metrics_port`` and ``tracing`` matter.
-        service: Full name of the gRPC service whose calls are traced.
+        service: Full name of the gRPC service to trace.
+        rpcs: Names of all its RPCs.
+        scoring_rpcs: Names of the RPCs that score pairs.
+        host: Address to listen on for Prometheus.
+        metrics_port: Port for Prometheus; 0 picks a free one, ``None`` means no metrics.
+        tracing: Whether to trace.
 
     Raises:
         ObserverError: The port cannot be listened on, or tracing lacks a package or is configured wrongly.
@@ -49,25 +60,23 @@ def observers(settings: Settings, service: str) -> Iterator[Observers]:
     with ExitStack() as stack:
         metrics = Metrics()
         interceptors: tuple[aio.ServerInterceptor, ...] = ()
-        if settings.tracing:
+        if tracing:
             from .tracing import TracingError, start_tracing
 
             try:
-                tracing = start_tracing(service)
+                running = start_tracing(service)
             except TracingError as error:
                 raise ObserverError(f"--tracing: {error}") from error
-            stack.callback(tracing.close)
-            interceptors = (tracing.interceptor,)
-        if settings.metrics_port is not None:
+            stack.callback(running.close)
+            interceptors = (running.interceptor,)
+        if metrics_port is not None:
             from .prometheus import MetricsServer, PrometheusMetrics
 
-            metrics = PrometheusMetrics()
+            metrics = PrometheusMetrics(rpcs, scoring_rpcs)
             try:
-                server = MetricsServer(metrics, settings.host, settings.metrics_port)
+                server = MetricsServer(metrics, host, metrics_port)
             except OSError as error:
-                raise ObserverError(
-                    f"--metrics-port {settings.metrics_port}: cannot listen on {settings.host}: {error}"
-                ) from error
+                raise ObserverError(f"--metrics-port {metrics_port}: cannot listen on {host}: {error}") from error
             stack.callback(server.close)
             log.info("metrics", metrics=server.address)
         yield Observers(metrics, interceptors)

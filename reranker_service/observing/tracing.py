@@ -1,7 +1,7 @@
-"""OpenTelemetry spans, one for each call: where they go is said by the standard OTEL_* variables.
+"""Tracing: one OpenTelemetry span a call, exported as the standard OTEL_* variables say.
 
-Nothing of OpenTelemetry is imported before ``start_tracing``. Spans come from the interceptor for ``grpc.aio`` of
-``opentelemetry-instrumentation-grpc``; a call that carries a ``traceparent`` joins its caller's trace.
+``start_tracing`` imports OpenTelemetry; without it nothing is imported. Spans come from the ``grpc.aio`` interceptor of
+``opentelemetry-instrumentation-grpc``. A call that carries a ``traceparent`` joins its caller's trace.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ _PROTOCOLS = {"grpc": "otlp_proto_grpc", "http/protobuf": "otlp_proto_http"}
 
 
 class TracingError(RuntimeError):
-    """Tracing was asked for and cannot be done."""
+    """Tracing cannot start: a package or an exporter is missing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tracing:
-    """Tracing that is under way.
+    """Running tracing.
 
     Attributes:
-        interceptor: To be given to ``grpc.aio.server``.
+        interceptor: Interceptor for ``grpc.aio.server``.
     """
 
     interceptor: aio.ServerInterceptor
     _provider: TracerProvider
 
     def close(self) -> None:
-        """Send what is left; blocks, at most for the exporter's own timeout."""
+        """Export the remaining spans; blocks at most for the exporter's own timeout."""
         self._provider.shutdown()
 
 
 def start_tracing(service: str) -> Tracing:
-    """Begin to trace.
+    """Start tracing.
 
-    Read are OTEL_TRACES_EXPORTER (default: otlp; several with commas between; none), OTEL_EXPORTER_OTLP_*,
+    It reads OTEL_TRACES_EXPORTER (default: otlp; several with commas between; none), OTEL_EXPORTER_OTLP_*,
     OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES, OTEL_TRACES_SAMPLER, OTEL_PROPAGATORS and OTEL_BSP_*.
 
     Args:
-        service: Full name of the gRPC service whose calls are traced; health checks and reflection are not.
+        service: Full name of the gRPC service to trace; health checks and reflection are not traced.
 
     Raises:
         TracingError: A package is missing, or a variable names an exporter that is not installed.
@@ -79,7 +79,7 @@ def start_tracing(service: str) -> Tracing:
 
 
 def _exporters() -> list[str]:
-    """Names of exporters as their packages register them."""
+    """Names of the exporters, as their packages register them."""
     protocol = (
         os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL") or "grpc"
     )

@@ -1,7 +1,7 @@
-"""What can go wrong with a request, as typed errors, and their one translation into ``google.rpc.Status``.
+"""Errors of requests, and the one translation of every error into a ``google.rpc.Status``.
 
-Errors are raised where the fact is known. The RPC layer turns them into the status of a call, of one request of a
-batch, or of one chunk; nothing else decides on status codes.
+Each error is raised where the fact is known. The servicer and the stream turn it into the status of a call, of one
+request of a batch, or of one chunk. Status codes are decided here and nowhere else.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import structlog
 from google.rpc import error_details_pb2, status_pb2
 from grpc import StatusCode
 
-# A status travels in headers, once as text and once in base64: gRPC drops calls whose headers exceed 8 kB.
-_TOLD_CHARACTERS = 2000
+from ..scoring import EngineFailedError, OverLongError, ScoringError, TooShortLimitError
+
+# A status travels in headers, once as text and once in base64, and gRPC drops calls whose headers exceed 8 kB.
+_MOST_CHARACTERS = 2000
 
 log = structlog.get_logger()
 
@@ -25,7 +27,7 @@ class Violation:
 
     Attributes:
         field: Path of the field in its request, such as ``requests[2].top_n``.
-        description: The offending value and the rule it breaks.
+        description: The offending value and the rule that it breaks.
     """
 
     field: str
@@ -33,13 +35,17 @@ class Violation:
 
 
 class RerankError(Exception):
-    """A request that cannot be answered; ``code`` says whose fault it is."""
+    """An error with the status that a client sees.
 
-    code = StatusCode.INTERNAL
+    Attributes:
+        code: The status code.
+        message: The message for the client.
+    """
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, code: StatusCode = StatusCode.INTERNAL) -> None:
         super().__init__(message)
         self.message = message
+        self.code = code
 
     def to_status(self) -> status_pb2.Status:
         """Express the error as a status that a client can read."""
@@ -47,17 +53,19 @@ class RerankError(Exception):
 
 
 class InvalidRequestError(RerankError):
-    """The request breaks the contract; sending it again is of no use."""
+    """The request breaks the contract; sending it again is of no use.
 
-    code = StatusCode.INVALID_ARGUMENT
+    Attributes:
+        violations: The broken rules, as many as a status has room for.
+    """
 
     def __init__(self, violations: Sequence[Violation]) -> None:
-        told = _first(violations)
-        parts = [f"{violation.field}: {violation.description}" for violation in told]
-        if len(told) < len(violations):
-            parts.append(f"and {len(violations) - len(told)} more")
-        super().__init__("; ".join(parts))
-        self.violations = told
+        shown = _first(violations)
+        parts = [f"{violation.field}: {violation.description}" for violation in shown]
+        if len(shown) < len(violations):
+            parts.append(f"and {len(violations) - len(shown)} more")
+        super().__init__("; ".join(parts), StatusCode.INVALID_ARGUMENT)
+        self.violations = shown
 
     def to_status(self) -> status_pb2.Status:
         """Express the error as a status with one ``BadRequest`` detail."""
@@ -70,37 +78,13 @@ class InvalidRequestError(RerankError):
 
 
 def _first(violations: Sequence[Violation]) -> tuple[Violation, ...]:
-    """As many of the first violations as a status has room for, at least one."""
+    """The first violations that a status has room for, at least one."""
     size = 0
     for number, violation in enumerate(violations):
         size += len(violation.field) + len(violation.description)
-        if number and size > _TOLD_CHARACTERS:
+        if number and size > _MOST_CHARACTERS:
             return tuple(violations[:number])
     return tuple(violations)
-
-
-class NotReadyError(RerankError):
-    """The model is still loading; another try may succeed."""
-
-    code = StatusCode.UNAVAILABLE
-
-
-class EngineFailedError(RerankError):
-    """The engine is dead; the process is about to end."""
-
-    code = StatusCode.UNAVAILABLE
-
-
-class ScoringError(RerankError):
-    """The engine answered, but not with finite scores."""
-
-
-def as_rerank_error(error: Exception) -> RerankError:
-    """What a client is told of an error; an unforeseen one is logged in full and hidden behind a general message."""
-    if isinstance(error, RerankError):
-        return error
-    log.error("unforeseen error", exc_info=error)
-    return ScoringError("internal error; the server's log has the details")
 
 
 def invalid(field: str, description: str) -> InvalidRequestError:
@@ -108,10 +92,23 @@ def invalid(field: str, description: str) -> InvalidRequestError:
     return InvalidRequestError([Violation(field, description)])
 
 
-def over_long(what: str, max_length: int) -> InvalidRequestError:
-    """Make the error for input beyond the length limit where the options say to reject it."""
-    return invalid(
-        "options.over_long",
-        f"{what}; the limit is {max_length} tokens: shorten the texts, raise max_length, or leave over_long at "
-        "OVER_LONG_TRUNCATE",
-    )
+def not_ready() -> RerankError:
+    """Make the error for calls that come while the model is loading; another try may succeed."""
+    return RerankError("the model is still loading; try again soon", StatusCode.UNAVAILABLE)
+
+
+def as_rerank_error(error: Exception) -> RerankError:
+    """Translate any error. An unforeseen one is logged in full and hidden behind a general message."""
+    match error:
+        case RerankError():
+            return error
+        case OverLongError():
+            return invalid("options.over_long", str(error))
+        case TooShortLimitError():
+            return invalid("options.max_length", str(error))
+        case EngineFailedError():
+            return RerankError(str(error), StatusCode.UNAVAILABLE)
+        case ScoringError():
+            return RerankError(str(error))
+    log.error("unforeseen error", exc_info=error)
+    return RerankError("internal error; the server's log has the details")

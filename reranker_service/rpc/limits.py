@@ -1,4 +1,8 @@
-"""What the server accepts, with defaults that suit a training batch of 4,096 texts and several columns."""
+"""Limits of requests and streams, with defaults for training batches of 4,096 texts a column.
+
+A limit is one field here. The flag ``--limits.NAME``, the environment variable and the field of ``GetModelInfo`` follow
+from it; `validation` and `stream` enforce it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from reranker.v1 import reranker_pb2 as pb
 
 
 class Limits(BaseModel):
-    """Limits of requests and streams; the message ``reranker.v1.Limits`` says what each counts."""
+    """Limits of requests and streams. The message ``reranker.v1.Limits`` documents each of them."""
 
     model_config = ConfigDict(frozen=True)
 

@@ -1,7 +1,7 @@
-"""The RPCs: validate, hand over to the scorer, translate back. No arithmetic and no policy here.
+"""Servicer: the four RPCs. Requests are validated, scored by the scorer, and translated back.
 
 The handlers are registered by hand rather than by the generated ``add_..._to_server``: a message that cannot be
-parsed (invalid UTF-8, cut short) must be INVALID_ARGUMENT, and gRPC's own answer to it is INTERNAL.
+parsed (invalid UTF-8, cut short) is answered with INVALID_ARGUMENT here, and with INTERNAL by gRPC itself.
 """
 
 from __future__ import annotations
@@ -19,15 +19,19 @@ from grpc import aio
 from reranker.v1 import reranker_pb2 as pb
 
 from ..observing.metrics import Metrics
-from ..scheduling.scheduler import Ticket
-from ..scoring.scorer import Scored, Scorer
-from ..scoring.texts import TextTable
-from ..scoring.types import Pairs
-from .errors import NotReadyError, RerankError, as_rerank_error, invalid
+from ..scoring import Pairs, Scored, Scorer, TextTable, Ticket
+from .errors import RerankError, as_rerank_error, invalid, not_ready
+from .messages import usage_message
 from .stream import StreamSession
 from .validation import Ranking, Validator
 
-SERVICE = pb.DESCRIPTOR.services_by_name["RerankerService"].full_name
+_DESCRIPTOR = pb.DESCRIPTOR.services_by_name["RerankerService"]
+SERVICE = _DESCRIPTOR.full_name
+"""Full name of the service."""
+RPCS = tuple(method.name for method in _DESCRIPTOR.methods)
+"""Names of its RPCs."""
+SCORING_RPCS = tuple(rpc for rpc in RPCS if rpc != "GetModelInfo")
+"""Names of its RPCs that score pairs."""
 
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
@@ -35,14 +39,14 @@ Context = aio.ServicerContext[Message, Message]
 
 
 class _Malformed:
-    """Stands for a request that could not be parsed; carries the reason to the handler."""
+    """A request that could not be parsed; carries the reason to the handler."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
 
 
 def _parser(message: type[Request]) -> Callable[[bytes], Any]:
-    """A deserializer of ``message`` that gives ``_Malformed`` instead of failing inside gRPC."""
+    """A deserializer of ``message`` that returns ``_Malformed`` instead of failing inside gRPC."""
 
     def parse(data: bytes) -> Request | _Malformed:
         try:
@@ -67,7 +71,7 @@ async def _abort(context: Context, error: RerankError) -> None:
 
 
 class RerankerServicer:
-    """Answers the four RPCs of ``reranker.v1.RerankerService``; not ready until ``open`` is called."""
+    """Answers the four RPCs of ``reranker.v1.RerankerService``, with UNAVAILABLE until ``open`` is called."""
 
     def __init__(self, metrics: Metrics | None = None) -> None:
         self._metrics = metrics or Metrics()
@@ -76,7 +80,7 @@ class RerankerServicer:
         self._info = pb.GetModelInfoResponse()
 
     def open(self, scorer: Scorer, validator: Validator, info: pb.GetModelInfoResponse) -> None:
-        """Begin to answer."""
+        """Begin to score."""
         self._scorer, self._validator, self._info = scorer, validator, info
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -91,10 +95,10 @@ class RerankerServicer:
                         response = await answer(_well_formed(request))
                     except Exception as error:
                         known = as_rerank_error(error)
-                        call.code = known.code
+                        call.code = known.code.name
                         await _abort(context, known)
                         return None
-                    call.code = grpc.StatusCode.OK
+                    call.code = grpc.StatusCode.OK.name
                     return response
 
             return grpc.unary_unary_rpc_method_handler(
@@ -123,10 +127,10 @@ class RerankerServicer:
         return await self._rank("Rerank", request, Ticket(object(), interactive=True))
 
     async def rerank_batch(self, request: pb.RerankBatchRequest) -> pb.RerankBatchResponse:
-        """Rank for many requests at once; each fails alone. Raises ``RerankError`` for the batch as a whole."""
+        """Rank for many requests at once; each fails alone. Raises ``RerankError`` if the batch itself is invalid."""
         _, validator = self._ready()
         validator.batch(request)
-        # One for all: calls share the engine, whatever each of them asks for.
+        # One ticket for all requests: the engine is shared fairly between calls, whatever their size.
         ticket = Ticket(object(), interactive=True)
 
         async def item(position: int, one: pb.RerankRequest) -> pb.RerankBatchItem:
@@ -157,31 +161,31 @@ class RerankerServicer:
                 session = StreamSession(scorer, validator, self._info.fingerprint, self._metrics)
                 async for reply in session.replies(_well_formed(request) async for request in requests):
                     yield reply
-                call.code = grpc.StatusCode.OK
+                call.code = grpc.StatusCode.OK.name
             except Exception as error:
                 known = as_rerank_error(error)
-                call.code = known.code
+                call.code = known.code.name
                 await _abort(context, known)
 
     def _ready(self) -> tuple[Scorer, Validator]:
         if self._scorer is None or self._validator is None:
-            raise NotReadyError("the model is still loading; try again soon")
+            raise not_ready()
         return self._scorer, self._validator
 
     async def _rank(self, rpc: str, request: pb.RerankRequest, ticket: Ticket, at: str = "") -> pb.RerankResponse:
-        """Answer one request; ``at`` is where it stands in a batch. Raises ``RerankError``."""
+        """Answer one request; ``at`` is its path in a batch. Raises ``RerankError``."""
         scorer, validator = self._ready()
         try:
             ranking = validator.rerank(request, at)
             scored = await self._score(scorer, ranking, ticket)
         except Exception as error:
             known = as_rerank_error(error)
-            self._metrics.refusal(rpc, known.code)
-            # Whatever was unforeseen has been logged where it was met.
+            self._metrics.refusal(rpc, known.code.name)
+            # as_rerank_error has logged an unforeseen error.
             raise known from None
         known_at = time.monotonic()
         self._metrics.reply(rpc, scored.usage)
-        response = pb.RerankResponse(usage=scored.usage)
+        response = pb.RerankResponse(usage=usage_message(scored.usage))
         for index in np.argsort(-scored.scores, kind="stable")[: ranking.top_n].tolist():
             result = response.results.add(index=index, score=float(scored.scores[index]))
             if ranking.return_documents:

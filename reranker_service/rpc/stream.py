@@ -1,8 +1,9 @@
-"""One ``RerankStream`` call: reads, scores and replies at the same time.
+"""Session of one ``RerankStream`` call, which reads, scores and replies at the same time.
 
-A reader takes messages in and starts one task a chunk; finished chunks queue up for the writer. Pairs count as in
-flight from the reading of their chunk until gRPC has taken its reply, and the reader stops at the limit: a client
-that does not read its replies is not read from either, so the server holds a bounded part of its work.
+A reader takes messages in and starts one task a chunk; replies of finished chunks queue up for the writer. Pairs are in
+flight from the reading of their chunk until gRPC has taken its reply. At the limit of pairs in flight the reader stops,
+so that HTTP/2 flow control slows the client. A client that does not read its replies is therefore not read from either,
+and the server holds a bounded part of its work.
 """
 
 from __future__ import annotations
@@ -10,16 +11,29 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from typing import NamedTuple
 
 from reranker.v1 import reranker_pb2 as pb
 
 from ..observing.metrics import Metrics
-from ..scheduling.scheduler import Ticket
-from ..scoring.scorer import Scorer
-from ..scoring.texts import TextTable
-from ..scoring.types import Pairs
+from ..scoring import Pairs, Scorer, TextTable, Ticket
 from .errors import as_rerank_error, invalid
+from .messages import usage_message
 from .validation import Validator
+
+
+class _Reply(NamedTuple):
+    """A reply on its way to the client.
+
+    Attributes:
+        message: The reply.
+        pairs: Number of pairs in flight that it frees.
+        known: Time at which its scores were known, ``time.monotonic()`` seconds; ``None`` without scores.
+    """
+
+    message: pb.RerankStreamResponse
+    pairs: int = 0
+    known: float | None = None
 
 
 class StreamSession:
@@ -30,8 +44,7 @@ class StreamSession:
         self._validator = validator
         self._fingerprint = fingerprint
         self._metrics = metrics
-        # Each with the pairs that it sets free, and when its scores were known.
-        self._replies: asyncio.Queue[tuple[pb.RerankStreamResponse, int, float | None] | None] = asyncio.Queue()
+        self._replies: asyncio.Queue[_Reply | None] = asyncio.Queue()  # None comes after the last reply
         self._chunks: set[asyncio.Task[None]] = set()
         self._in_flight = 0
         self._room = asyncio.Event()
@@ -40,17 +53,16 @@ class StreamSession:
         """Run the stream to its end.
 
         Raises:
-            InvalidRequestError: The client broke the protocol; the stream cannot go on.
+            InvalidRequestError: A message broke the protocol, which ends the stream.
         """
         reader = asyncio.create_task(self._read(requests))
         reader.add_done_callback(lambda _: self._replies.put_nowait(None))
         try:
-            while (item := await self._replies.get()) is not None:
-                reply, weight, known = item
-                yield reply
-                if known is not None:
-                    self._metrics.sent(time.monotonic() - known)
-                self._in_flight -= weight
+            while (reply := await self._replies.get()) is not None:
+                yield reply.message
+                if reply.known is not None:
+                    self._metrics.sent(time.monotonic() - reply.known)
+                self._in_flight -= reply.pairs
                 self._room.set()
             await reader
         finally:
@@ -59,7 +71,7 @@ class StreamSession:
                 chunk.cancel()
 
     async def _read(self, requests: AsyncIterator[pb.RerankStreamRequest]) -> None:
-        """Take in every message; returns when every chunk has its reply."""
+        """Take in all messages; returns when every chunk has its reply."""
         table: TextTable | None = None
         text_bytes = 0
         chunk_ids: set[int] = set()
@@ -70,7 +82,7 @@ class StreamSession:
                     options, interactive = self._validator.open(request)
                     table = TextTable(options, Ticket(self, interactive))
                     opened = pb.StreamOpened(fingerprint=self._fingerprint, limits=self._validator.limits.to_message())
-                    self._replies.put_nowait((pb.RerankStreamResponse(opened=opened), 0, None))
+                    self._replies.put_nowait(_Reply(pb.RerankStreamResponse(opened=opened)))
                 elif kind == "texts":
                     text_bytes += self._validator.texts(request.texts, len(table.texts), text_bytes)
                     table.texts.extend(request.texts.texts)
@@ -88,13 +100,13 @@ class StreamSession:
                 table.close()
 
     async def _start(self, table: TextTable, chunk: pb.StreamChunk) -> None:
-        """Begin to score a chunk, once there is room for it."""
+        """Begin to score a chunk as soon as the limit of pairs in flight allows it."""
         pairs: Pairs | Exception
         try:
             pairs = self._validator.chunk(chunk, len(table.texts))
         except Exception as error:
             pairs = error
-        # A refused chunk has weight, too: its reply must be read. One larger than the limit goes alone.
+        # A refused chunk counts as one pair until its reply is read. A chunk larger than the limit runs alone.
         weight = 1 if isinstance(pairs, Exception) else len(pairs)
         while self._in_flight and self._in_flight + weight > self._validator.limits.max_pairs_in_flight:
             self._room.clear()
@@ -113,11 +125,11 @@ class StreamSession:
             scored = await self._scorer.score(table, pairs)
         except Exception as error:
             refusal = as_rerank_error(error)
-            self._metrics.refusal("RerankStream", refusal.code)
+            self._metrics.refusal("RerankStream", refusal.code.name)
             result.error.CopyFrom(refusal.to_status())
         else:
             known = time.monotonic()
             self._metrics.reply("RerankStream", scored.usage)
             result.scores.values.extend(scored.scores.tolist())
-            result.usage.CopyFrom(scored.usage)
-        self._replies.put_nowait((pb.RerankStreamResponse(result=result), weight, known))
+            result.usage.CopyFrom(usage_message(scored.usage))
+        self._replies.put_nowait(_Reply(pb.RerankStreamResponse(result=result), weight, known))

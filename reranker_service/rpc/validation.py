@@ -1,4 +1,4 @@
-"""Every rule of the contract that a request can break, in one place: messages in, plain validated values out."""
+"""Validation: messages in, plain validated values out. All rules of the contract that a request can break are here."""
 
 from __future__ import annotations
 
@@ -10,30 +10,9 @@ from numpy.typing import NDArray
 
 from reranker.v1 import reranker_pb2 as pb
 
-from ..scoring.types import Pairs
+from ..scoring import OptionRanges, Pairs, ScoringOptions
 from .errors import InvalidRequestError, Violation, invalid
 from .limits import Limits
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """What validation must know of the served model; lengths in tokens."""
-
-    min_length: int
-    max_length: int
-    default_length: int
-    supports_instruction: bool
-    default_instruction: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class ScoringOptions:
-    """Validated ``RerankOptions`` with every default filled in."""
-
-    instruction: str | None
-    max_length: int
-    raw: bool
-    reject_over_long: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +28,7 @@ class Ranking:
 
 @dataclass(slots=True)
 class Violations:
-    """Collects broken rules, so that a caller learns of all of them at once."""
+    """Collects broken rules, so that an error names all of them at once."""
 
     found: list[Violation] = field(default_factory=list)
 
@@ -58,17 +37,21 @@ class Violations:
         self.found.append(Violation(path, description))
 
     def raise_if_any(self) -> None:
-        """Raise ``InvalidRequestError`` with everything noted, if there is anything."""
+        """Raise ``InvalidRequestError`` if a broken rule was noted."""
         if self.found:
             raise InvalidRequestError(self.found)
 
 
 class Validator:
-    """Holds requests against the contract, the limits and the served model."""
+    """Checks requests against the contract, the limits and the served model.
 
-    def __init__(self, limits: Limits, model: ModelFacts) -> None:
+    Attributes:
+        limits: The limits.
+    """
+
+    def __init__(self, limits: Limits, ranges: OptionRanges) -> None:
         self.limits = limits
-        self.model = model
+        self._ranges = ranges
 
     def options(self, options: pb.RerankOptions, path: str = "options") -> ScoringOptions:
         """Validate options and fill in defaults. Raises ``InvalidRequestError``."""
@@ -96,7 +79,7 @@ class Validator:
         return Ranking(request.query, request.documents, top_n, request.return_documents, options)
 
     def batch(self, request: pb.RerankBatchRequest) -> None:
-        """Validate what concerns a batch as a whole; its requests are validated one by one, each failing alone."""
+        """Validate a batch as a whole. Its requests are validated one by one later, so that each fails alone."""
         count, limit = len(request.requests), self.limits.max_requests_per_batch
         if count == 0:
             raise invalid("requests", "there are none; give at least one request")
@@ -107,7 +90,7 @@ class Validator:
             raise invalid("requests", f"they hold {pairs} documents together; the limit of one batch is {limit}")
 
     def open(self, message: pb.RerankStreamRequest) -> tuple[ScoringOptions, bool]:
-        """Validate a stream's first message; gives the options and whether the stream is interactive."""
+        """Validate the first message of a stream; returns the options and whether the stream is interactive."""
         kind = message.WhichOneof("message")
         if kind != "open":
             raise invalid(kind or "message", "came before open; the first message of a stream must be open")
@@ -119,7 +102,7 @@ class Validator:
         return options, message.open.priority == pb.PRIORITY_INTERACTIVE
 
     def texts(self, message: pb.StreamTexts, texts_before: int, bytes_before: int) -> int:
-        """Validate more texts of a stream; gives their size in bytes. An error ends the stream."""
+        """Validate more texts of a stream; returns their size in bytes. An error ends the stream."""
         if not message.texts:
             raise invalid("texts.texts", "there are none; give at least one text")
         count, limit = texts_before + len(message.texts), self.limits.max_texts_per_stream
@@ -136,20 +119,20 @@ class Validator:
         return added
 
     def chunk_id(self, chunk_id: int, earlier: set[int]) -> None:
-        """Validate a chunk's id against those before it. An error ends the stream."""
+        """Validate the id of a chunk against the earlier ones. An error ends the stream."""
         if chunk_id in earlier:
             raise invalid("chunk.id", f"is {chunk_id}, as was an earlier chunk's; ids must differ within a stream")
         if len(earlier) >= self.limits.max_chunks_per_stream:
             raise invalid("chunk", f"is one more than {len(earlier)}, the limit of chunks in one stream")
 
     def chunk(self, chunk: pb.StreamChunk, text_count: int) -> Pairs:
-        """Validate the pairs of a chunk. An error fails that chunk alone."""
+        """Validate the pairs of a chunk. An error fails only this chunk."""
         kind = chunk.WhichOneof("pairs")
         if kind is None:
             raise invalid("chunk.pairs", "is not set; give a grid or a list")
         source = chunk.grid if kind == "grid" else chunk.list
         path = f"chunk.{kind}"
-        # The sizes come first: nothing is built that is larger than the limit.
+        # Sizes are checked first, so that no array larger than the limit is built.
         rows, columns = len(source.query_ids), len(source.document_ids)
         violations = Violations()
         for name, size in (("query_ids", rows), ("document_ids", columns)):
@@ -171,21 +154,21 @@ class Validator:
         return Pairs(queries, documents, grid=kind == "grid")
 
     def _options(self, options: pb.RerankOptions, path: str, violations: Violations) -> ScoringOptions:
-        model = self.model
-        instruction = model.default_instruction
+        ranges = self._ranges
+        instruction = ranges.default_instruction
         if options.HasField("instruction"):
-            if model.supports_instruction:
+            if ranges.supports_instruction:
                 self._text(options.instruction, f"{path}.instruction", violations)
                 instruction = options.instruction
             else:
                 violations.add(f"{path}.instruction", "is set, but the served model takes none; leave it out")
-        max_length = model.default_length
+        max_length = ranges.default_length
         if options.HasField("max_length"):
             max_length = options.max_length
-            if not model.min_length <= max_length <= model.max_length:
+            if not ranges.min_length <= max_length <= ranges.max_length:
                 violations.add(
                     f"{path}.max_length",
-                    f"is {max_length}; the served model takes {model.min_length} to {model.max_length} tokens",
+                    f"is {max_length}; the served model takes {ranges.min_length} to {ranges.max_length} tokens",
                 )
         if options.score_type not in pb.ScoreType.values():
             _unknown_enum(f"{path}.score_type", options.score_type, pb.ScoreType.keys(), violations)
@@ -199,7 +182,7 @@ class Validator:
         )
 
     def _text(self, text: str, path: str, violations: Violations) -> int:
-        """Check one text's size; gives it in bytes."""
+        """Validate the size of one text; returns it in bytes."""
         size = len(text) if text.isascii() else len(text.encode())
         if size > self.limits.max_text_bytes:
             violations.add(path, f"is {size} bytes long; the limit of one text is {self.limits.max_text_bytes}")

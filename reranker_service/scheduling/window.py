@@ -1,22 +1,17 @@
-"""Batches for an engine that pads: sequences of many jobs are drawn together, sorted by length and cut by tokens.
+"""Padding windows: sequences of many jobs, sorted by length and cut into batches by tokens, for an engine that pads.
 
-The more sequences are sorted together, the less is padded; the longer it takes until all of them are done, the longer
-the first job of them waits. So a window holds what the engine gets through in about half a second.
+A larger window pads less, and keeps its first job waiting longer. A window therefore holds about half a second's work
+of the engine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from .scheduler import Job
-
-Part = tuple["Job", NDArray[np.intp]]
-"""A job and positions of some of its sequences."""
+from .entry import Entry, Part
 
 _WINDOW_SECONDS = 0.5
 _MOST_SEQUENCES = 4096
@@ -24,9 +19,9 @@ _HALF_LIFE_SECONDS = 2.0
 
 
 class Pace:
-    """How many tokens the engine gets through, by the time that it was busy of late.
+    """Throughput of the engine in tokens a second, over the time that it was busy recently.
 
-    Tokens rather than sequences: a window begins with the longest, and its end would make the engine look fast.
+    Tokens rather than sequences count: the short sequences at a window's end would make the engine look fast.
     """
 
     def __init__(self) -> None:
@@ -34,30 +29,30 @@ class Pace:
         self._seconds = 0.0
 
     def add(self, tokens: int, seconds: float) -> None:
-        """Count work that is done; what came before it counts half after two busy seconds."""
+        """Count finished work. Earlier work counts half after two busy seconds."""
         keep = 0.5 ** (seconds / _HALF_LIFE_SECONDS)
         self._tokens = keep * self._tokens + tokens
         self._seconds = keep * self._seconds + seconds
 
     def fills_window(self, sequences: int, tokens: int, least: int) -> bool:
-        """Whether so many sequences make a window: half a second's work, but at least ``least`` and at most 4,096.
+        """Whether some sequences fill a window: half a second's work, at least ``least`` and at most 4,096 sequences.
 
         Args:
-            sequences: How many were drawn.
-            tokens: How many tokens they have together.
-            least: How many sequences are drawn however slow the engine is.
+            sequences: Number of sequences.
+            tokens: Their tokens together.
+            least: Sequences of a window however slow the engine is.
         """
         if sequences < least:
             return False
-        # With nothing known yet the least is enough.
+        # Before the first measurement the least is enough.
         return sequences >= _MOST_SEQUENCES or tokens * self._seconds >= _WINDOW_SECONDS * self._tokens
 
 
 class Window:
-    """Sequences that share batches and have not entered the engine, the longest first."""
+    """Sequences that share batches and have not entered the engine, longest first."""
 
     def __init__(self) -> None:
-        self._jobs: dict[Job, int] = {}  # each with its number in _owners
+        self._entries: dict[Entry, int] = {}  # entry to its number in _owners
         self._owners = self._positions = np.empty(0, dtype=np.intp)
         self._lengths = np.empty(0, dtype=np.int64)
 
@@ -65,30 +60,30 @@ class Window:
         return len(self._positions)
 
     def fill(self, parts: Sequence[Part]) -> None:
-        """Take in the next sequences; the window is empty before."""
-        self._jobs = {}
-        for job, _ in parts:
-            self._jobs.setdefault(job, len(self._jobs))
-        lengths = np.concatenate([job.lengths[positions] for job, positions in parts])
+        """Put sequences into an empty window."""
+        self._entries = {}
+        for entry, _ in parts:
+            self._entries.setdefault(entry, len(self._entries))
+        lengths = np.concatenate([entry.job.lengths[positions] for entry, positions in parts])
         order = np.argsort(-lengths, kind="stable")
-        owners = np.repeat([self._jobs[job] for job, _ in parts], [len(positions) for _, positions in parts])
+        owners = np.repeat([self._entries[entry] for entry, _ in parts], [len(positions) for _, positions in parts])
         self._owners = owners[order]
         self._positions = np.concatenate([positions for _, positions in parts])[order]
         self._lengths = lengths[order]
 
     def take(self, tokens: int, most: int) -> list[Part]:
-        """Take the next batch out: at least one sequence, at most ``most``, within ``tokens`` with their padding."""
+        """Take the next batch out: at least one sequence, at most ``most``, within ``tokens`` padding included."""
         count = min(max(tokens // max(int(self._lengths[0]), 1), 1), most)
         owners, positions = self._owners[:count], self._positions[:count]
-        jobs = list(self._jobs)
-        parts = [(jobs[owner], positions[owners == owner]) for owner in np.unique(owners)]
+        entries = list(self._entries)
+        parts = [(entries[owner], positions[owners == owner]) for owner in np.unique(owners)]
         self._keep(slice(count, None))
         return parts
 
-    def remove(self, job: Job) -> None:
-        """Drop what is left of a job."""
-        if job in self._jobs:
-            self._keep(self._owners != self._jobs[job])
+    def remove(self, entry: Entry) -> None:
+        """Drop all sequences of a job."""
+        if entry in self._entries:
+            self._keep(self._owners != self._entries[entry])
 
     def _keep(self, which: slice | NDArray[np.bool_]) -> None:
         self._owners, self._positions = self._owners[which], self._positions[which]

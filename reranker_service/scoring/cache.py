@@ -1,11 +1,10 @@
-"""Scores already known, and pairs that somebody is scoring right now.
+"""Caches in memory: raw scores or embeddings that are known, and pairs that are being scored.
 
-Raw scores are kept by query: one row for each query, with its documents in it, and rows leave least recently used
-first. Training meets an anchor again with many of the same documents, so a row is what comes and goes together; and
-looking up a pair costs one dictionary access.
+Raw scores are kept in rows, one a query, with a score for each of its documents. The least recently used row is dropped
+first: training meets an anchor again with many of the same documents. A look-up of a pair costs one dictionary access.
 
-A key is a scope (everything beside the two texts that a score depends on), the query's digest and the document's. Each
-is hashed on its own, so no two keys can be made equal by where one text ends and the next begins.
+A key is made of three digests: the scope (everything beside the two texts that a score depends on), the query and the
+document. Each part is hashed on its own, so that moving text from one part to another changes the key.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def scope_of(*parts: str | int | bool | None) -> bytes:
 
 
 def digest_of(text: str) -> bytes:
-    """Digest of one text, 16 bytes of BLAKE2b: two texts with equal digests are not to be expected, ever."""
+    """Digest of one text: 16 bytes of BLAKE2b, long enough that equal digests mean equal texts."""
     return _digest(text.encode())
 
 
@@ -56,14 +55,14 @@ class _Row:
 
 @dataclass(eq=False, slots=True)
 class Claim:
-    """What a look-up found. Positions are those of the pairs that were asked for.
+    """Result of a look-up. Positions refer to the pairs that were looked up.
 
     Attributes:
-        scores: Raw scores, float32, shape ``(n,)``; set at ``known`` only.
-        known: Positions whose score was there.
-        mine: Positions that the caller has to score, and then to ``settle``, come what may.
-        waiting: Positions that are being scored already; look them up again after ``waits``.
-        waits: What to wait for.
+        scores: Raw scores, float32, shape ``(n,)``; set only at ``known``.
+        known: Positions of pairs whose score was cached.
+        mine: Positions of pairs that the caller must score. It must call ``settle`` afterwards, also on failure.
+        waiting: Positions of pairs that another caller scores; look them up again after ``waits``.
+        waits: Futures that are done when those callers have settled.
     """
 
     scores: NDArray[np.float32]
@@ -76,17 +75,17 @@ class Claim:
 
 
 class ScoreCache:
-    """Raw scores by scope, query and document, bounded in bytes; lives on one event loop."""
+    """Raw scores by scope, query and document, bounded in bytes; all calls come from one event loop."""
 
     def __init__(self, max_bytes: int) -> None:
         """Make an empty cache whose rows take up at most ``max_bytes``, roughly."""
         self._rows: LRUCache[RowKey, _Row] = LRUCache(max_bytes, getsizeof=_Row.size)
-        # Rows with pairs in flight: found here even if they have left the cache meanwhile.
+        # Rows with pairs in flight, also those that the cache has dropped meanwhile.
         self._active: dict[RowKey, _Row] = {}
 
     @property
     def size_bytes(self) -> int:
-        """What the rows take up, roughly."""
+        """Approximate size of the rows."""
         return int(self._rows.currsize)
 
     def claim(
@@ -98,14 +97,14 @@ class ScoreCache:
         *,
         share: bool,
     ) -> Claim:
-        """Look pairs up; those that nobody knows or scores become the caller's.
+        """Look up pairs. The caller must score those that are neither cached nor in flight, and then ``settle``.
 
         Args:
             scope: From ``scope_of``.
             digests: Digests of texts, by text id.
             query_ids: Text id of each pair's query, shape ``(n,)``.
             document_ids: Text id of each pair's document, shape ``(n,)``.
-            share: Whether the caller would rather wait for a pair that somebody else scores than score it again.
+            share: Whether to wait for pairs that another caller scores; else this caller scores them as well.
         """
         scores = np.full(len(query_ids), np.nan, dtype=np.float32)
         claim = Claim(scores, *(np.empty(0, dtype=np.intp),) * 3, set(), asyncio.Future(), [])
@@ -117,7 +116,7 @@ class ScoreCache:
             if not len(positions):
                 continue
             key = (scope, digests[query_ids[positions[0]]])
-            # An empty row is false, too: only None means that there is none.
+            # Compared with None, because an empty row is false.
             row = self._rows.get(key)
             row = self._active.get(key, _Row()) if row is None else row
             documents = [digests[one] for one in document_ids[positions].tolist()]
@@ -141,12 +140,12 @@ class ScoreCache:
         return claim
 
     def settle(self, claim: Claim, scores: NDArray[np.float32] | None) -> None:
-        """End a claim.
+        """End a claim, after success or failure.
 
         Args:
             claim: From ``claim``.
-            scores: Raw scores of the pairs at ``claim.mine``, in that order; ``None`` if they could not be had, so
-                that whoever waits for them tries for itself.
+            scores: Raw scores of the pairs at ``claim.mine``, in that order; ``None`` after a failure. Callers that
+                wait for these pairs then score them themselves.
         """
         values = None if scores is None else scores.tolist()
         begin = 0
@@ -181,11 +180,11 @@ class EmbeddingCache:
 
     @property
     def size_bytes(self) -> int:
-        """What the embeddings take up, roughly."""
+        """Approximate size of the embeddings."""
         return int(self._vectors.currsize)
 
     def get(self, scope: bytes, digest: bytes) -> tuple[NDArray[np.float32], bool] | None:
-        """The embedding of a text and whether the text was cut, if they are known."""
+        """The embedding of a text and whether the text was truncated; ``None`` if it is not cached."""
         return self._vectors.get((scope, digest))
 
     def put(self, scope: bytes, digest: bytes, vector: NDArray[np.float32], truncated: bool) -> None:

@@ -1,7 +1,7 @@
-"""Scores and embeddings that outlive the process: one LMDB store, shared by restarts and servers of one machine.
+"""Cache on disk: scores or embeddings in one LMDB store, shared by restarts and by all servers of a machine.
 
-It is asked after the cache in memory and before the engine. What does not fit any more is not written; a write that
-cannot be made in time is left out: the store only ever saves work. Reading and writing happen off the event loop.
+Look-ups go to the cache in memory first, then here, then to the engine. Writes are skipped when the store is full or
+too many are waiting; a skipped write only costs repeated work. Reading and writing happen off the event loop.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ log = structlog.get_logger()
 
 
 class DiskCacheError(RuntimeError):
-    """The store cannot be opened."""
+    """The store cannot be opened; the message names the flag."""
 
 
 class DiskCache:
     """Bytes by key, for one model."""
 
     def __init__(self, directory: Path, max_bytes: int, fingerprint: str) -> None:
-        """Open the store, or make it.
+        """Open the store; make it if there is none.
 
         Args:
-            directory: Where it lies; made if it is not there. Several servers may use it, with any models.
-            max_bytes: Most that its file may grow to.
-            fingerprint: The model's; nothing that another one wrote is ever found.
+            directory: Directory of the store; made if it does not exist. Several servers may use it, with any models.
+            max_bytes: Largest size of its file.
+            fingerprint: Fingerprint of the model; values written for another one are never found.
 
         Raises:
-            DiskCacheError: The directory cannot be used, or holds something else.
+            DiskCacheError: The directory cannot be used, or its files are no LMDB store.
         """
         try:
             directory.mkdir(parents=True, exist_ok=True)
             # Without metasync a crash of the machine may lose the last writes, but never the store.
             self._store = lmdb.open(str(directory), map_size=max_bytes, metasync=False, readahead=False)
-            # Places that killed servers have left taken.
+            # Frees the reader slots of servers that were killed.
             self._store.reader_check()
         except (OSError, lmdb.Error) as error:
             raise DiskCacheError(f"--cache-dir {directory}: {error}") from error
@@ -54,11 +54,11 @@ class DiskCache:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk-cache-write")
 
     async def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Values by key; ``None`` where there is none."""
+        """Values by key; ``None`` for unknown keys."""
         return await asyncio.get_running_loop().run_in_executor(self._readers, self._get, keys)
 
     def put(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
-        """Write values soon; returns at once."""
+        """Queue values for writing; returns at once."""
         if self._full or self._waiting >= _MOST_WRITES_WAITING:
             return
         self._waiting += 1
@@ -75,8 +75,8 @@ class DiskCache:
             try:
                 return self._read(keys)
             except lmdb.MapResizedError:
-                # Another server, with a larger --cache-dir-bytes, has made it grow. No transaction of this process may
-                # be open for the change: this thread has none, and on its own thread the writer has none.
+                # Another server, with a larger --cache-dir-bytes, has made the file grow. No transaction of this
+                # process may be open during the change: this thread has none, and the writer makes the change itself.
                 self._writer.submit(self._store.set_mapsize, 0).result()
                 return self._read(keys)
         except lmdb.Error as error:

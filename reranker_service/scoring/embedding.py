@@ -1,4 +1,4 @@
-"""Raw scores from models that read each text alone: texts are embedded once, a grid is one matrix product."""
+"""Raw scores of bi-encoders: each text is embedded once, and a grid is one matrix product."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import asyncio
 import numpy as np
 from numpy.typing import NDArray
 
-from ..models.encoding import Encoder
-from ..rpc.errors import over_long
-from ..scheduling.scheduler import Job, Scheduler
+from ..models import TextLayout
+from ..scheduling import Job, Scheduler
 from .cache import EmbeddingCache
-from .cost import Cost
 from .disk import DiskCache
-from .texts import Embedding, Role, TextEncoder, TextTable
-from .types import Pairs
+from .encoding import TextEncoder
+from .errors import OverLongError
+from .texts import Embedding, TextTable
+from .types import Cost, Pairs, Role
 
 
 class EmbeddingScorer:
@@ -22,7 +22,7 @@ class EmbeddingScorer:
 
     def __init__(
         self,
-        encoder: Encoder,
+        layout: TextLayout,
         texts: TextEncoder,
         scheduler: Scheduler,
         *,
@@ -32,13 +32,13 @@ class EmbeddingScorer:
         """Set up.
 
         Args:
-            encoder: Adds special tokens.
+            layout: Adds special tokens.
             texts: Encodes texts.
             scheduler: Runs sequences.
-            cache: Embeddings already known; ``None`` to look every text up on disk or embed it.
-            disk: Embeddings known from earlier; ``None`` for none.
+            cache: Embeddings already known; ``None`` to look up every text on disk or embed it.
+            disk: Embeddings from earlier runs; ``None`` if none are kept.
         """
-        self._encoder = encoder
+        self._layout = layout
         self._texts = texts
         self._scheduler = scheduler
         self._cache = cache
@@ -62,16 +62,19 @@ class EmbeddingScorer:
         known = combine_and([one.known for one in queries], [one.known for one in documents])
         cost.truncated += int(np.count_nonzero(cut & ~known))
         cost.cached += int(np.count_nonzero(known))
-        # Rounding can take the cosine of equal texts a hair past 1.
+        # Rounding can make the cosine of equal texts slightly larger than 1.
         return np.clip(scores, -1.0, 1.0, out=scores)
 
     async def _refuse_over_long(self, table: TextTable, role: Role, ids: NDArray[np.int64]) -> None:
-        """Raise if one of these texts is over-long. Not where texts are embedded, which others may wait for as well."""
+        """Raise ``OverLongError`` if a text is over-long.
+
+        This check is separate from embedding, because other chunks may wait for the same embeddings.
+        """
         max_length, distinct = table.options.max_length, np.unique(ids)
         encoded = await self._texts.encode(table, role, distinct)
-        cut = [one for one, text in zip(distinct, encoded, strict=True) if self._encoder.single(text, max_length)[1]]
+        cut = [one for one, text in zip(distinct, encoded, strict=True) if self._layout.single(text, max_length)[1]]
         if cut:
-            raise over_long(f"{len(cut)} texts are too long; the first is text {cut[0]}", max_length)
+            raise OverLongError(f"{len(cut)} texts are too long; the first is text {cut[0]}", max_length)
 
     async def _embed(self, table: TextTable, role: Role, ids: NDArray[np.int64], cost: Cost) -> list[Embedding]:
         async def compute(missing: list[int]) -> list[Embedding]:
@@ -89,11 +92,11 @@ class EmbeddingScorer:
 
     @staticmethod
     def _scope(table: TextTable, role: Role) -> bytes:
-        """Prompts differ between the two roles, so what is known of a text in one is not known in the other."""
+        """Scope of cache keys. Prompts differ between the two roles, and so do the embeddings of a text."""
         return table.scope + role.encode()
 
     async def _recall(self, table: TextTable, role: Role, ids: list[int], cost: Cost) -> list[Embedding]:
-        """Embeddings of texts, from disk where they are there."""
+        """Embeddings of texts, from disk or else from the model."""
         if self._disk is None or not ids:
             return await self._compute(table, role, ids, cost)
         digests = table.digests()
@@ -109,17 +112,17 @@ class EmbeddingScorer:
             return []
         max_length = table.options.max_length
         encoded = await self._texts.encode(table, role, np.array(ids))
-        sequences, cut = zip(*(self._encoder.single(text, max_length) for text in encoded), strict=True)
+        sequences, cut = zip(*(self._layout.single(text, max_length) for text in encoded), strict=True)
         lengths = np.array([len(sequence.ids) for sequence in sequences])
         job = Job(table.ticket, lengths, lambda positions: [sequences[one] for one in positions])
-        vectors = await self._scheduler.run(job)
-        cost.add(job)
-        # Copies: a view would keep the vectors of all texts alive with the cached one.
-        return [Embedding(vector.copy(), was_cut) for vector, was_cut in zip(vectors, cut, strict=True)]
+        result = await self._scheduler.run(job)
+        cost.add(result)
+        # Copies, because a cached view of one vector would keep the vectors of all texts in memory.
+        return [Embedding(vector.copy(), was_cut) for vector, was_cut in zip(result.values, cut, strict=True)]
 
 
 def _to_bytes(embedding: Embedding) -> bytes:
-    """How an embedding lies on disk: whether its text was cut, then the vector."""
+    """Form of an embedding on disk: one byte for whether its text was truncated, then the vector."""
     return bytes([embedding.truncated]) + embedding.vector.astype("<f4").tobytes()
 
 

@@ -1,7 +1,7 @@
-"""Raw scores from models that read both texts of a pair together: cross-encoders and causal rerankers.
+"""Raw scores of cross-encoders and causal rerankers, which read both texts of a pair together.
 
-Pairs that are known come from the cache, those that somebody scores already are waited for, and what is left is joined
-from the encoded texts, one sequence a pair, as the engine reads them.
+A pair's score comes from the cache, or from another request that is scoring the same pair, or from the engine. Token
+sequences, one a pair, are joined from the encoded texts when the engine reads them.
 """
 
 from __future__ import annotations
@@ -13,34 +13,33 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from ..engines.base import TokenSequence
-from ..models.encoding import EncodedText, Encoder
-from ..rpc.errors import over_long
-from ..scheduling.scheduler import Job, Scheduler
+from ..models import EncodedText, PairLayout, TokenSequence
+from ..scheduling import Job, Scheduler
 from .cache import ScoreCache
-from .cost import Cost
 from .disk import DiskCache
-from .texts import TextEncoder, TextTable
-from .types import Pairs
+from .encoding import TextEncoder
+from .errors import OverLongError
+from .texts import TextTable
+from .types import Cost, Pairs
 
-# How a score lies on disk.
+# Form of a score on disk.
 _STORED = np.dtype("<f4")
 _UNKNOWN = np.array(np.nan, dtype=_STORED).tobytes()
 
 
 class _Joined(Sequence[TokenSequence]):
-    """The inputs of some pairs, joined when they are read, all at once: what never reaches the engine costs nothing."""
+    """Inputs of some pairs, all joined when they are read: pairs that never reach the engine are never joined."""
 
     def __init__(
         self,
-        encoder: Encoder,
+        layout: PairLayout,
         queries: Sequence[EncodedText],
         documents: Sequence[EncodedText],
         query_at: NDArray[np.intp],
         document_at: NDArray[np.intp],
         max_length: int,
     ) -> None:
-        self._encoder = encoder
+        self._layout = layout
         self._queries = queries
         self._documents = documents
         self._query_at = query_at
@@ -67,7 +66,7 @@ class _Joined(Sequence[TokenSequence]):
     def _join(self, query_at: NDArray[np.intp], document_at: NDArray[np.intp]) -> list[TokenSequence]:
         queries = [self._queries[place] for place in query_at.tolist()]
         documents = [self._documents[place] for place in document_at.tolist()]
-        return self._encoder.join_all(queries, documents, self._max_length)
+        return self._layout.join(queries, documents, self._max_length)
 
 
 class PairScorer:
@@ -75,7 +74,7 @@ class PairScorer:
 
     def __init__(
         self,
-        encoder: Encoder,
+        layout: PairLayout,
         texts: TextEncoder,
         scheduler: Scheduler,
         *,
@@ -85,13 +84,13 @@ class PairScorer:
         """Set up.
 
         Args:
-            encoder: Joins pairs.
+            layout: Joins pairs.
             texts: Encodes texts.
             scheduler: Runs sequences.
-            cache: Scores already known; ``None`` to look every pair up on disk or score it.
-            disk: Scores known from earlier; ``None`` for none.
+            cache: Scores already known; ``None`` to look up every pair on disk or score it.
+            disk: Scores from earlier runs; ``None`` if none are kept.
         """
-        self._encoder = encoder
+        self._layout = layout
         self._texts = texts
         self._scheduler = scheduler
         self._cache = cache
@@ -102,7 +101,7 @@ class PairScorer:
         query_ids, document_ids = pairs.flat()
         if self._cache is None:
             return await self._recall(table, query_ids, document_ids, cost)
-        # Somebody who waits must not be held up by bulk work that happens to have the same pair.
+        # An interactive call does not wait for bulk work that has the same pair: it scores the pair itself.
         share = not table.ticket.interactive
         digests = table.digests()
         scores = np.empty(len(query_ids), dtype=np.float32)
@@ -128,7 +127,7 @@ class PairScorer:
     async def _recall(
         self, table: TextTable, query_ids: NDArray[np.int64], document_ids: NDArray[np.int64], cost: Cost
     ) -> NDArray[np.float32]:
-        """Raw scores of pairs that are given one by one, from disk where they are there."""
+        """Raw scores of listed pairs, from disk or else from the model."""
         if self._disk is None:
             return await self._compute(table, query_ids, document_ids, cost)
         digests = table.digests()
@@ -150,31 +149,32 @@ class PairScorer:
     async def _compute(
         self, table: TextTable, query_ids: NDArray[np.int64], document_ids: NDArray[np.int64], cost: Cost
     ) -> NDArray[np.float32]:
-        """Raw scores of pairs that are given one by one, by the model."""
+        """Raw scores of listed pairs, from the model."""
         max_length = table.options.max_length
         distinct, query_at = np.unique(query_ids, return_inverse=True)
         queries = await self._texts.encode(table, "query", distinct)
         distinct, document_at = np.unique(document_ids, return_inverse=True)
         documents = await self._texts.encode(table, "document", distinct)
-        lengths = self._encoder.lengths(queries, documents, query_at, document_at)  # (n,), nothing cut
+        lengths = self._layout.lengths(queries, documents, query_at, document_at)  # (n,), before truncation
         cut = np.flatnonzero(lengths > max_length)
         if len(cut) and table.options.reject_over_long:
             first = cut[0]
-            raise over_long(
+            raise OverLongError(
                 f"{len(cut)} of {len(lengths)} pairs are too long; the first, text {query_ids[first]} with text "
                 f"{document_ids[first]}, has {lengths[first]} tokens",
                 max_length,
             )
-        # One query's documents next to each other: they share a prefix, which an engine may keep.
+        # A query's documents stand next to each other: their common prefix may be in the engine's prefix cache.
         order = np.argsort(query_at, kind="stable")
 
         def make(positions: NDArray[np.intp]) -> Sequence[TokenSequence]:
             part = order[positions]
-            return _Joined(self._encoder, queries, documents, query_at[part], document_at[part], max_length)
+            return _Joined(self._layout, queries, documents, query_at[part], document_at[part], max_length)
 
         job = Job(table.ticket, np.minimum(lengths, max_length)[order], make)
         scores = np.empty(len(lengths), dtype=np.float32)
-        scores[order] = await self._scheduler.run(job)
-        cost.add(job)
+        result = await self._scheduler.run(job)
+        scores[order] = result.values
+        cost.add(result)
         cost.truncated += len(cut)
         return scores

@@ -1,45 +1,26 @@
-"""Pairs over a text table become scores: the model's raw numbers, checked, and expressed as the client asked."""
+"""Scorer: pairs over a text table in, scores out, as raw numbers or probabilities."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from reranker.v1 import reranker_pb2 as pb
-
-from ..engines.base import Engine, EngineDeadError
-from ..models.encoding import Encoder, NoRoomError
-from ..models.spec import ModelSpec
-from ..observing.metrics import Load, Metrics
-from ..rpc.errors import EngineFailedError, RerankError, ScoringError, invalid
-from ..rpc.validation import ModelFacts
-from ..scheduling.scheduler import Scheduler
+from ..models import ModelSpec, NoRoomError, PairLayout, TextLayout
+from ..observing.metrics import Load
+from ..scheduling import EngineDeadError, Scheduler
 from .cache import EmbeddingCache, ScoreCache
-from .cost import Cost
 from .disk import DiskCache
 from .embedding import EmbeddingScorer
+from .encoding import TextEncoder
+from .errors import EngineFailedError, ScoringError, TooShortLimitError
 from .pairwise import PairScorer
-from .texts import TextEncoder, TextTable
-from .types import Pairs
+from .texts import TextTable
+from .types import Cost, OptionRanges, Pairs, Scored
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """Scores of some pairs and what they cost.
-
-    Attributes:
-        scores: float32, finite, shape ``(len(pairs),)``; a grid's are row-major.
-        usage: The counts and times of the contract's ``Usage``.
-    """
-
-    scores: NDArray[np.float32]
-    usage: pb.Usage
 
 
 class Scorer:
@@ -47,63 +28,56 @@ class Scorer:
 
     Attributes:
         scheduler: Feeds the engine.
-        cache: What is known already; ``None`` if nothing is kept.
+        cache: Scores or embeddings known already; ``None`` if none are kept.
+        ranges: Options that the model supports.
     """
 
     def __init__(
         self,
         spec: ModelSpec,
-        encoder: Encoder,
-        engine: Engine,
+        layout: PairLayout | TextLayout,
+        scheduler: Scheduler,
         *,
         cache_bytes: int = 0,
         disk: DiskCache | None = None,
-        metrics: Metrics | None = None,
     ) -> None:
         """Set up.
 
         Args:
             spec: The model.
-            encoder: Makes its inputs.
-            engine: Runs it; started.
-            cache_bytes: What the cache in memory may take up; 0 keeps nothing and scores equal pairs anew.
-            disk: What is known from earlier; closed with this.
-            metrics: Is told of the work.
+            layout: Makes the model's inputs.
+            scheduler: Runs them on the engine.
+            cache_bytes: Size of the cache in memory; with 0 nothing is kept, and equal pairs are scored again.
+            disk: Scores or embeddings from earlier runs; closed with the scorer.
         """
-        self._spec = spec
-        self._encoder = encoder
-        self._disk = disk
-        metrics = metrics or Metrics()
-        self._texts = TextEncoder(encoder, metrics)
-        self.scheduler = Scheduler(engine, metrics)
+        self.scheduler = scheduler
         self.cache: ScoreCache | EmbeddingCache | None = None
+        self.ranges = OptionRanges(
+            min_length=layout.smallest_length(None),
+            max_length=spec.max_length,
+            default_length=spec.default_length,
+            supports_instruction=layout.default_instruction is not None,
+            default_instruction=layout.default_instruction,
+        )
+        self._cosines = isinstance(layout, TextLayout)
+        self._disk = disk
+        self._texts = TextEncoder(layout, scheduler.metrics)
         self._raw: PairScorer | EmbeddingScorer
-        if spec.kind == "bi-encoder":
+        if isinstance(layout, TextLayout):
             self.cache = embeddings = EmbeddingCache(cache_bytes) if cache_bytes else None
-            self._raw = EmbeddingScorer(encoder, self._texts, self.scheduler, cache=embeddings, disk=disk)
+            self._raw = EmbeddingScorer(layout, self._texts, scheduler, cache=embeddings, disk=disk)
         else:
             self.cache = scores = ScoreCache(cache_bytes) if cache_bytes else None
-            self._raw = PairScorer(encoder, self._texts, self.scheduler, cache=scores, disk=disk)
-
-    @property
-    def facts(self) -> ModelFacts:
-        """What requests may ask of the model."""
-        return ModelFacts(
-            min_length=self._encoder.min_length,
-            max_length=self._spec.max_length,
-            default_length=self._spec.default_length,
-            supports_instruction=self._encoder.supports_instruction,
-            default_instruction=self._encoder.default_instruction,
-        )
+            self._raw = PairScorer(layout, self._texts, scheduler, cache=scores, disk=disk)
 
     async def score(self, table: TextTable, pairs: Pairs) -> Scored:
         """Score pairs of texts of ``table``.
 
         Raises:
-            InvalidRequestError: A pair is over-long and the options say to reject such pairs, or the instruction
-                leaves no room for the texts.
-            EngineFailedError: The engine is gone.
-            ScoringError: The engine gave something that is no score.
+            OverLongError: A pair is over-long, and the options say to reject such pairs.
+            TooShortLimitError: The length limit leaves no room for the texts beside the template.
+            EngineFailedError: The engine is dead.
+            ScoringError: The engine failed, or gave something that is no score.
         """
         cost = Cost()
         try:
@@ -111,8 +85,8 @@ class Scorer:
         except EngineDeadError as error:
             raise EngineFailedError(f"the engine has died: {error}") from error
         except NoRoomError as error:
-            raise invalid("options.max_length", str(error)) from error
-        except RerankError:
+            raise TooShortLimitError(str(error)) from error
+        except ScoringError:
             raise
         except Exception as error:
             log.error("scoring failed", exc_info=error)
@@ -122,7 +96,7 @@ class Scorer:
         return Scored(raw if table.options.raw else self._probability(raw), cost.usage(len(pairs)))
 
     def load(self) -> Load:
-        """What waits and what is kept at this moment; may be called from any thread."""
+        """Waiting and running work at this moment; may be called from any thread."""
         since = self.scheduler.waiting_since
         return Load(
             waiting=self.scheduler.waiting,
@@ -132,13 +106,13 @@ class Scorer:
         )
 
     def close(self) -> None:
-        """End what works beside the event loop."""
+        """End the threads."""
         self._texts.close()
         if self._disk is not None:
             self._disk.close()
 
     def _probability(self, raw: NDArray[np.float32]) -> NDArray[np.float32]:
-        if self._spec.kind == "bi-encoder":
+        if self._cosines:
             return (1 + raw) * np.float32(0.5)
         # The logistic function, written so that no exponential overflows.
         small = np.exp(-np.abs(raw))

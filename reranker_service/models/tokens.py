@@ -1,0 +1,39 @@
+"""Token sequences: a text as token ids, and the input that an engine runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int32]
+"""Token ids, shape ``(tokens,)``."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedText:
+    """A text as token ids.
+
+    Attributes:
+        ids: Token ids without special tokens, int32, shape ``(tokens,)``; with the prompt or the part of the template
+            that belongs to the text, if there is one.
+        head: Number of leading tokens that belong to the template and are never cut.
+    """
+
+    ids: Ids
+    head: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSequence:
+    """One input of a model.
+
+    Attributes:
+        ids: Token ids with all special and template tokens, int32, shape ``(length,)``.
+        first_segment: Number of leading tokens of segment 0; all later tokens are of segment 1. The whole length for
+            models that know only one segment.
+    """
+
+    ids: Ids
+    first_segment: int

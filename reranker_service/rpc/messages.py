@@ -1,0 +1,72 @@
+"""Messages: plain values of the other rooms, expressed as messages of the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from reranker.v1 import reranker_pb2 as pb
+
+from ..scoring import OptionRanges, Usage
+from .limits import Limits
+
+CONTRACT = pb.ContractVersion(major=1, minor=0)
+"""Version of the contract that this server speaks."""
+
+_KINDS = {
+    "cross-encoder": pb.MODEL_KIND_CROSS_ENCODER,
+    "causal-reranker": pb.MODEL_KIND_CAUSAL_RERANKER,
+    "bi-encoder": pb.MODEL_KIND_BI_ENCODER,
+}
+
+
+def model_info(
+    *,
+    model: str,
+    kind: str,
+    fingerprint: str,
+    ranges: OptionRanges,
+    limits: Limits,
+    engine: str,
+    dtype: str,
+    versions: Mapping[str, str],
+) -> pb.GetModelInfoResponse:
+    """Make the reply of GetModelInfo.
+
+    Args:
+        model: The model's name.
+        kind: "cross-encoder", "causal-reranker" or "bi-encoder".
+        fingerprint: Hash of everything that scores depend on.
+        ranges: Options that the model supports.
+        limits: Limits of requests and streams.
+        engine: The engine's name.
+        dtype: Number format of the computation.
+        versions: Distribution name to version of the libraries that compute, and of this server.
+    """
+    return pb.GetModelInfoResponse(
+        model=model,
+        kind=_KINDS[kind],
+        fingerprint=fingerprint,
+        min_length=ranges.min_length,
+        max_length=ranges.max_length,
+        default_length=ranges.default_length,
+        supports_instruction=ranges.supports_instruction,
+        default_instruction=ranges.default_instruction,
+        limits=limits.to_message(),
+        engine=engine,
+        dtype=dtype,
+        contract=CONTRACT,
+        versions=versions,
+    )
+
+
+def usage_message(usage: Usage) -> pb.Usage:
+    """Express what a reply cost as the contract does."""
+    return pb.Usage(
+        pairs=usage.pairs,
+        cached_pairs=usage.cached_pairs,
+        shared_pairs=usage.shared_pairs,
+        truncated_pairs=usage.truncated_pairs,
+        tokens=usage.tokens,
+        queue_seconds=usage.queue_seconds,
+        engine_seconds=usage.engine_seconds,
+    )

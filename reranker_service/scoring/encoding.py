@@ -1,0 +1,108 @@
+"""Text encoder: tokenizes the texts of all requests on one thread, interactive calls first."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..models import EncodedText, Layout
+from ..observing.metrics import Metrics
+from .texts import TextTable
+from .types import Role
+
+_SLICE_CHARACTERS = 1 << 17
+
+
+class _Turns:
+    """A lock: interactive callers get it before all others, otherwise in order of arrival."""
+
+    def __init__(self) -> None:
+        self._taken = False
+        self._waiting: tuple[deque[asyncio.Future[None]], ...] = (deque(), deque())
+
+    @asynccontextmanager
+    async def take(self, interactive: bool) -> AsyncIterator[None]:
+        if self._taken:
+            turn = asyncio.get_running_loop().create_future()
+            self._waiting[not interactive].append(turn)
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled():
+                    self._pass_on()
+                raise
+        self._taken = True
+        try:
+            yield
+        finally:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        for queue in self._waiting:
+            while queue:
+                turn = queue.popleft()
+                if not turn.done():
+                    turn.set_result(None)
+                    return
+        self._taken = False
+
+
+class TextEncoder:
+    """Encodes texts of any number of tables on a thread of its own.
+
+    Texts are encoded a slice at a time, so that a large group neither delays an interactive call for long nor goes on
+    after its client has disconnected.
+    """
+
+    def __init__(self, layout: Layout, metrics: Metrics) -> None:
+        self._layout = layout
+        self._metrics = metrics
+        # One thread is enough, because a tokenizer spreads a call over all cores.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encoding")
+        self._turns = _Turns()
+
+    async def encode(self, table: TextTable, role: Role, ids: NDArray[np.int64]) -> list[EncodedText]:
+        """Token ids of texts, in the order of ``ids``; each text of a table is encoded once in each role."""
+
+        async def compute(missing: list[int]) -> list[EncodedText]:
+            encoded: list[EncodedText] = []
+            for texts in _slices([table.texts[one] for one in missing]):
+                async with self._turns.take(table.ticket.interactive):
+                    encoded += await asyncio.get_running_loop().run_in_executor(self._thread, encode, texts)
+            return encoded
+
+        def encode(texts: list[str]) -> list[EncodedText]:
+            began = time.monotonic()
+            if role == "query":
+                encoded = self._layout.encode_queries(texts, table.options.instruction)
+            else:
+                encoded = self._layout.encode_documents(texts)
+            self._metrics.encoded(time.monotonic() - began, len(texts))
+            return encoded
+
+        return await table.encoded[role].get(ids, compute)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _slices(texts: list[str]) -> Iterator[list[str]]:
+    """Cut a list into slices of at least one text that take some tens of milliseconds to encode."""
+    part: list[str] = []
+    characters = 0
+    for text in texts:
+        if part and characters + len(text) > _SLICE_CHARACTERS:
+            yield part
+            part, characters = [], 0
+        part.append(text)
+        characters += len(text)
+    if part:
+        yield part
