@@ -150,6 +150,7 @@ def test_a_stream_still_streams_and_is_one_span(stub: rpc.RerankerServiceStub, c
     assert list(call) == []
     span = collector.wait_for(lambda span: span.trace_id.hex() == trace)
     assert attributes(span)["rpc.method"] == "RerankStream"
+    assert attributes(span)["rpc.grpc.status_code"] == 0
 
 
 def test_a_cancelled_stream_ends_its_span_quietly(
@@ -162,7 +163,8 @@ def test_a_cancelled_stream_ends_its_span_quietly(
     assert next(call).HasField("opened")
     call.cancel()
     outgoing.put(None)
-    collector.wait_for(lambda span: span.trace_id.hex() == trace)
+    span = collector.wait_for(lambda span: span.trace_id.hex() == trace)
+    assert attributes(span)["rpc.grpc.status_code"] == grpc.StatusCode.CANCELLED.value[0]
     assert not [line for line in server.lines if "Traceback" in line or "detach" in line]
 
 

@@ -18,7 +18,7 @@ from grpc import aio
 
 from reranker.v1 import reranker_pb2 as pb
 
-from ..observing.metrics import Metrics
+from ..observing.metrics import Call, Metrics
 from ..scoring import Pairs, Scored, Scorer, TextTable, Ticket
 from .errors import RerankError, as_rerank_error, invalid, not_ready
 from .messages import usage_message
@@ -63,11 +63,25 @@ def _well_formed(request: Request | _Malformed) -> Request:
     return request
 
 
-async def _abort(context: Context, error: RerankError) -> None:
+def _judge(call: Call, context: Context, code: grpc.StatusCode) -> None:
+    """Set the status that a call ends with: in ``call`` for metrics, in ``context`` for traces."""
+    call.code = code.name
+    context.set_code(code)
+
+
+async def _abort(call: Call, context: Context, error: RerankError) -> None:
+    """End a call with the status of ``error``; with CANCELLED where the client has gone and gRPC cannot send it."""
     status = error.to_status()
-    await context.abort(
-        error.code, error.message, trailing_metadata=(("grpc-status-details-bin", status.SerializeToString()),)
-    )
+    try:
+        await context.abort(
+            error.code, error.message, trailing_metadata=(("grpc-status-details-bin", status.SerializeToString()),)
+        )
+    except aio.AbortError:  # gRPC raises it once the status is sent
+        call.code = error.code.name
+        raise
+    except aio.InternalError:
+        _judge(call, context, grpc.StatusCode.CANCELLED)
+        raise
 
 
 class RerankerServicer:
@@ -91,14 +105,13 @@ class RerankerServicer:
         ) -> grpc.RpcMethodHandler[Request, Response]:
             async def handle(request: Request | _Malformed, context: Context) -> Response | None:
                 with self._metrics.call(rpc) as call:
+                    _judge(call, context, grpc.StatusCode.CANCELLED)
                     try:
                         response = await answer(_well_formed(request))
                     except Exception as error:
-                        known = as_rerank_error(error)
-                        call.code = known.code.name
-                        await _abort(context, known)
+                        await _abort(call, context, as_rerank_error(error))
                         return None
-                    call.code = grpc.StatusCode.OK.name
+                    _judge(call, context, grpc.StatusCode.OK)
                     return response
 
             return grpc.unary_unary_rpc_method_handler(
@@ -156,16 +169,19 @@ class RerankerServicer:
         self, requests: AsyncIterator[pb.RerankStreamRequest | _Malformed], context: Context
     ) -> AsyncIterator[pb.RerankStreamResponse]:
         with self._metrics.call("RerankStream") as call:
+            # A generator that gRPC abandons during a write learns of it only after its span has ended.
+            _judge(call, context, grpc.StatusCode.CANCELLED)
             try:
                 scorer, validator = self._ready()
                 session = StreamSession(scorer, validator, self._info.fingerprint, self._metrics)
                 async for reply in session.replies(_well_formed(request) async for request in requests):
                     yield reply
-                call.code = grpc.StatusCode.OK.name
+                # The requests of a cancelled call end like those of a half-closed one, up to a few milliseconds before
+                # gRPC cancels this task. gRPC finishes another read only after it has reported the cancellation.
+                await context.read()
+                _judge(call, context, grpc.StatusCode.OK)
             except Exception as error:
-                known = as_rerank_error(error)
-                call.code = known.code.name
-                await _abort(context, known)
+                await _abort(call, context, as_rerank_error(error))
 
     def _ready(self) -> tuple[Scorer, Validator]:
         if self._scorer is None or self._validator is None:
