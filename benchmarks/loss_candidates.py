@@ -35,7 +35,7 @@ from examples.docstrings import PACKAGES, collect, text_key
 from examples.student import load_minilm, load_student
 from loss_client import RerankerCachedGISTEmbedLoss, ScoreUsage
 from loss_client.filter.candidates import Candidates
-from loss_client.filter.step import LossStatistics
+from loss_client.filter.statistics import LossStatistics
 
 BATCHES = (256, 1024, 4096)
 TEMPERATURES = (0.01, 0.02, 0.05)
@@ -70,7 +70,7 @@ class _Scores:
 
 
 class Guide:
-    """Scores pairs in this process by the cosine of given embeddings; implements ``GridClient``.
+    """Scores pairs in this process by the cosine of given embeddings; implements ``ScoringClient``.
 
     Args:
         vectors: By text, of unit length.
@@ -85,7 +85,7 @@ class Guide:
         self.seconds = 0.0
 
     def stream_grid(self, queries: Sequence[str], documents: Sequence[str], **options: Any) -> _Scores:
-        """See ``GridClient``."""
+        """See ``ScoringClient``."""
         began = time.perf_counter()
         scores = _Scores((self._of(queries) @ self._of(documents).T).numpy())
         self.seconds += time.perf_counter() - began
@@ -99,7 +99,7 @@ class Guide:
         document_ids: NDArray[np.int64],
         **options: Any,
     ) -> _Scores:
-        """See ``GridClient``."""
+        """See ``ScoringClient``."""
         began = time.perf_counter()
         grid = self._of(queries) @ self._of(documents).T  # faster than pair by pair
         scores = _Scores(grid.numpy()[query_ids, document_ids][:, None])

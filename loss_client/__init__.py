@@ -1,6 +1,6 @@
-"""Training with a reranker that is served elsewhere: a client, and a sentence-transformers loss built on it.
+"""A client of the reranker service, and a sentence-transformers loss that trains with it.
 
-Importing this package needs neither torch nor sentence-transformers; what needs them imports them when first named.
+Importing this package needs neither torch nor sentence-transformers: names that need them are imported at first use.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from loss_client.client.client import Priority, RankedDocument, RerankerClient
+from loss_client.client.client import RerankerClient
 from loss_client.client.errors import (
     ClientClosedError,
     FieldViolation,
@@ -21,6 +21,8 @@ from loss_client.client.errors import (
     RerankerUnavailableError,
     ScoreError,
 )
+from loss_client.client.options import Priority
+from loss_client.client.ranking import RankedDocument
 from loss_client.client.scores import ScoreMatrix, ScoreType, ScoreUsage
 
 if TYPE_CHECKING:

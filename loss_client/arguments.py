@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 
 from loss_client.client.scores import ScoreType
+from loss_client.filter.jobs import ScoringClient
 from loss_client.filter.masking import MarginStrategy
-from loss_client.filter.step import GridClient
 
 
 def check_margin(margin: float, strategy: MarginStrategy, score_type: ScoreType) -> None:
@@ -35,9 +35,9 @@ def check_margin(margin: float, strategy: MarginStrategy, score_type: ScoreType)
         )
 
 
-def describe_reranker(reranker: str | Sequence[str] | GridClient) -> str | list[str]:
+def describe_reranker(reranker: str | Sequence[str] | ScoringClient) -> str | list[str]:
     """Addresses as the model card may show them, without user names, passwords and parameters."""
-    if isinstance(reranker, GridClient):
+    if isinstance(reranker, ScoringClient):
         return type(reranker).__name__
     targets = [reranker] if isinstance(reranker, str) else list(reranker)
     public = [re.sub(r"^([\w.+-]+:/*)?[^/@]*@", r"\1", target.partition("?")[0]) for target in targets]

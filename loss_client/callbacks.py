@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from loss_client.filter.step import LossStatistics
+from loss_client.filter.statistics import LossStatistics
 from loss_client.loss import RerankerCachedGISTEmbedLoss
 
 Losses = nn.Module | Mapping[str, nn.Module]

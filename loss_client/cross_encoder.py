@@ -18,8 +18,9 @@ from sentence_transformers.cross_encoder.model_card import CrossEncoderModelCard
 from torch import Tensor
 from tqdm.autonotebook import tqdm  # type: ignore[import-untyped]
 
-from loss_client.client.client import Priority, RerankerClient
+from loss_client.client.client import RerankerClient
 from loss_client.client.errors import RerankerRequestError, ScoreError
+from loss_client.client.options import Priority
 from loss_client.client.scores import ScoreType
 
 logger = logging.getLogger(__name__)

@@ -31,18 +31,12 @@ from loss_client.client.scores import ScoreType
 from loss_client.filter.candidates import Candidates, CandidateStep
 from loss_client.filter.gather import gather_embeddings
 from loss_client.filter.grid import GridStep
+from loss_client.filter.jobs import ScoreRows, ScoringClient
 from loss_client.filter.masking import MarginStrategy
 from loss_client.filter.prefetch import TICKET, Ticket
-from loss_client.filter.step import (
-    ContrastFilter,
-    FilterSettings,
-    FilterStep,
-    GridClient,
-    LossStatistics,
-    OnError,
-    ScoreRows,
-)
-from loss_client.filter.texts import RAW_TEXT, decode, tokenizer_of
+from loss_client.filter.statistics import LossStatistics
+from loss_client.filter.step import ContrastFilter, FilterSettings, FilterStep, OnError
+from loss_client.filter.texts import TextReader
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +165,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
     def __init__(
         self,
         model: SentenceTransformer,
-        reranker_url: str | Sequence[str] | GridClient,
+        reranker_url: str | Sequence[str] | ScoringClient,
         temperature: float = 0.01,
         mini_batch_size: int = 32,
         mini_batch_num_tokens: int | None = None,
@@ -237,9 +231,9 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         self.on_error = on_error
         self.statistics = LossStatistics()
         # Connects at first use; a copy of it, or a pickle, connects by itself.
-        self._client = reranker_url if isinstance(reranker_url, GridClient) else RerankerClient(reranker_url)
+        self._client = reranker_url if isinstance(reranker_url, ScoringClient) else RerankerClient(reranker_url)
         self._described = describe_reranker(reranker_url)
-        self._warned_of_decoding = False
+        self._texts = TextReader()
         self._steps_to_next_warning = 1
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
@@ -392,7 +386,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
     def _take(self, features: list[dict[str, Any]]) -> FilterStep:
         """Remove what is not for the model from the features, and return the scoring of the batch, under way."""
         ticket: Ticket | None = features[0].pop(TICKET, None) if features else None
-        columns = self._take_texts(features)
+        columns = self._texts.take(features, self.model)
         begun = None if ticket is None else ticket.take()
         if begun is not None and begun.source == self._source() and not (self.on_error == "raise" and begun.failed()):
             # What failed while the batch waited may work by now, after a long evaluation say; it is asked for anew.
@@ -400,39 +394,6 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         if begun is not None:
             begun.cancel()
         return self.begin(columns, None if ticket is None else ticket.instruction)
-
-    def _take_texts(self, features: list[dict[str, Any]]) -> list[list[str]]:
-        """Remove each column's texts from its features, or decode them, and check that the columns fit together."""
-        if len(features) < 2:
-            raise ValueError(
-                f"{type(self).__name__} needs at least two columns of texts, anchor and positive, but the batch has "
-                f"{len(features)}."
-            )
-        columns = []
-        for column in features:
-            texts = column.pop(RAW_TEXT, None)
-            if texts is None:
-                texts = decode(column, tokenizer_of(self.model, column.get("task")))
-                self._warn_of_decoding(texts)
-            columns.append(list(texts))
-        sizes = [len(column) for column in columns]
-        if len(set(sizes)) > 1 or not sizes[0]:
-            raise ValueError(
-                f"Every column needs the same number of texts, at least one, but the columns have {sizes}."
-            )
-        return columns
-
-    def _warn_of_decoding(self, texts: list[str]) -> None:
-        if self._warned_of_decoding:
-            return
-        self._warned_of_decoding = True
-        logger.warning(
-            "The batch comes without its raw texts, so they are decoded from token ids for the reranker. This loses "
-            "what the tokenizer drops (letter case and accents with an uncased model, spaces around punctuation), "
-            "everything beyond the model's maximum length, and leaves prompts in the texts. The first text that the "
-            "reranker gets is %r. Pass data_collator=RerankerDataCollator.for_training(model, args) to the trainer.",
-            texts[0][:200],
-        )
 
     def _warn_of_unfiltered(self, error: Exception) -> None:
         """Warn at the 1st, 2nd, 4th, 8th step and so on that had to do without scores."""

@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from torch import Tensor
 
 from loss_client.client.errors import RerankerUnavailableError, ScoreError
-from loss_client.filter.candidates import choose, unscored_share
+from loss_client.filter.mass import choose, unscored_share
 from loss_client.loss import RerankerCachedGISTEmbedLoss
 
 from .training import (

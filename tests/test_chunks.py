@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from loss_client.client.chunks import Chunk, TextTable, distinct, grid_chunks, list_chunks, panel_shape
+from loss_client.client.chunks import Chunk, grid_chunks, list_chunks, panel_shape
+from loss_client.client.texts import TextTable, distinct
 
 GRIDS = [(1, 1), (1, 1000), (1000, 1), (7, 5), (64, 64), (33, 129), (256, 1024), (3, 8)]
 PAIRS = [1, 2, 3, 8, 50, 128, 1024, 5000]

@@ -305,7 +305,7 @@ def test_scores_of_two_models_are_not_mixed(server: StubServer, client: Reranker
             raise Abort(grpc.StatusCode.UNAVAILABLE, "restarting")
 
     server.on_chunk = answer_first
-    with pytest.raises(ModelChangedError, match=r"model stub and would go on at .* with another"):
+    with pytest.raises(ModelChangedError, match=r"model stub and cannot continue at .* with another"):
         client.score_grid(["q"], ["d", "e"], chunk_pairs=1)
 
 

@@ -18,6 +18,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
 from loss_client.client.errors import ScoreError
+from loss_client.filter.texts import TextReader
 from loss_client.loss import RerankerCachedGISTEmbedLoss
 
 from .models import wordpiece_tokenizer
@@ -107,7 +108,7 @@ def test_without_raw_texts_token_ids_are_decoded_and_one_warning_says_so(
     loss = make(model, scorer)
     anchors, positives = ["A Mapping object", "logging levels"], ["returns the value", "handlers and filters"]
     batch = [model.preprocess(anchors, prompt="query: "), model.preprocess(positives)]
-    with caplog.at_level(logging.WARNING, "loss_client.loss"):
+    with caplog.at_level(logging.WARNING, "loss_client.filter.texts"):
         loss(batch, None)
         loss(batch, None)
     assert scorer.jobs[0].queries == ["query : a mapping object", "query : logging levels"]
@@ -119,14 +120,13 @@ def test_without_raw_texts_token_ids_are_decoded_and_one_warning_says_so(
 
 
 def test_flattened_inputs_are_decoded_by_their_boundaries(model: SentenceTransformer) -> None:
-    loss = make(model, MemoryScorer(random_scores()))
     columns = [["a value", "the keys of a mapping"], ["an item", "logging"]]
     flat = []
     for column in columns:
         ids = [model.tokenizer(text)["input_ids"] for text in column]
         bounds = torch.tensor([0, *np.cumsum([len(one) for one in ids])])
         flat.append({"input_ids": torch.tensor([[token for one in ids for token in one]]), "cu_seq_lens_q": bounds})
-    assert loss._take_texts(flat) == columns
+    assert TextReader().take(flat, model) == columns
 
 
 def test_bad_batches_are_refused_before_anything_is_asked(model: SentenceTransformer) -> None:

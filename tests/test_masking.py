@@ -12,9 +12,10 @@ import pytest
 from loss_client.arguments import check_margin
 from loss_client.client.errors import ScoreError
 from loss_client.filter.grid import GridStep, read_rows
+from loss_client.filter.interning import intern
 from loss_client.filter.masking import above, related, thresholds
-from loss_client.filter.step import FilterSettings, LossStatistics
-from loss_client.filter.texts import intern
+from loss_client.filter.statistics import LossStatistics
+from loss_client.filter.step import FilterSettings
 
 from .training import MemoryScorer, MemoryScores, random_scores
 

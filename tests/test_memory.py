@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from loss_client.client.client import RerankerClient
-from loss_client.client.memory import ScoreMemory, digests
+from loss_client.client.memory import PairKeys, ScoreMemory
 
 from .stub_server import Abort, ReceivedChunk, ReceivedStream, StubServer, hash_scores
 
@@ -162,8 +162,12 @@ def test_a_client_remembers_what_recurs_however_much_else_it_scores(server: Stub
 
 
 def test_scope_and_text_cannot_run_into_each_other() -> None:
-    assert digests(b"ab", ["c"]) != digests(b"a", ["bc"])
-    assert digests(b"a", ["b"]) == digests(b"a", ["b"])
+    def key(scope: bytes, text: str) -> bytes:
+        position = np.zeros(1, dtype=np.int64)
+        return next(PairKeys(scope, [text]).of(position, position))
+
+    assert key(b"ab", "c") != key(b"a", "bc")
+    assert key(b"a", "b") == key(b"a", "b")
 
 
 def test_a_broken_stream_asks_only_for_what_is_left(server: StubServer, client: RerankerClient) -> None:

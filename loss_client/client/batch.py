@@ -1,42 +1,41 @@
-"""The way around a server without streams: the same job as calls of ``RerankBatch``, texts sent with every pair."""
+"""A job by unary calls of ``RerankBatch``, for servers without streams: every pair carries its texts."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from loss_client.client.channels import Channels, Patience
 from loss_client.client.chunks import Chunk
 from loss_client.client.errors import ScoreError, from_status
+from loss_client.client.job import Job
+from loss_client.client.progress import Progress
 from reranker.v1 import reranker_pb2 as pb
-
-if TYPE_CHECKING:
-    from loss_client.client.channels import Channels, Patience
-    from loss_client.client.stream import Job
 
 _CALLS_IN_FLIGHT = 4
 _TEXT_OVERHEAD_BYTES = 16
 
 
-async def score_in_batches(job: Job, chunks: Iterator[Chunk], channels: Channels, patience: Patience) -> None:
-    """Score the chunks of a job by unary calls, a few at a time, in order.
+async def score_in_batches(job: Job, progress: Progress, channels: Channels, patience: Patience) -> None:
+    """Score what is left of a job by unary calls, a few at a time, in order.
 
     Raises:
         RerankerError: A request failed.
-        ScoreError: An answer does not fit its question.
+        ScoreError: An answer does not fit its request.
     """
     channels.warn_of_fallback()
     info: pb.GetModelInfoResponse = await channels.call(
         lambda stub: stub.GetModelInfo, pb.GetModelInfoRequest(), patience
     )
-    pieces = _fitting(job, chunks, info.limits)
+    progress.plan(job.chunk_pairs)
+    pieces = _fitting(job, progress, info.limits)
 
     async def work() -> None:
         for chunk in pieces:
-            await _score(job, chunk, channels, patience)
+            await _score(job, progress, chunk, channels, patience)
 
     workers = [asyncio.get_running_loop().create_task(work()) for _ in range(_CALLS_IN_FLIGHT)]
     try:
@@ -47,27 +46,24 @@ async def score_in_batches(job: Job, chunks: Iterator[Chunk], channels: Channels
         await asyncio.wait(workers)
 
 
-async def _score(job: Job, chunk: Chunk, channels: Channels, patience: Patience) -> None:
-    request = pb.RerankBatchRequest(requests=_requests(job, chunk))
+async def _score(job: Job, progress: Progress, chunk: Chunk, channels: Channels, patience: Patience) -> None:
+    request = pb.RerankBatchRequest(requests=_requests(job, progress, chunk))
 
     def read(response: pb.RerankBatchResponse) -> tuple[NDArray[np.float32], pb.RerankBatchResponse]:
         return _scores(request, response), response
 
     scores, response = await channels.call(lambda stub: stub.RerankBatch, request, patience, read)
     patience.progress()
-    # Before the scores: who waits for the last of them may read the counts next.
-    for item in response.items:
-        job.matrix.usage.add(item.response.usage)
-    job.take(chunk, scores)
+    progress.take(chunk, scores, [item.response.usage for item in response.items])
 
 
-def _requests(job: Job, chunk: Chunk) -> list[pb.RerankRequest]:
-    texts = job.table.texts
-    queries, documents = job.ids(chunk)
-    if job.grid:
+def _requests(job: Job, progress: Progress, chunk: Chunk) -> list[pb.RerankRequest]:
+    texts = job.pairs.table.texts
+    queries, documents = progress.ids(chunk)
+    if job.pairs.grid:
         parts = [(query, documents) for query in queries]
     else:
-        # The pairs of one query lie next to each other.
+        # The pairs of one query are neighbours; each run of them is one request.
         starts = [0, *(np.flatnonzero(np.diff(queries)) + 1).tolist()]
         ends = [*starts[1:], len(queries)]
         parts = [(queries[begin], documents[begin:end]) for begin, end in zip(starts, ends, strict=True)]
@@ -95,28 +91,28 @@ def _scores(request: pb.RerankBatchRequest, response: pb.RerankBatchResponse) ->
     return np.concatenate(rows)
 
 
-def _fitting(job: Job, chunks: Iterator[Chunk], limits: pb.Limits) -> Iterator[Chunk]:
-    """Cut chunks until each fits one call; what cannot be cut further is for the server to judge."""
-    for chunk in chunks:
+def _fitting(job: Job, progress: Progress, limits: pb.Limits) -> Iterator[Chunk]:
+    """Cut the chunks that are left until each fits one call; a single pair always counts as fitting."""
+    while (chunk := progress.next_chunk(job.chunk_pairs)) is not None:
         waiting = [chunk]
         while waiting:
             piece = waiting.pop()
-            if piece.pairs == 1 or _fits(job, piece, limits):
+            if piece.pairs == 1 or _fits(job, progress, piece, limits):
                 yield piece
             else:
                 waiting += reversed(piece.halves())
 
 
-def _fits(job: Job, chunk: Chunk, limits: pb.Limits) -> bool:
-    sizes = job.table.sizes
-    queries, documents = job.ids(chunk)
+def _fits(job: Job, progress: Progress, chunk: Chunk, limits: pb.Limits) -> bool:
+    sizes, grid = job.pairs.table.sizes, job.pairs.grid
+    queries, documents = progress.ids(chunk)
     query_bytes = sum(sizes[text] + _TEXT_OVERHEAD_BYTES for text in queries)
     document_bytes = sum(sizes[text] + _TEXT_OVERHEAD_BYTES for text in documents)
-    rows = len(queries) if job.grid else len(np.flatnonzero(np.diff(queries))) + 1
+    rows = len(queries) if grid else len(np.flatnonzero(np.diff(queries))) + 1
     options_bytes = rows * job.options.ByteSize()
     return (
         rows <= limits.max_requests_per_batch
         and len(documents) <= limits.max_documents_per_request
         and chunk.pairs <= limits.max_pairs_per_batch
-        and query_bytes + options_bytes + document_bytes * (rows if job.grid else 1) < limits.max_message_bytes
+        and query_bytes + options_bytes + document_bytes * (rows if grid else 1) < limits.max_message_bytes
     )

@@ -1,82 +1,20 @@
-"""How a job is cut: equal texts become one, and pairs become chunks that name few texts and complete rows in order."""
+"""Chunks: a job's pairs cut into blocks that name few texts and complete the rows of scores in order."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-# Rows that are scored side by side. More would spare ids on the wire, but the first row would be complete later.
+# Rows of a chunk. More rows would need fewer ids on the wire, but the first row would be complete later.
 _BAND_ROWS = 8
 
 
-class TextTable:
-    """The distinct texts of a job.
-
-    Attributes:
-        texts: The texts, in order of first appearance; a text's id is its position.
-        sizes: Their sizes in UTF-8 bytes.
-    """
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-        self.sizes: list[int] = []
-        self._ids: dict[str, int] = {}
-
-    def add(self, texts: Sequence[str], name: str) -> NDArray[np.int64]:
-        """Take in texts and return their ids, shape ``(len(texts),)``.
-
-        Args:
-            texts: The texts.
-            name: What the caller calls them; for messages.
-
-        Raises:
-            TypeError: ``texts`` is a single string, or one of them is not a string.
-            ValueError: A text cannot be written as UTF-8.
-        """
-        if isinstance(texts, (str, bytes)):
-            raise TypeError(f"{name} is a single {type(texts).__name__}; it has to be a sequence of strings")
-        known = self._ids
-        ids = np.empty(len(texts), dtype=np.int64)
-        for position, text in enumerate(texts):
-            text_id = known.get(text) if isinstance(text, str) else None
-            if text_id is None:
-                text_id = self._append(text, f"{name}[{position}]")
-            ids[position] = text_id
-        return ids
-
-    def _append(self, text: str, name: str) -> int:
-        if not isinstance(text, str):
-            raise TypeError(f"{name} is not a string but {type(text).__name__}")
-        try:
-            size = len(text) if text.isascii() else len(text.encode())
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{name} cannot be written as UTF-8: {error}") from None
-        text_id = self._ids[text] = len(self.texts)
-        self.texts.append(text)
-        self.sizes.append(size)
-        return text_id
-
-
-def distinct(ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
-    """Return the distinct ids in order of first appearance, and for each of ``ids`` its position among them.
-
-    The second is None where all ids are distinct already.
-    """
-    values, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
-    if len(values) == len(ids):
-        return ids, None
-    order = np.argsort(first, kind="stable")
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    return values[order], rank[inverse.reshape(-1)]
-
-
 class Chunk(NamedTuple):
-    """A block of the matrix that is scored in one go: rows and columns from begin (included) to end (excluded)."""
+    """A block of the matrix that one message asks for: rows and columns from begin (included) to end (excluded)."""
 
     row_begin: int
     row_end: int
@@ -85,11 +23,11 @@ class Chunk(NamedTuple):
 
     @property
     def pairs(self) -> int:
-        """How many scores the block holds."""
+        """Number of scores in the block."""
         return (self.row_end - self.row_begin) * (self.column_end - self.column_begin)
 
     def halves(self) -> tuple[Chunk, Chunk]:
-        """Cut the block, of two pairs or more, in two across its longer side."""
+        """Cut a block of two pairs or more in two, across its longer side."""
         row_begin, row_end, column_begin, column_end = self
         if column_end - column_begin >= row_end - row_begin:
             middle = (column_begin + column_end) // 2
@@ -99,15 +37,16 @@ class Chunk(NamedTuple):
 
 
 def grid_chunks(rows: int, columns: int, pairs: int, panel: tuple[int, int] | None = None) -> Iterator[Chunk]:
-    """Cut a grid into blocks of at most ``pairs`` pairs, so that rows are complete in order or nearly so.
+    """Cut a grid into blocks of at most ``pairs`` pairs, in an order that completes the first rows first.
 
-    Blocks are several rows high: a block of r rows and c columns names r + c texts for r * c pairs.
+    A block has several rows, because r rows and c columns name r + c texts for r * c pairs.
 
     Args:
         rows: Rows of the grid.
         columns: Columns of the grid.
         pairs: Most pairs of a block, 1 or more.
-        panel: Rows and columns that are scored before others are begun; the whole grid by default.
+        panel: Numbers of rows and columns of a panel: the grid is cut into panels first, and all blocks of one panel
+            come before those of the next. Default: the whole grid is one panel.
     """
     panel_rows, panel_columns = panel or (rows, columns)
     for top in range(0, rows, panel_rows):
@@ -135,18 +74,19 @@ def list_chunks(count: int, pairs: int) -> Iterator[Chunk]:
 def panel_shape(
     row_sizes: NDArray[np.int64], column_sizes: NDArray[np.int64], max_texts: int, max_bytes: int
 ) -> tuple[int, int]:
-    """Choose the rows and columns of a grid whose texts one stream can carry.
+    """Choose how many rows and columns of a grid have texts that one stream can carry.
 
-    The whole grid where it fits. Otherwise all of the side that takes less than half of the room and as much of the
-    other as fits beside it, or half of each: then the texts are sent again as seldom as possible.
+    The result is the whole grid if it fits. If one side fits into half of the stream, the result is all of that side
+    and as much of the other as fits beside it. Otherwise each side gets half of the stream. This choice sends the
+    fewest texts more than once.
 
     Args:
         row_sizes: Bytes of each row's text, shape ``(rows,)``, not empty.
         column_sizes: Bytes of each column's text, shape ``(columns,)``, not empty.
-        max_texts: Texts that a stream takes.
-        max_bytes: Bytes of text that a stream takes.
+        max_texts: Most texts of a stream.
+        max_bytes: Most bytes of text of a stream.
     """
-    # The share of a stream's room that each text takes, by count or by bytes, whichever is scarcer over the whole.
+    # Average share of a stream's limit that one text uses: by count or by bytes, whichever share is larger.
     row_share = max(1 / max_texts, float(row_sizes.mean()) / max_bytes)
     column_share = max(1 / max_texts, float(column_sizes.mean()) / max_bytes)
     rows, columns = len(row_sizes), len(column_sizes)

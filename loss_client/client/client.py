@@ -1,4 +1,4 @@
-"""RerankerClient: what training code calls. Blocking, usable from any thread, over one event loop in the background."""
+"""RerankerClient: scores pairs with a served reranker; blocking methods over one event loop in a background thread."""
 
 from __future__ import annotations
 
@@ -6,70 +6,64 @@ import asyncio
 import concurrent.futures
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Any, Self, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loss_client.client.background import Background
 from loss_client.client.channels import Channels, Patience
-from loss_client.client.chunks import TextTable, distinct
 from loss_client.client.endpoints import ChannelSettings
-from loss_client.client.errors import ClientClosedError, ScoreError
+from loss_client.client.errors import ClientClosedError
+from loss_client.client.job import Ids, Job, Pairs, pair_grid, pair_list
 from loss_client.client.memory import ScoreMemory
+from loss_client.client.options import (
+    JobOptions,
+    Priority,
+    count,
+    options_message,
+    positive_seconds,
+    priority_value,
+)
+from loss_client.client.ranking import RankedDocument, read_ranking
+from loss_client.client.run import run_job
 from loss_client.client.scores import ScoreMatrix, ScoreType
-from loss_client.client.stream import Job, run_job
 from loss_client.client.targets import parse_targets
+from loss_client.client.texts import TextTable
 from reranker.v1 import reranker_pb2 as pb
 
 T = TypeVar("T")
 
-Priority = Literal["bulk", "interactive"]
-"""What a server prefers when it has more work than it can do at once: ``"interactive"`` overtakes ``"bulk"``."""
-
-_SCORE_TYPES = {"probability": pb.SCORE_TYPE_PROBABILITY, "raw": pb.SCORE_TYPE_RAW}
-_PRIORITIES = {"bulk": pb.PRIORITY_BULK, "interactive": pb.PRIORITY_INTERACTIVE}
-
-
-@dataclass(frozen=True, slots=True)
-class RankedDocument:
-    """One document of a ranking.
-
-    Attributes:
-        index: Its position among the documents that were given.
-        score: Its relevance to the query; its range depends on the score type.
-        document: Its text, where the texts were asked for.
-    """
-
-    index: int
-    score: float
-    document: str | None = None
-
 
 class RerankerClient:
-    """Scores (query, document) pairs with a reranker that is served elsewhere.
+    """Scores (query, document) pairs with a reranker behind a gRPC service.
 
-    Its thread and connections are made at first use and end with ``close``, with the ``with`` block, with the last
-    reference, or with the interpreter. It may be used from any thread, and in a forked child, which makes its own.
-    Equal texts are sent once. Lost connections are made again, and only what had no answer is sent again.
+    The client makes its thread and its connections at first use. They end with ``close``, with the ``with`` block,
+    with the last reference to the client, or with the interpreter. Any thread may use the client, and so may a forked
+    child, which makes its own thread and connections. Equal texts are sent once. After a lost connection the client
+    connects again and sends only chunks without an answer.
 
     All scoring methods take the same options by keyword:
 
-    - ``instruction``: the task in words, for models that take one. Default: the model's own.
+    - ``instruction``: the task in words, for models that take an instruction. Default: the model's own.
     - ``max_length``: longest input in tokens. Default: the server's.
     - ``score_type``: ``"probability"`` (in [0, 1]) or ``"raw"`` (the model's logit; for a bi-encoder the cosine).
-    - ``timeout``: replaces the client's.
+    - ``timeout``: seconds, in place of the client's ``timeout``.
+
+    Methods that score many pairs also take ``priority``, ``"bulk"`` (the default) or ``"interactive"``, and
+    ``chunk_pairs``, the most pairs of one message.
 
     Args:
         target: ``"host:port"``, gRPC's own forms (``"dns:///..."``, ``"unix:..."``), ``"grpc://host:port"``,
-            ``"grpcs://host:port"`` (TLS), or a list of these: jobs and calls go to each in turn, past those that fail.
-        timeout: Seconds that a call may take, or a job may go without a score, reconnecting included.
+            ``"grpcs://host:port"`` (TLS), or a list of these. Jobs and calls go to each target of a list in turn, and
+            skip targets that have just failed.
+        timeout: Most seconds of a call, and most seconds that a job may go without a score, reconnecting included.
         metadata: Pairs of key (lower case) and value, sent with every call.
         root_certificates: PEM bytes of the authorities that TLS trusts. Default: gRPC's own.
-        remembered_pairs: How many scores of listed pairs (``score_pairs``, ``stream_pairs``) the client keeps, for
-            pairs that come again; about 300 bytes each. 0: none. A server without streams is asked every time.
+        remembered_pairs: Most scores of listed pairs (``score_pairs``, ``stream_pairs``) that the client keeps, so
+            that pairs that come again are not sent again; about 300 bytes each. 0 keeps none. Scores of a server
+            without streams are not kept.
 
     Raises:
         ValueError: A target has none of the right forms, or an argument is out of range.
@@ -87,7 +81,7 @@ class RerankerClient:
         targets = parse_targets(target)
         if root_certificates is not None and not any(each.secure for each in targets):
             raise ValueError("root_certificates are given but no target uses TLS: write it as 'grpcs://host:port'")
-        self._timeout = _positive("timeout", timeout)
+        self._timeout = positive_seconds("timeout", timeout)
         self._settings = ChannelSettings(targets, tuple((key, value) for key, value in metadata), root_certificates)
         if remembered_pairs < 0:
             raise ValueError(f"remembered_pairs is {remembered_pairs}; it has to be 0 or more")
@@ -113,7 +107,7 @@ class RerankerClient:
         Args:
             query: The query.
             documents: The documents, at least one.
-            top_n: How many to return, 1 or more. Default: all.
+            top_n: Most documents to return, 1 or more. Default: all.
             instruction: See the class.
             max_length: See the class.
             score_type: See the class.
@@ -121,7 +115,7 @@ class RerankerClient:
             timeout: See the class.
 
         Raises:
-            RerankerError: The server could not be reached in time, refused the request, or answered nonsense.
+            RerankerError: The server could not be reached in time, refused the request, or sent a wrong answer.
         """
         table = TextTable()
         table.add([query], "query")
@@ -129,50 +123,38 @@ class RerankerClient:
         request = pb.RerankRequest(
             query=query,
             documents=documents,
-            top_n=_count("top_n", top_n),
+            top_n=count("top_n", top_n),
             return_documents=return_documents,
-            options=_options(instruction, max_length, score_type),
+            options=options_message(instruction, max_length, score_type),
         )
         return self._call(
-            lambda stub: stub.Rerank, request, timeout, lambda response: _ranking(response, len(documents))
+            lambda stub: stub.Rerank, request, timeout, lambda response: read_ranking(response, len(documents))
         )
 
     def score_pairs(
-        self,
-        pairs: Sequence[tuple[str, str]],
-        *,
-        instruction: str | None = None,
-        max_length: int | None = None,
-        score_type: ScoreType = "probability",
-        chunk_pairs: int = 1024,
-        priority: Priority = "bulk",
-        timeout: float | None = None,
+        self, pairs: Sequence[tuple[str, str]], *, chunk_pairs: int = 1024, **options: Unpack[JobOptions]
     ) -> NDArray[np.float32]:
         """Score pairs of a query and a document; returns scores of shape ``(len(pairs),)``.
 
-        Equal pairs are scored once. ``chunk_pairs`` is the most pairs of a message; for the others see the class.
+        Args:
+            pairs: The pairs. Equal ones are scored once.
+            chunk_pairs: Most pairs of a message.
+            **options: See the class.
 
         Raises:
             RerankerError: The job failed.
         """
+        queries, documents = [query for query, _ in pairs], [document for _, document in pairs]
         every = range(len(pairs))
-        matrix = self.stream_pairs(
-            *([query for query, _ in pairs], [document for _, document in pairs], every, every),
-            instruction=instruction,
-            max_length=max_length,
-            score_type=score_type,
-            chunk_pairs=chunk_pairs,
-            priority=priority,
-            timeout=timeout,
-        )
+        matrix = self.stream_pairs(queries, documents, every, every, chunk_pairs=chunk_pairs, **options)
         return self._finish(matrix)[:, 0]
 
     def stream_pairs(
         self,
         queries: Sequence[str],
         documents: Sequence[str],
-        query_ids: Sequence[int] | NDArray[np.integer[Any]],
-        document_ids: Sequence[int] | NDArray[np.integer[Any]],
+        query_ids: Ids,
+        document_ids: Ids,
         *,
         instruction: str | None = None,
         max_length: int | None = None,
@@ -182,10 +164,10 @@ class RerankerClient:
         timeout: float | None = None,
         recurring: bool = True,
     ) -> ScoreMatrix:
-        """Begin to score some pairs of queries and documents, and return at once.
+        """Begin to score listed pairs of queries and documents, and return at once.
 
-        Equal pairs are scored once, and pairs that this client had scored before are not asked for again, as long as
-        the same model is served.
+        Equal pairs are scored once. Pairs whose scores the client remembers are not sent, as long as the server has
+        the same model.
 
         Args:
             queries: The queries.
@@ -196,70 +178,42 @@ class RerankerClient:
             max_length: See the class.
             score_type: See the class.
             chunk_pairs: Most pairs of a message.
-            priority: What the server is told of the job's urgency.
+            priority: See the class.
             timeout: See the class.
-            recurring: Whether the pairs will be asked for again, such as positives in every epoch. The client
-                remembers others only while it has room that these do not need.
+            recurring: Whether the pairs will come again, such as positives in every epoch. The client remembers other
+                pairs only in the space that recurring pairs leave.
 
         Returns:
-            The scores, shape ``(n, 1)``: a row for each pair, readable as it arrives. Pairs of one query are scored
-            together, queries in order of their first pair.
+            The scores, shape ``(n, 1)``: one row for each pair, readable as it arrives. Pairs of one query are scored
+            together; queries are scored in the order of their first pairs.
 
         Raises:
-            IndexError: A pair names a query or document that there is not.
+            IndexError: A position is out of range.
         """
-        table = TextTable()
-        query_texts = table.add(queries, "queries")[_positions("query_ids", query_ids, len(queries))]
-        document_texts = table.add(documents, "documents")[_positions("document_ids", document_ids, len(documents))]
-        if len(query_texts) != len(document_texts):
-            raise ValueError(
-                f"{len(query_texts)} query_ids and {len(document_texts)} document_ids: each pair needs both"
-            )
-        texts = max(len(table.texts), 1)
-        codes, row_ids = distinct(query_texts * texts + document_texts)
-        # Pairs that share a query reach the model next to each other.
-        order = _grouped(codes // texts)
-        codes = codes[order]
-        if row_ids is None:
-            row_ids = np.arange(len(order))
-        place = np.empty_like(order)
-        place[order] = np.arange(len(order))
-        return self._begin(
-            table, codes // texts, codes % texts, (len(query_texts), 1), _options(instruction, max_length, score_type),
-            priority, chunk_pairs, timeout, grid=False, row_ids=place[row_ids], recurring=recurring,
-        )  # fmt: skip
+        pairs = pair_list(queries, documents, query_ids, document_ids)
+        options = options_message(instruction, max_length, score_type)
+        return self._begin(pairs, options, priority, chunk_pairs, timeout, recurring)
 
     def score_grid(
         self,
         queries: Sequence[str],
         documents: Sequence[str],
         *,
-        instruction: str | None = None,
-        max_length: int | None = None,
-        score_type: ScoreType = "probability",
         chunk_pairs: int = 1024,
-        priority: Priority = "bulk",
-        timeout: float | None = None,
+        **options: Unpack[JobOptions],
     ) -> NDArray[np.float32]:
         """Score every query with every document; returns scores of shape ``(len(queries), len(documents))``.
 
-        ``chunk_pairs`` is the most pairs of a message; for the others see the class.
+        Args:
+            queries: The queries. Equal ones are scored once.
+            documents: The documents. Equal ones are scored once.
+            chunk_pairs: Most pairs of a message.
+            **options: See the class.
 
         Raises:
             RerankerError: The job failed.
         """
-        return self._finish(
-            self.stream_grid(
-                queries,
-                documents,
-                instruction=instruction,
-                max_length=max_length,
-                score_type=score_type,
-                chunk_pairs=chunk_pairs,
-                priority=priority,
-                timeout=timeout,
-            )
-        )
+        return self._finish(self.stream_grid(queries, documents, chunk_pairs=chunk_pairs, **options))
 
     def stream_grid(
         self,
@@ -281,23 +235,20 @@ class RerankerClient:
             instruction: See the class.
             max_length: See the class.
             score_type: See the class.
-            chunk_pairs: Most pairs of a message. Fewer: the first rows are there sooner. More: less overhead.
-            priority: What the server is told of the job's urgency.
+            chunk_pairs: Most pairs of a message. With fewer the first rows arrive sooner, with more there is less
+                overhead.
+            priority: See the class.
             timeout: See the class.
 
         Returns:
-            The scores, shape ``(Q, D)``, whose rows are readable as they arrive. Errors of the job are raised there.
+            The scores, shape ``(Q, D)``; each row is readable as soon as it has arrived. Reading raises the job's
+            errors.
         """
-        table = TextTable()
-        rows, row_ids = distinct(table.add(queries, "queries"))
-        columns, column_ids = distinct(table.add(documents, "documents"))
-        return self._begin(
-            table, rows, columns, (len(queries), len(documents)), _options(instruction, max_length, score_type),
-            priority, chunk_pairs, timeout, grid=True, row_ids=row_ids, column_ids=column_ids,
-        )  # fmt: skip
+        options = options_message(instruction, max_length, score_type)
+        return self._begin(pair_grid(queries, documents), options, priority, chunk_pairs, timeout)
 
     def model_info(self, timeout: float | None = None) -> pb.GetModelInfoResponse:
-        """Return what a server says of its model and limits.
+        """Ask a server for its model and its limits.
 
         Raises:
             IncompatibleServerError: The server speaks another major version of the contract.
@@ -306,7 +257,7 @@ class RerankerClient:
         return self._call(lambda stub: stub.GetModelInfo, pb.GetModelInfoRequest(), timeout)
 
     def close(self) -> None:
-        """End all jobs, connections and the thread. Who waits for scores gets ``ClientClosedError``."""
+        """End all jobs, connections and the thread. Calls that wait for scores raise ``ClientClosedError``."""
         self._finalizer()
 
     def __enter__(self) -> Self:
@@ -318,47 +269,38 @@ class RerankerClient:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A thread and sockets cannot travel: a copy connects by itself.
+        # A thread and sockets cannot be pickled: a copy makes its own.
         return _rebuild, (self._settings, self._timeout, self._remembered_pairs)
 
     def _begin(
         self,
-        table: TextTable,
-        queries: NDArray[np.int64],
-        documents: NDArray[np.int64],
-        shape: tuple[int, int],
+        pairs: Pairs,
         options: pb.RerankOptions,
         priority: Priority,
         chunk_pairs: int,
         timeout: float | None,
-        *,
-        grid: bool,
-        row_ids: NDArray[np.int64] | None = None,
-        column_ids: NDArray[np.int64] | None = None,
         recurring: bool = False,
     ) -> ScoreMatrix:
-        if priority not in _PRIORITIES:
-            raise ValueError(f"priority is {priority!r}; it has to be one of {', '.join(map(repr, _PRIORITIES))}")
+        level = priority_value(priority)
         if chunk_pairs < 1:
             raise ValueError(f"chunk_pairs is {chunk_pairs}; it has to be 1 or more")
-        seconds = self._timeout if timeout is None else _positive("timeout", timeout)
-        matrix = ScoreMatrix(shape, row_ids=row_ids, column_ids=column_ids, on_cancel=lambda: future.cancel())
-        level = _PRIORITIES[priority]
-        job = Job(
-            table, queries, documents, grid, matrix, options, level, chunk_pairs, seconds, self._memory, recurring
+        seconds = self._seconds(timeout)
+        matrix = ScoreMatrix(
+            pairs.shape, row_ids=pairs.row_ids, column_ids=pairs.column_ids, on_cancel=lambda: future.cancel()
         )
+        job = Job(pairs, matrix, options, level, chunk_pairs, seconds, self._memory, recurring)
         future = self._background.submit(lambda channels: self._run(job, channels))
         return matrix
 
     async def _run(self, job: Job, channels: Channels) -> None:
-        # A method, so that the client lives as long as its jobs run, also where nobody else holds it.
+        # A method, because the coroutine then holds a reference to the client, which must not be closed while jobs run.
         await run_job(job, channels)
 
     @staticmethod
     def _finish(matrix: ScoreMatrix) -> NDArray[np.float32]:
         try:
             return matrix.result()
-        except BaseException:  # an interrupt too: nobody will read the rest
+        except BaseException:  # an interrupt as well: the matrix has no other reader
             matrix.cancel()
             raise
 
@@ -369,12 +311,15 @@ class RerankerClient:
         timeout: float | None,
         read: Callable[[Any], T] = lambda response: response,
     ) -> T:
-        seconds = self._timeout if timeout is None else _positive("timeout", timeout)
+        seconds = self._seconds(timeout)
 
         async def work(channels: Channels) -> T:
             return await channels.call(rpc, request, Patience(seconds), read)
 
         return self._wait(work)
+
+    def _seconds(self, timeout: float | None) -> float:
+        return self._timeout if timeout is None else positive_seconds("timeout", timeout)
 
     def _wait(self, work: Callable[[Channels], Coroutine[Any, Any, T]]) -> T:
         future = self._background.submit(work)
@@ -395,49 +340,3 @@ def _rebuild(settings: ChannelSettings, timeout: float, remembered_pairs: int) -
         root_certificates=settings.root_certificates,
         remembered_pairs=remembered_pairs,
     )
-
-
-def _positions(name: str, ids: Sequence[int] | NDArray[np.integer[Any]], count: int) -> NDArray[np.int64]:
-    positions = np.asarray(ids, dtype=np.int64).reshape(-1)
-    if len(positions) and not 0 <= positions.min() <= positions.max() < count:
-        raise IndexError(f"{name} reach from {positions.min()} to {positions.max()}, but there are {count} texts")
-    return positions
-
-
-def _grouped(values: NDArray[np.int64]) -> NDArray[np.intp]:
-    """An order that puts equal values next to each other, in order of first appearance."""
-    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
-    return np.argsort(first[inverse.reshape(-1)], kind="stable")
-
-
-def _ranking(response: pb.RerankResponse, documents: int) -> list[RankedDocument]:
-    for result in response.results:
-        if result.index >= documents or not np.isfinite(result.score):
-            raise ScoreError(f"the server ranked document {result.index} of {documents} with the score {result.score}")
-    return [
-        RankedDocument(each.index, each.score, each.document if each.HasField("document") else None)
-        for each in response.results
-    ]
-
-
-def _options(instruction: str | None, max_length: int | None, score_type: ScoreType) -> pb.RerankOptions:
-    if score_type not in _SCORE_TYPES:
-        raise ValueError(
-            f"score_type is {score_type!r}; it has to be one of {', '.join(map(repr, get_args(ScoreType)))}"
-        )
-    return pb.RerankOptions(
-        instruction=instruction, max_length=_count("max_length", max_length), score_type=_SCORE_TYPES[score_type]
-    )
-
-
-def _count(name: str, value: int | None) -> int | None:
-    # What is in the field's range but not in the server's is for the server to refuse: it knows its limits.
-    if value is not None and not 0 <= value < 2**32:
-        raise ValueError(f"{name} is {value}; it has to be positive")
-    return value
-
-
-def _positive(name: str, seconds: float) -> float:
-    if not seconds > 0:
-        raise ValueError(f"{name} is {seconds}; it has to be a positive number of seconds")
-    return seconds

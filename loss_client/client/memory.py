@@ -1,13 +1,13 @@
-"""Scores that this client has seen before, so that a pair that comes again is not asked for again.
+"""ScoreMemory: scores that this client keeps, so that a pair that comes again is not asked for again.
 
-Only jobs that list their pairs use it: positives and mined negatives that come back every epoch, candidates, calls of a
-CrossEncoder's kind. A grid is the server's business, whose cache holds whole rows. So is a job of a server without
-streams, whose replies do not say which model gave them.
+Only jobs that list their pairs use it: positives and mined negatives, which come back every epoch, selected candidates,
+and calls of ``RemoteCrossEncoder``. Grids do not, because the server's cache holds whole rows. Jobs of a server without
+streams do not, because replies of ``RerankBatch`` do not name the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 
 import numpy as np
@@ -18,11 +18,10 @@ _DIGEST_BYTES = 16
 
 
 class ScoreMemory:
-    """The last scores of one client, those that were used longest ago forgotten first.
+    """The scores that one client used last.
 
-    A pair is found again only under the same scope: the fingerprint of the model that scored it, and the options.
-    Pairs that will recur are kept before all others, which have the room that is left: in one pass over the data there
-    may be so many of these that none would still be there when it comes again.
+    Recurring pairs are kept in preference to all others, which get the space that is left: one pass over the data may
+    bring so many others that without the preference no recurring pair would still be there in the next pass.
 
     Args:
         pairs: Most scores to keep, about 300 bytes each; 0 keeps none.
@@ -38,15 +37,15 @@ class ScoreMemory:
 
     @property
     def keeps(self) -> bool:
-        """Whether it keeps any."""
+        """Whether scores are kept at all."""
         return self._pairs > 0
 
     def get(self, keys: Iterable[bytes], recurring: bool) -> NDArray[np.float32]:
-        """Look scores up; returns one for each key, NaN where it is not known, shape ``(keys,)``.
+        """Return the score of each key, NaN where it is not known, shape ``(keys,)``.
 
         Args:
             keys: The keys.
-            recurring: Whether these pairs will recur; counts from now on.
+            recurring: Whether these pairs are recurring ones, from now on.
         """
         return np.fromiter((self._find(key, recurring) for key in keys), dtype=np.float32)
 
@@ -76,15 +75,20 @@ class ScoreMemory:
             self._others.popitem()
 
 
-def digests(scope: bytes, texts: Sequence[str]) -> list[bytes]:
-    """For each text a digest that depends on the scope, too.
-
-    Two digests make the key of a pair: 32 bytes that no two pairs share, by all that is known of the hash.
+class PairKeys:
+    """Keys of a job's pairs in a ``ScoreMemory``: 32 bytes each, two digests of 16 bytes.
 
     Args:
-        scope: What else the score depends on.
-        texts: The texts.
+        scope: The fingerprint of the model and the options; pairs of different scopes have different keys.
+        texts: The job's distinct texts.
     """
-    # Hashing the scope to a key of fixed length leaves no way to shift its end into a text.
-    key = blake2b(scope, digest_size=32).digest()
-    return [blake2b(text.encode(), digest_size=_DIGEST_BYTES, key=key).digest() for text in texts]
+
+    def __init__(self, scope: bytes, texts: Sequence[str]) -> None:
+        # Hashing the scope to a key of fixed length leaves no way to shift its end into a text.
+        key = blake2b(scope, digest_size=32).digest()
+        self._digests = [blake2b(text.encode(), digest_size=_DIGEST_BYTES, key=key).digest() for text in texts]
+
+    def of(self, queries: NDArray[np.int64], documents: NDArray[np.int64]) -> Iterator[bytes]:
+        """Yield the key of each pair, from the positions of its texts, each of shape ``(pairs,)``."""
+        for query, document in zip(queries.tolist(), documents.tolist(), strict=True):
+            yield self._digests[query] + self._digests[document]

@@ -12,149 +12,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from loss_client.client.errors import RerankerError, ScoreError
+from loss_client.filter.interning import intern
+from loss_client.filter.jobs import AskForPairs
 from loss_client.filter.masking import same_id, thresholds
-from loss_client.filter.step import FilterStep, LossStatistics, ScoreRows
-from loss_client.filter.texts import intern
+from loss_client.filter.mass import choose, unscored_share
+from loss_client.filter.pair_scores import PairScores
+from loss_client.filter.statistics import LossStatistics
+from loss_client.filter.step import FilterStep
 
 Candidates = Literal["all", "mass"]
 """Which pairs of a batch are scored; see ``RerankerCachedGISTEmbedLoss``."""
 
 # The logits of a row may come out a last digit different where they are computed again.
 _ROUNDING = 1 + 1e-6
-
-
-class AskForPairs(Protocol):
-    """Begins to score pairs, given by positions of their query and document; returns at once."""
-
-    def __call__(
-        self,
-        queries: Sequence[str],
-        documents: Sequence[str],
-        query_ids: NDArray[np.int64],
-        document_ids: NDArray[np.int64],
-        *,
-        recurring: bool,
-    ) -> ScoreRows:
-        """Begin one job, of pairs that will recur in later epochs or not."""
-
-
-def choose(
-    logits: Tensor,
-    decided: Tensor,
-    masked: Tensor,
-    epsilon: float,
-    *,
-    assume_masked: bool,
-    most: NDArray[np.int64] | None = None,
-) -> Tensor:
-    """Which undecided candidates to score, so that the rest holds no more than epsilon of what is left after masking.
-
-    Args:
-        logits: Shape ``(rows, candidates)``.
-        decided: Which candidates are masked or kept for good, same shape; the row's positive is.
-        masked: Which of these are masked, same shape.
-        epsilon: Largest share of the denominator without a score, in (0, 1).
-        assume_masked: Whether to count on every chosen candidate being masked, so that the choice suffices whatever
-            the scores are; else on none being masked.
-        most: Most candidates to choose in each row, the most similar ones, shape ``(rows,)``. Default: no limit.
-
-    Returns:
-        The choice, same shape as ``logits``.
-    """
-    kept, undecided = _masses(logits, decided, masked)
-    ascending = _sorted(undecided)
-    tails = torch.cumsum(ascending, dim=1)
-    # tails[k]: mass without a score if the k + 1 least similar undecided candidates are left out.
-    limit = kept + (tails if assume_masked else tails[:, -1:])
-    left_out = (tails <= epsilon * limit).sum(dim=1, keepdim=True)
-    if most is not None:
-        left_out = torch.maximum(left_out, tails.shape[1] - torch.from_numpy(most).to(tails.device)[:, None])
-    # What weighs as much as the lightest that is needed is taken, too: where texts are equal it costs nothing.
-    lightest = functional.pad(ascending, (0, 1), value=torch.inf).gather(1, left_out)
-    return (undecided >= lightest) & (undecided > 0)
-
-
-def unscored_share(logits: Tensor, decided: Tensor, masked: Tensor) -> Tensor:
-    """The share of each row's denominator, after masking, that undecided candidates hold, shape ``(rows,)``."""
-    kept, undecided = _masses(logits, decided, masked)
-    left = undecided.sum(dim=1)
-    return left / (kept[:, 0] + left)
-
-
-def _masses(logits: Tensor, decided: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of the kept candidates' softmax weights, ``(rows, 1)``, and the weights of the undecided ones, else 0."""
-    if logits.device.type == "mps":  # has no doubles
-        logits, decided, masked = logits.cpu(), decided.cpu(), masked.cpu()
-    # Weights next to the largest kept one may be tiny and yet all that masking leaves: only doubles reach so far.
-    exact = logits.double().masked_fill(masked, -torch.inf)
-    weights = torch.exp(exact - exact.amax(dim=1, keepdim=True))
-    return weights.masked_fill(~decided, 0).sum(dim=1, keepdim=True), weights.masked_fill(decided, 0)
-
-
-def _sorted(weights: Tensor) -> Tensor:
-    """Each row in ascending order."""
-    if weights.device.type == "cpu":
-        # Several times as fast as torch, which also finds out where each one was.
-        return torch.from_numpy(np.sort(weights.numpy(), axis=1))
-    return torch.sort(weights, dim=1).values
-
-
-class _PairScores:
-    """Scores of some pairs of a grid, sorted by query; as a pair's code counts ``query * documents + document``."""
-
-    def __init__(self, queries: int, documents: int) -> None:
-        self._queries = queries
-        self._documents = documents
-        self._codes = np.empty(0, dtype=np.int64)
-        self._scores = np.empty(0, dtype=np.float32)
-
-    def __len__(self) -> int:
-        return len(self._codes)
-
-    def add(self, codes: NDArray[np.int64], scores: NDArray[np.float32]) -> None:
-        """Take in scores of pairs that are not there yet."""
-        codes = np.concatenate([self._codes, codes])
-        order = np.argsort(codes)
-        self._codes, self._scores = codes[order], np.concatenate([self._scores, scores])[order]
-
-    def missing(self, codes: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Those of some codes, sorted and distinct, that have no score."""
-        return np.setdiff1d(codes, self._codes)
-
-    def rows(self, queries: NDArray[np.intp]) -> NDArray[np.float32]:
-        """The scores of some queries, NaN where there is none, shape ``(queries, documents)``."""
-        found = np.full((len(queries), self._documents), np.nan, dtype=np.float32)
-        begins = np.searchsorted(self._codes, queries * self._documents)
-        ends = np.searchsorted(self._codes, (queries + 1) * self._documents)
-        for line, (begin, end) in enumerate(zip(begins.tolist(), ends.tolist(), strict=True)):
-            found[line, self._codes[begin:end] % self._documents] = self._scores[begin:end]
-        return found
-
-    def columns(self, documents: NDArray[np.intp]) -> NDArray[np.float32]:
-        """The scores of some documents with every query, NaN where there is none, shape ``(queries, documents)``."""
-        distinct, place = np.unique(documents, return_inverse=True)
-        position = np.full(self._documents, -1, dtype=np.int64)
-        position[distinct] = np.arange(len(distinct))
-        at = position[self._codes % self._documents]
-        found = np.full((self._queries, len(distinct)), np.nan, dtype=np.float32)
-        found[self._codes[at >= 0] // self._documents, at[at >= 0]] = self._scores[at >= 0]
-        return found[:, place.reshape(-1)]
-
-    def pairs(self, codes: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The scores of single pairs, NaN where there is none, shape of ``codes``."""
-        if not len(self._codes):
-            return np.full(codes.shape, np.nan, dtype=np.float32)
-        at = np.minimum(np.searchsorted(self._codes, codes), len(self._codes) - 1)
-        return np.where(self._codes[at] == codes, self._scores[at], np.float32(np.nan))
 
 
 class CandidateStep(FilterStep):
@@ -193,7 +71,7 @@ class CandidateStep(FilterStep):
         self._all_anchor_queries = queries.ids[-1]
         self._document_ids = documents.ids[: len(merged) - 1]
         self._anchor_documents = documents.ids[-1]
-        self._scores = _PairScores(len(queries.texts), len(documents.texts))
+        self._scores = PairScores(len(queries.texts), len(documents.texts))
         self._repeats = np.bincount(np.concatenate(self._document_ids), minlength=len(documents.texts))
         self._rows_counted = 0
         # Candidates of each row that were chosen so far. MatryoshkaLoss has them chosen for each of its dimensions.
@@ -226,7 +104,7 @@ class CandidateStep(FilterStep):
                 self._fetch(np.unique(np.concatenate(wanted)))
         except RerankerError as error:
             self._failed(error)
-            self._scores = _PairScores(len(self._query_texts), len(self._document_texts))
+            self._scores = PairScores(len(self._query_texts), len(self._document_texts))
 
     def _first_wanted(self) -> list[NDArray[np.int64]]:
         """Pairs that are needed whatever the model finds similar."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,18 +10,12 @@ from torch import Tensor
 
 from loss_client.client.errors import RerankerError
 from loss_client.filter.gather import gather_flags
+from loss_client.filter.interning import intern
+from loss_client.filter.jobs import AskForGrid, ScoreRows
 from loss_client.filter.masking import above, related, same_id, thresholds
-from loss_client.filter.step import FilterStep, ScoreRows
-from loss_client.filter.texts import intern
+from loss_client.filter.step import FilterStep
 
 _BLOCK_ROWS = 256
-
-
-class AskForGrid(Protocol):
-    """Begins to score every query with every document; returns at once."""
-
-    def __call__(self, queries: Sequence[str], documents: Sequence[str]) -> ScoreRows:
-        """Begin one job."""
 
 
 class _Grid:

@@ -8,87 +8,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, fields
-from typing import Literal, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from loss_client.client.errors import IncompatibleServerError, RerankerError
-from loss_client.client.scores import ScoreType, ScoreUsage
 from loss_client.filter.gather import Rows, gather_columns
+from loss_client.filter.interning import intern
+from loss_client.filter.jobs import ScoreRows
 from loss_client.filter.masking import MarginStrategy
-from loss_client.filter.texts import intern
+from loss_client.filter.statistics import LossStatistics
 
 ContrastFilter = Literal["known", "scores"]
 """What decides which pairs of anchors, and of positives, are no negatives; see ``RerankerCachedGISTEmbedLoss``."""
 
 OnError = Literal["raise", "unfiltered"]
 """What becomes of a step whose scores cannot be had; see ``RerankerCachedGISTEmbedLoss``."""
-
-
-class ScoreRows(Protocol):
-    """Scores whose rows become readable as they arrive."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Number of rows and of columns."""
-
-    @property
-    def seconds_waited(self) -> float:
-        """Seconds that readers have waited for rows so far."""
-
-    @property
-    def usage(self) -> ScoreUsage:
-        """What the scores have cost so far."""
-
-    @property
-    def error(self) -> BaseException | None:
-        """Why scores that are missing will not arrive; ``None`` while they may, or if none is missing."""
-
-    def rows(self, begin: int, end: int) -> NDArray[np.float32]:
-        """Wait for rows ``begin`` to ``end`` and return them, shape ``(end - begin, columns)``."""
-
-    def release(self, begin: int, end: int) -> None:
-        """Give back rows that nobody will read again."""
-
-    def cancel(self) -> None:
-        """Give up what has not arrived; without effect on a job that is done."""
-
-
-@runtime_checkable
-class GridClient(Protocol):
-    """What the loss needs of a client; ``RerankerClient`` is one."""
-
-    def stream_grid(
-        self,
-        queries: Sequence[str],
-        documents: Sequence[str],
-        *,
-        instruction: str | None,
-        max_length: int | None,
-        score_type: ScoreType,
-        chunk_pairs: int,
-        timeout: float | None,
-    ) -> ScoreRows:
-        """Begin to score every query with every document; returns at once."""
-
-    def stream_pairs(
-        self,
-        queries: Sequence[str],
-        documents: Sequence[str],
-        query_ids: NDArray[np.int64],
-        document_ids: NDArray[np.int64],
-        *,
-        instruction: str | None,
-        max_length: int | None,
-        score_type: ScoreType,
-        chunk_pairs: int,
-        timeout: float | None,
-        recurring: bool,
-    ) -> ScoreRows:
-        """Begin to score some pairs, given by positions, each a row of one column; returns at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,71 +40,6 @@ class FilterSettings:
     contrast_filter: ContrastFilter
     gather: bool = False
     on_error: OnError = "raise"
-
-
-@dataclass(slots=True)
-class LossStatistics:
-    """What the filter did, summed over the loss's forward passes (evaluation included) since the last ``reset``.
-
-    Attributes:
-        steps: Forward passes.
-        unfiltered_steps: Of these, those whose scores could not be had, with ``on_error="unfiltered"``.
-        anchors: Anchors.
-        scored_anchors: Of these, those whose scores came.
-        outscored_positives: Of these, those with a document of another text that scored above their own positive.
-        negatives: Documents that stood as negatives of an anchor before the filter: for each anchor all documents of
-            the batch but its own positive. Pairs of two anchors or two positives are not counted.
-        masked_negatives: Of these, how many the filter dropped.
-        scored_negatives: Of these, how many had a score.
-        pairs: Pairs of distinct texts whose score was asked for.
-        cached_pairs: Of these, how many the server had in its cache.
-        remembered_pairs: Of these, how many the client had from before.
-        skipped_pairs: Pairs of distinct texts that were left out, with ``candidates="mass"``.
-        rounds: How often scores were asked for.
-        reconnects: Streams that were lost and begun again.
-        seconds_waited: Seconds that the loss waited for scores.
-        positive_scores: Sum of the scores of the scored anchors' positives.
-        negative_scores: Sum of the scores of the negatives that had one.
-        unscored_share: Sum over the scored anchors of the share of the softmax denominator, after masking, that had no
-            score.
-        capped_anchors: Anchors whose share is above ``epsilon``, because of ``max_candidates``.
-    """
-
-    steps: int = 0
-    unfiltered_steps: int = 0
-    anchors: int = 0
-    scored_anchors: int = 0
-    outscored_positives: int = 0
-    negatives: int = 0
-    masked_negatives: int = 0
-    scored_negatives: int = 0
-    pairs: int = 0
-    cached_pairs: int = 0
-    remembered_pairs: int = 0
-    skipped_pairs: int = 0
-    rounds: int = 0
-    reconnects: int = 0
-    seconds_waited: float = 0.0
-    positive_scores: float = 0.0
-    negative_scores: float = 0.0
-    unscored_share: float = 0.0
-    capped_anchors: int = 0
-
-    def add(self, other: LossStatistics) -> None:
-        """Add the counts of ``other`` to these."""
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
-
-    def since(self, earlier: LossStatistics) -> LossStatistics:
-        """What came on top of ``earlier``."""
-        return LossStatistics(
-            **{field.name: getattr(self, field.name) - getattr(earlier, field.name) for field in fields(self)}
-        )
-
-    def reset(self) -> None:
-        """Set every count to zero."""
-        for field in fields(self):
-            setattr(self, field.name, field.default)
 
 
 class FilterStep(ABC):

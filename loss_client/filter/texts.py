@@ -2,43 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
 
 RAW_TEXT = "raw_text"
 """Key of a column's features under which the data collator puts the column's texts, a list of strings."""
 
 
-@dataclass(frozen=True, slots=True)
-class Interned:
-    """Columns of texts with each distinct text once.
+class TextReader:
+    """Takes the texts of a batch out of its features, and warns once if it has to decode them from token ids."""
 
-    Attributes:
-        texts: The distinct texts in order of first appearance.
-        ids: For each column the position of each of its texts in ``texts``, shape ``(rows of the column,)``.
-    """
+    def __init__(self) -> None:
+        self._warned = False
 
-    texts: list[str]
-    ids: list[NDArray[np.intp]]
+    def take(self, features: list[dict[str, Any]], model: Any) -> list[list[str]]:
+        """Remove the texts from the features and return them by column.
 
+        Args:
+            features: The features by column; the texts of a column are under ``RAW_TEXT``. Without that they are
+                decoded from ``input_ids``.
+            model: The SentenceTransformer that the features are for; its tokenizer decodes.
 
-def intern(columns: Sequence[Sequence[str]]) -> Interned:
-    """Give each distinct text of all columns together one id.
+        Raises:
+            ValueError: There are fewer than two columns, columns differ in length, or a column has no texts.
+        """
+        if len(features) < 2:
+            raise ValueError(
+                f"The loss needs at least two columns of texts, anchor and positive, but the batch has {len(features)}."
+            )
+        columns = []
+        for column in features:
+            texts = column.pop(RAW_TEXT, None)
+            if texts is None:
+                texts = decode(column, tokenizer_of(model, column.get("task")))
+                self._warn(texts)
+            columns.append(list(texts))
+        sizes = [len(column) for column in columns]
+        if len(set(sizes)) > 1 or not sizes[0]:
+            raise ValueError(
+                f"Every column needs the same number of texts, at least one, but the columns have {sizes}."
+            )
+        return columns
 
-    Order of first appearance matters: rows of scores are then needed in about the order in which they were asked for.
-    """
-    position: dict[str, int] = {}
-    ids = [
-        np.fromiter((position.setdefault(text, len(position)) for text in column), dtype=np.intp, count=len(column))
-        for column in columns
-    ]
-    return Interned(list(position), ids)
+    def _warn(self, texts: list[str]) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        logger.warning(
+            "The batch has no raw texts, so the reranker gets texts that are decoded from token ids. They lack what "
+            "the tokenizer drops (letter case and accents with an uncased model, spaces around punctuation) and "
+            "everything beyond the model's maximum length, and they include prompts. The first text that the "
+            "reranker gets is %r. Pass data_collator=RerankerDataCollator.for_training(model, args) to the trainer.",
+            texts[0][:200],
+        )
 
 
 def decode(features: dict[str, Any], tokenizer: Any) -> list[str]:

@@ -1,0 +1,152 @@
+"""Progress: the part of a job that has no score yet, kept from one connection to the next."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loss_client.client.chunks import Chunk, grid_chunks, list_chunks, panel_shape
+from loss_client.client.errors import ModelChangedError
+from loss_client.client.job import Job
+from loss_client.client.memory import PairKeys
+from reranker.v1 import reranker_pb2 as pb
+
+
+class Progress:
+    """The pairs that a job still has to ask for.
+
+    Every chunk that ``next_chunk`` returns is either answered, with ``take``, or given back, with ``give_back``.
+
+    Attributes:
+        pairs: Number of pairs that servers are asked for: all of the job's, less those that the client remembers.
+        pairs_left: Of these, how many have no score yet.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._queries, self._documents = job.pairs.queries, job.pairs.documents
+        self._rows: NDArray[np.intp] | None = None  # the matrix's row of each pair of a list; None: in order
+        self._keys: PairKeys | None = None
+        self._plan: Iterator[Chunk] | None = None  # chunks that have never been sent
+        self._returned: deque[Chunk] = deque()  # chunks that have to be sent again
+        self._fingerprint: str | None = None
+        self._stream_broke = False
+        self.pairs = self.pairs_left = self._count()
+
+    def begin_stream(self, fingerprint: str, server: object) -> None:
+        """Note that a server has opened a stream; at the first one, take the scores that the client remembers.
+
+        Args:
+            fingerprint: The model that the server serves.
+            server: The server's address, for error messages.
+
+        Raises:
+            ModelChangedError: Earlier scores of this job are another model's.
+        """
+        job = self._job
+        if self._fingerprint not in (None, fingerprint):
+            raise ModelChangedError(
+                f"the job began with the model {self._fingerprint} and cannot continue at {server} with "
+                f"{fingerprint}: all servers of a client have to serve the same model"
+            )
+        if self._fingerprint is None and job.memory.keeps and not job.pairs.grid:
+            self._recall(fingerprint)
+        self._fingerprint = fingerprint
+        job.matrix.usage.reconnects += self._stream_broke
+        self._stream_broke = True  # until ``end_stream``
+
+    def end_stream(self) -> None:
+        """Note that the stream ended without an error: the next one does not count as a reconnect."""
+        self._stream_broke = False
+
+    def plan(self, pairs: int, limits: pb.Limits | None = None) -> None:
+        """Cut the job into chunks, unless an earlier call did.
+
+        Args:
+            pairs: Most pairs of a chunk.
+            limits: Limits of the stream that carries the chunks. Default: no stream does.
+        """
+        if self._plan is not None:
+            return
+        if not self._job.pairs.grid:
+            self._plan = list_chunks(len(self._queries), pairs)
+            return
+        panel = None
+        if limits is not None:
+            sizes = np.asarray(self._job.pairs.table.sizes, dtype=np.int64)
+            most_texts, most_bytes = limits.max_texts_per_stream, limits.max_text_bytes_per_stream
+            panel = panel_shape(sizes[self._queries], sizes[self._documents], most_texts, most_bytes)
+        self._plan = grid_chunks(len(self._queries), len(self._documents), pairs, panel)
+
+    def next_chunk(self, pairs: int) -> Chunk | None:
+        """Return the next chunk to send, of at most ``pairs`` pairs; None if there is none. ``plan`` comes first."""
+        if self._returned:
+            chunk = self._returned.popleft()
+        else:
+            assert self._plan is not None
+            planned = next(self._plan, None)
+            if planned is None:
+                return None
+            chunk = planned
+        while chunk.pairs > pairs:  # this server's limits may be lower than those that the plan was made for
+            chunk, rest = chunk.halves()
+            self._returned.appendleft(rest)
+        return chunk
+
+    def give_back(self, chunks: Iterable[Chunk]) -> None:
+        """Put chunks without an answer in front of those that are still to be sent."""
+        self._returned.extendleft(reversed(list(chunks)))
+
+    def ids(self, chunk: Chunk) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the text ids of a chunk's queries and documents."""
+        queries = self._queries[chunk.row_begin : chunk.row_end]
+        if self._job.pairs.grid:
+            return queries, self._documents[chunk.column_begin : chunk.column_end]
+        return queries, self._documents[chunk.row_begin : chunk.row_end]
+
+    def take(self, chunk: Chunk, scores: NDArray[np.float32], usages: Iterable[pb.Usage]) -> None:
+        """Hand a chunk's scores to the matrix and the memory.
+
+        Args:
+            chunk: The chunk.
+            scores: Its scores, shape ``(chunk.pairs,)``.
+            usages: The server's counts for these scores.
+        """
+        job = self._job
+        rows = slice(chunk.row_begin, chunk.row_end)
+        columns = slice(chunk.column_begin, chunk.column_end)
+        # The matrix comes last: a reader that wakes up may read the counts, or ask for the same pairs again, at once.
+        for usage in usages:
+            job.matrix.usage.add(usage)
+        if self._keys is not None:
+            job.memory.put(self._keys.of(*self.ids(chunk)), scores, job.recurring)
+        block = scores.reshape(chunk.row_end - chunk.row_begin, chunk.column_end - chunk.column_begin)
+        job.matrix.put(rows if self._rows is None else self._rows[rows], columns, block)
+        self.pairs_left -= len(scores)
+
+    def describe(self) -> str:
+        """Describe the numbers of pairs with and without a score, as the end of an error message."""
+        return f"; {self.pairs - self.pairs_left} of {self.pairs} pairs are scored, {self.pairs_left} are left"
+
+    def _recall(self, fingerprint: str) -> None:
+        """Take a list's remembered scores, and leave only the other pairs to ask for."""
+        job = self._job
+        scope = fingerprint.encode() + b"\0" + job.options.SerializeToString(deterministic=True)
+        self._keys = PairKeys(scope, job.pairs.table.texts)
+        known = job.memory.get(self._keys.of(self._queries, self._documents), job.recurring)
+        missing = np.isnan(known)
+        rows = np.flatnonzero(~missing)
+        if len(rows):
+            # Counts before scores, as in ``take``.
+            job.matrix.usage.pairs += len(rows)
+            job.matrix.usage.remembered_pairs += len(rows)
+            job.matrix.put(rows, slice(0, 1), known[rows, None])
+            self._rows = np.flatnonzero(missing)
+            self._queries, self._documents = self._queries[missing], self._documents[missing]
+        self.pairs = self.pairs_left = self._count()
+
+    def _count(self) -> int:
+        return len(self._queries) * (len(self._documents) if self._job.pairs.grid else 1)
