@@ -1,4 +1,4 @@
-"""The loss's arguments: refused where they cannot work, and described for the model card."""
+"""Checks of the loss's arguments, and the reranker's description for the model card."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loss_client.filter.masking import MarginStrategy
 
 
 def check_margin(margin: float, strategy: MarginStrategy, score_type: ScoreType) -> None:
-    """Raise ``ValueError`` for a margin that masks everything, or nothing, whatever the scores are.
+    """Raise ``ValueError`` for a margin that masks every negative, or none, whatever the scores are.
 
     Args:
         margin: The margin, in units of the score (absolute) or as a share of the positive's score (relative).
@@ -36,7 +36,7 @@ def check_margin(margin: float, strategy: MarginStrategy, score_type: ScoreType)
 
 
 def describe_reranker(reranker: str | Sequence[str] | ScoringClient) -> str | list[str]:
-    """Addresses as the model card may show them, without user names, passwords and parameters."""
+    """Return the addresses for the model card, without user names, passwords and parameters."""
     if isinstance(reranker, ScoringClient):
         return type(reranker).__name__
     targets = [reranker] if isinstance(reranker, str) else list(reranker)

@@ -1,4 +1,4 @@
-"""Callbacks for the trainer: the filter's figures in the trainer's logs, and a margin that changes in training."""
+"""Callbacks for the trainer: the filter's statistics in the trainer's logs, and a schedule for the margin."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from loss_client.filter.statistics import LossStatistics
 from loss_client.loss import RerankerCachedGISTEmbedLoss
 
 Losses = nn.Module | Mapping[str, nn.Module]
-"""A loss, or several by dataset name, as a trainer takes them; each with a ``RerankerCachedGISTEmbedLoss`` inside."""
+"""A loss, or several by dataset name, as a trainer takes them."""
 
 
 class RerankerMetricsCallback(TrainerCallback):
-    """Puts what the filter did since the last log into the trainer's logs.
+    """Adds the filter's statistics since the last log to the trainer's logs.
 
-    The names begin with ``reranker/``, and with ``eval_reranker/`` (the evaluation's own prefix in the place of "eval")
-    for what was done in evaluation. Where several processes train, they are the first process's own figures:
+    The names begin with ``reranker/``, and in evaluation with ``eval_reranker/``, where "eval" is the evaluation's
+    prefix. If several processes train, the figures are those of the first process alone:
 
     - ``masked_share``: share of the negatives that the filter dropped.
-    - ``outscored_positives``: share of the anchors with a document of another text above their own positive.
-    - ``positive_score``, ``negative_score``: mean score of the positives, and of the negatives that were scored.
-    - ``pairs``, ``cached_pairs``, ``remembered_pairs``, ``skipped_pairs``: pairs that were scored, of these those from
-      the server's cache and from the client's memory, and pairs left out; each a step.
-    - ``seconds_waited``: seconds that a step waited for scores.
+    - ``outscored_positives``: share of the anchors for which a document with another text than the positive's scored
+      above the positive.
+    - ``positive_score``, ``negative_score``: mean score of the positives, and of the scored negatives.
+    - ``pairs``: mean number of scored pairs in a step; ``cached_pairs`` and ``remembered_pairs``: of these, those from
+      the server's cache and from the client's memory; ``skipped_pairs``: mean number of pairs that were not scored.
+    - ``seconds_waited``: mean seconds that a step waited for scores.
     - ``unscored_share``: with ``candidates="mass"``, mean share of the softmax denominator without a score.
-    - ``reconnects``, ``unfiltered_steps``: how many there were.
+    - ``reconnects``, ``unfiltered_steps``: their numbers.
 
-    Given among a trainer's ``callbacks`` it comes after the callbacks of TensorBoard, W&B and the like, which then see
-    nothing of it. ``attach`` puts it before them::
+    A callback among a trainer's ``callbacks`` runs after those of TensorBoard, W&B and the like, which then do not log
+    these figures. ``attach`` puts this callback before them::
 
         RerankerMetricsCallback(loss).attach(trainer)
 
@@ -46,7 +47,7 @@ class RerankerMetricsCallback(TrainerCallback):
         self._training, self._evaluation = LossStatistics(), LossStatistics()
 
     def attach(self, trainer: Trainer) -> RerankerMetricsCallback:
-        """Add this callback to a trainer, before all others, and return it."""
+        """Add this callback to a trainer before all others, and return the callback."""
         handler = trainer.callback_handler
         handler.add_callback(self)  # type: ignore[no-untyped-call]
         handler.callbacks.remove(self)
@@ -56,23 +57,23 @@ class RerankerMetricsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin to count."""
+        """Leave out what was counted before the training."""
         self._collect(LossStatistics())
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Count a batch of several that make one step."""
+        """Count a batch, with gradient accumulation."""
         self._collect(self._training)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Count a step."""
+        """Count the batch that completes a step."""
         self._collect(self._training)
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Count a batch of the evaluation."""
+        """Count a batch of an evaluation."""
         self._collect(self._evaluation)
 
     def on_log(
@@ -83,11 +84,11 @@ class RerankerMetricsCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add to what is logged."""
+        """Add the figures to ``logs``, and begin to count anew."""
         if logs is None:
             return
         found: dict[str, float] = {}
-        # Every evaluation logs its own time under its own prefix; training does at its end.
+        # Each evaluation logs its runtime under its own prefix; training logs "train_runtime" at its end.
         prefixes = [name.removesuffix("_runtime") for name in logs if name.endswith("_runtime")]
         if prefixes and prefixes != ["train"]:
             found = {f"{prefixes[0]}_{name}": value for name, value in _metrics(self._evaluation).items()}
@@ -97,18 +98,18 @@ class RerankerMetricsCallback(TrainerCallback):
             self._training.reset()
         logs.update(found)
         if state.log_history:
-            state.log_history[-1].update(found)  # written before the callbacks are asked
+            state.log_history[-1].update(found)  # the trainer has copied ``logs`` to it already
 
     def _collect(self, total: LossStatistics) -> None:
         for number, loss in enumerate(self._losses):
             now, seen = replace(loss.statistics), self._seen[number]
-            # Somebody may have reset them in between.
+            # Fewer steps than seen before: the statistics were reset in between.
             total.add(now.since(seen) if now.steps >= seen.steps else now)
             self._seen[number] = now
 
 
 class RerankerMarginCallback(TrainerCallback):
-    """Changes the margin while training goes on.
+    """Changes the margin during training.
 
     Example:
         A margin that grows from 0 to 0.2 in the first half of training::
@@ -117,7 +118,7 @@ class RerankerMarginCallback(TrainerCallback):
 
     Args:
         loss: The trainer's loss or losses.
-        schedule: Gives the margin for the share of the training steps that are done, in [0, 1].
+        schedule: Returns the margin, given the share of the training steps that are done, in [0, 1].
     """
 
     def __init__(self, loss: Losses, schedule: Callable[[float], float]) -> None:
@@ -127,27 +128,27 @@ class RerankerMarginCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Set the margin for the coming step; scores that are on their way for it stay of use."""
+        """Set the margin for the next step; scores that were asked for ahead do not depend on it."""
         margin = self._schedule(state.global_step / max(state.max_steps, 1))
         for loss in self._losses:
             loss.margin = margin
 
 
 def reranker_losses(loss: Losses) -> list[RerankerCachedGISTEmbedLoss]:
-    """The losses of this package in a trainer's loss or losses, those inside of others included.
+    """Find the losses of this package in a trainer's loss or losses, also inside other losses.
 
     Raises:
-        ValueError: There is none.
+        ValueError: None of them is or holds a ``RerankerCachedGISTEmbedLoss``.
     """
     parts = loss.values() if isinstance(loss, Mapping) else [loss]
     found = [inner for part in parts for inner in part.modules() if isinstance(inner, RerankerCachedGISTEmbedLoss)]
     if not found:
-        raise ValueError("The callback needs the trainer's RerankerCachedGISTEmbedLoss, but there is none.")
+        raise ValueError("The callback needs a RerankerCachedGISTEmbedLoss, but the trainer's losses hold none.")
     return list(dict.fromkeys(found))
 
 
 def _metrics(counts: LossStatistics) -> dict[str, float]:
-    """A trainer's log entries; means and shares where there is something to divide by."""
+    """Return log entries; means and shares are left out if their divisor is 0."""
     if not counts.steps:
         return {}
     values: dict[str, float] = {

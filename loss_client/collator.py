@@ -1,4 +1,4 @@
-"""The data collator that hands the dataset's own texts to the loss, and has them scored a batch ahead."""
+"""RerankerDataCollator: hands the dataset's own texts to the loss, and begins to score them one batch ahead."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from loss_client.loss import RerankerCachedGISTEmbedLoss
 class RerankerDataCollator(SentenceTransformerDataCollator):
     """Collates like sentence-transformers' own collator, and adds each column's raw texts.
 
-    The texts, before any prompt, are in the batch as a list of strings under ``"{column}_raw_text"``, from where the
-    trainer passes them to the loss. They travel from loader workers as they are.
+    The batch holds the texts, without any prompt, as a list of strings under ``"{column}_raw_text"``. The trainer
+    passes them to the loss.
 
-    A collator that is given the loss begins to have each batch scored while it is made, which is one batch ahead of
-    training: the scores have a whole step to arrive. With loader workers that begins where the batch arrives in the
-    process that trains. Batches that are never trained on have their scoring cancelled.
+    A collator with a ``loss`` begins to score each batch when it collates it, which is one batch ahead of training: the
+    scores have a whole step to arrive. With loader workers, the scoring begins when the batch arrives in the process
+    that trains. The scoring of batches that are never trained on is cancelled.
 
-    A trainer fills in prompts, router mapping and lengths for its own collator only, so that one made by hand must be
-    given those of the training arguments. :meth:`for_training` does that.
+    A trainer passes prompts, router mapping and lengths of its arguments only to the collator that it makes itself.
+    :meth:`for_training` passes them to this one.
 
     Args:
         preprocess_fn: The model's ``preprocess``.
-        valid_label_columns: Names of columns that hold labels, not texts; the first that the dataset has is used.
+        valid_label_columns: Names of columns that hold labels, not texts; the first one that the dataset has is used.
         router_mapping: As in the training arguments.
-        prompts: As in the training arguments. They go before what the model reads, not what the reranker reads.
-        max_length: As in the training arguments, where they have one.
-        loss: The loss that the batches are for, or several by dataset name, as the trainer has them: a
-            ``RerankerCachedGISTEmbedLoss``, or a loss around one. Default: nothing is scored ahead.
-        instructions: What the reranker is told, by dataset name, where datasets differ in that; the trainer has to
-            get losses by dataset name, too. Default, and for datasets that are not named: the loss's own instruction.
+        prompts: As in the training arguments. The model reads the prompts, the reranker does not.
+        max_length: As in the training arguments, if they have one.
+        loss: The trainer's loss, or its losses by dataset name: a ``RerankerCachedGISTEmbedLoss``, or a loss around
+            one. Default: none, and no batch is scored ahead.
+        instructions: Instructions for the reranker by dataset name. The trainer then needs its losses by dataset name
+            too. Default, also for datasets without an instruction: the loss's own instruction.
     """
 
     loss: nn.Module | Mapping[str, nn.Module] | None = None
     instructions: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # Copies, in a loader's workers, keep the name, by which their batches find this one.
+        # Copies in loader workers keep the name, and their batches find this object by it.
         self._name = register(self)
 
     @classmethod
@@ -58,11 +58,11 @@ class RerankerDataCollator(SentenceTransformerDataCollator):
         loss: nn.Module | Mapping[str, nn.Module] | None = None,
         instructions: Mapping[str, str] | None = None,
     ) -> RerankerDataCollator:
-        """Make the collator that a trainer with this model, these arguments and this loss needs.
+        """Make the collator for a trainer with this model, these arguments and this loss.
 
         Args:
             model: The model to train.
-            args: The trainer's arguments; ``None`` if the trainer gets none.
+            args: The trainer's arguments; ``None`` if the trainer has none.
             loss: See the class.
             instructions: See the class.
 
@@ -91,14 +91,14 @@ class RerankerDataCollator(SentenceTransformerDataCollator):
             features: The rows, each a dict by column name.
 
         Returns:
-            The batch: what the base class makes of it, and the texts of each column.
+            The batch of the base class, with the texts of each column.
 
         Raises:
-            TypeError: A column that is not a label holds something else than strings.
-            ValueError: There are instructions by dataset, but the rows do not say which dataset they are from.
+            TypeError: A column that is no label holds a value that is not a string.
+            ValueError: There are instructions by dataset, but the rows do not name their dataset.
         """
         texts = {name: self._texts(name, features) for name in self._text_columns(features)}
-        # Before the texts are tokenized: the reranker works meanwhile.
+        # Before the texts are tokenized, so that the reranker works at the same time.
         ticket = self._ticket(texts, features)
         batch: dict[str, Any] = super().__call__(features)
         batch.update({f"{name}_{RAW_TEXT}": column for name, column in texts.items()})
@@ -112,22 +112,22 @@ class RerankerDataCollator(SentenceTransformerDataCollator):
         dataset = features[0].get("dataset_name")
         if self.instructions and dataset is None:
             raise ValueError(
-                f"There are instructions for {', '.join(map(repr, self.instructions))}, but the batch does not say "
-                "which dataset it is from, so none of them would be used. The trainer names datasets where it gets "
-                "them as a DatasetDict and the losses as a dict by the same names, which may hold one loss for all. "
-                "For a single dataset give the loss itself the instruction."
+                f"There are instructions for {', '.join(map(repr, self.instructions))}, but the batch does not name "
+                "its dataset, so no instruction would be used. The trainer names datasets if it gets them as a "
+                "DatasetDict and the losses as a dict by the same names; the values may all be one loss. "
+                "For a single dataset, give the instruction to the loss."
             )
         return Ticket(self._name, list(texts.values()), dataset, self.instructions.get(dataset or ""))
 
     def begin(
         self, columns: Sequence[Sequence[str]], dataset: str | None, instruction: str | None
     ) -> FilterStep | None:
-        """Begin to have a batch scored; ``None`` if there is no loss for it that would need it.
+        """Begin to score a batch; return ``None`` if its dataset has no ``RerankerCachedGISTEmbedLoss``.
 
         Args:
             columns: The texts by column.
-            dataset: Name of the dataset that the batch is from, where there are several.
-            instruction: What the reranker is told. Default: the loss's own.
+            dataset: Name of the batch's dataset, if there are several.
+            instruction: The instruction for the reranker. Default: the loss's own.
         """
         loss = self.loss.get(dataset or "") if isinstance(self.loss, Mapping) else self.loss
         parts = loss.modules() if loss is not None else ()

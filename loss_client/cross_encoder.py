@@ -1,7 +1,7 @@
-"""RemoteCrossEncoder: a served reranker in the place of a sentence-transformers ``CrossEncoder``.
+"""RemoteCrossEncoder: a served reranker in place of a sentence-transformers ``CrossEncoder``.
 
-sentence-transformers asks little of a cross-encoder that it does not train: ``predict`` and ``rank``, and a few
-attributes. They are here with the same arguments, defaults and return types; scores come over the wire.
+sentence-transformers uses ``predict``, ``rank`` and a few attributes of a cross-encoder that it does not train. This
+class has them with the same arguments, defaults and return types, and gets the scores from a reranker service.
 """
 
 from __future__ import annotations
@@ -25,41 +25,41 @@ from loss_client.client.scores import ScoreType
 
 logger = logging.getLogger(__name__)
 
-# Up to so many documents of one query, a unary call is answered sooner than a stream: measured, half the time around
-# one document and the same from here on.
+# Most documents of a unary call. Measured: with one document a unary call takes half the time of a stream, with 128 the
+# same time.
 _UNARY_DOCUMENTS = 128
 _CHUNK_PAIRS = 1024
-_WATCHED_CHUNK_PAIRS = 128  # where somebody looks at a progress bar
+_WATCHED_CHUNK_PAIRS = 128  # with a progress bar, which advances by chunk
 
 
 class RemoteCrossEncoder:
-    """A reranker service as a ``CrossEncoder`` of one label, for whatever calls ``predict`` or ``rank``.
+    """A reranker service as a ``CrossEncoder`` of one label, for code that calls ``predict`` or ``rank``.
 
-    It stands in for a local model in ``mine_hard_negatives``, in the cross-encoder evaluators of sentence-transformers
-    and in code of one's own. Any kind of model may be served. It cannot be trained or saved.
+    It takes the place of a local model in ``mine_hard_negatives``, in the cross-encoder evaluators of
+    sentence-transformers and in other code. The service may serve any kind of model. It cannot be trained or saved.
 
     Args:
-        target: Address of the service, such as ``"localhost:50051"`` or ``"grpcs://rerank.example:443"``, several of
-            them, or a ``RerankerClient``, which stays the caller's to close.
+        target: Address of the service, such as ``"localhost:50051"`` or ``"grpcs://rerank.example:443"``, a list of
+            addresses, or a ``RerankerClient``, which the caller has to close.
         activation_fn: Applied to the model's own score (a logit or, from a bi-encoder, a cosine), as in
             ``CrossEncoder``. Default: the service's probability, which for a cross-encoder is the sigmoid, the default
-            of ``CrossEncoder`` as well. A model whose own configuration names another one, as the ms-marco models name
-            ``torch.nn.Identity()``, needs it named here.
+            of ``CrossEncoder`` as well. If the model's configuration names another function, as the ms-marco models
+            name ``torch.nn.Identity()``, pass that function here.
         prompts: Prompts by name, for ``prompt_name``.
-        default_prompt_name: Which of ``prompts`` is used where a call names none.
+        default_prompt_name: Name of the prompt for calls without ``prompt`` and ``prompt_name``.
         instruction: The task in words, for models that take an instruction. Default: the served model's own.
         max_length: Longest input in tokens. Default: the server's.
-        priority: What the server is told of the urgency. Default: a call with one query and no more than 128 documents
-            overtakes bulk work, such as training's; all others are bulk.
+        priority: ``"interactive"`` or ``"bulk"``, for all calls. Default: calls with one query and at most 128
+            documents are interactive and overtake bulk work, such as that of training; other calls are bulk.
         timeout: Seconds that a call may go without a score, reconnecting included. Default: the client's, 60.
 
     Attributes:
         num_labels: 1.
-        device: Where tensors are returned: the CPU.
-        activation_fn: See above; may be set.
-        prompts: See above; may be changed.
-        default_prompt_name: See above; may be set.
-        model_card_data: Where evaluators leave their results.
+        device: Device of the returned tensors: the CPU.
+        activation_fn: See ``Args``; may be set.
+        prompts: See ``Args``; may be changed.
+        default_prompt_name: See ``Args``; may be set.
+        model_card_data: Takes the results of evaluators.
 
     Raises:
         ValueError: An address has none of the right forms, or an argument is out of range.
@@ -97,7 +97,7 @@ class RemoteCrossEncoder:
         self.prompts = dict(prompts or {})
         if default_prompt_name is not None and default_prompt_name not in self.prompts:
             raise ValueError(
-                f"default_prompt_name is {default_prompt_name!r}, which is none of the prompts: {list(self.prompts)}."
+                f"default_prompt_name is {default_prompt_name!r}; it has to be one of {list(self.prompts)}."
             )
         self.default_prompt_name = default_prompt_name
         self.activation_fn = activation_fn
@@ -107,7 +107,7 @@ class RemoteCrossEncoder:
         self._max_length = max_length
         self._priority = priority
         self._timeout = timeout
-        self._takes_instruction: bool | None = None  # not asked yet
+        self._takes_instruction: bool | None = None  # unknown before the first prompt
         self._owns_client = not isinstance(target, RerankerClient)
         self._client = target if isinstance(target, RerankerClient) else RerankerClient(target)
 
@@ -130,27 +130,28 @@ class RemoteCrossEncoder:
 
         Args:
             inputs: One pair, or a sequence or array of pairs, each a list or tuple of two strings.
-            prompt_name: Which of ``prompts`` to use. Default: ``default_prompt_name``.
-            prompt: The instruction, for a served model that takes one; for others it is put before every query, as
+            prompt_name: Name of one of ``prompts``. Default: ``default_prompt_name``.
+            prompt: The instruction, if the served model takes one. Otherwise it is put before every query, as
                 ``CrossEncoder`` does.
-            batch_size: Checked, but of no effect: the service makes its own batches.
-            show_progress_bar: Whether to show how many pairs are scored. Default: if the log level is info or debug.
-            activation_fn: Takes raw scores, shape ``(n, 1)``, all at once. Default: that of the object.
-            apply_softmax: Has an effect only where ``activation_fn`` returns more than one column.
+            batch_size: Checked, but without effect: the service makes its own batches.
+            show_progress_bar: Whether to show the number of scored pairs. Default: if the log level is info or debug.
+            activation_fn: Takes all raw scores at once, shape ``(n, 1)``. Default: the object's ``activation_fn``.
+            apply_softmax: Has an effect only if ``activation_fn`` returns more than one column.
             convert_to_numpy: Whether to return an array rather than a list of tensors.
-            convert_to_tensor: Whether to return one tensor; goes before ``convert_to_numpy``.
-            device: Where tensors are returned.
-            pool: Of no effect; see ``start_multi_process_pool``.
-            chunk_size: Of no effect.
+            convert_to_tensor: Whether to return one tensor; takes precedence over ``convert_to_numpy``.
+            device: Device of the returned tensors. Default: the CPU.
+            pool: Without effect; see ``start_multi_process_pool``.
+            chunk_size: Without effect.
 
         Returns:
             The scores of n pairs: an array of shape ``(n,)``, float32, or a tensor of that shape, or a list of n
-            tensors without dimensions. Of one pair that is not in a list: its score alone.
+            tensors without dimensions. For one pair that is not in a list: its score alone.
 
         Raises:
             TypeError: An input is not a pair of strings.
-            ValueError: ``batch_size`` is not positive, there is no prompt of that name, or a text cannot be sent.
-            RerankerError: The service could not be reached in time, refused the request, or answered nonsense.
+            ValueError: ``batch_size`` is not positive, there is no prompt of that name, or a text cannot be written as
+                UTF-8.
+            RerankerError: The service could not be reached in time, refused the request, or sent a wrong answer.
         """
         if batch_size <= 0:
             raise ValueError(f"batch_size must be a positive integer, got {batch_size}.")
@@ -175,7 +176,7 @@ class RemoteCrossEncoder:
         if convert_to_tensor:
             predictions = scores
         elif convert_to_numpy:
-            # Without pairs, CrossEncoder returns numpy's empty array, which is float64.
+            # Without pairs, CrossEncoder returns np.array([]), which is float64.
             predictions = scores.float().cpu().numpy() if pairs else np.array([])
         else:
             predictions = list(scores)
@@ -201,7 +202,7 @@ class RemoteCrossEncoder:
         Args:
             query: The query.
             documents: The documents.
-            top_k: How many to return. Default: all.
+            top_k: Most documents to return. Default: all.
             return_documents: Whether to return the texts as well.
             prompt_name: See ``predict``.
             prompt: See ``predict``.
@@ -245,14 +246,14 @@ class RemoteCrossEncoder:
         return results
 
     def start_multi_process_pool(self, target_devices: Sequence[str] | None = None) -> dict[str, Any]:
-        """Return a pool without processes: there is no model here to put on several devices."""
+        """Return a pool without processes, because this process has no model to put on several devices."""
         return {"input": None, "output": None, "processes": []}
 
     def stop_multi_process_pool(self, pool: Mapping[str, Any]) -> None:
-        """Do nothing, as there are no processes."""
+        """Return at once, because the pool has no processes."""
 
     def close(self) -> None:
-        """Close the client, unless it was the caller's."""
+        """Close the client, unless the caller passed it as ``target``."""
         if self._owns_client:
             self._client.close()
 
@@ -270,14 +271,14 @@ class RemoteCrossEncoder:
                 logger.warning("Both prompt and prompt_name are given; prompt_name is ignored.")
             return prompt
         if prompt_name is not None and prompt_name not in self.prompts:
-            raise ValueError(f"prompt_name is {prompt_name!r}, which is none of the prompts: {list(self.prompts)}.")
+            raise ValueError(f"prompt_name is {prompt_name!r}; it has to be one of {list(self.prompts)}.")
         name = prompt_name if prompt_name is not None else self.default_prompt_name
         return None if name is None else self.prompts.get(name)
 
     def _scores(
         self, pairs: list[tuple[str, str]], prompt: str | None, score_type: ScoreType, show_progress_bar: bool
     ) -> NDArray[np.float32]:
-        """The scores of at least one pair, shape ``(len(pairs),)``."""
+        """Score at least one pair; returns scores of shape ``(len(pairs),)``."""
         queries, documents = [query for query, _ in pairs], [document for _, document in pairs]
         instruction = self._instruction
         if prompt:
@@ -298,7 +299,7 @@ class RemoteCrossEncoder:
                 try:
                     scores = self._scores_of_one_query(queries[0], documents, options)
                 except RerankerRequestError:
-                    pass  # a stream fits itself to limits that one request may exceed, and fails as well otherwise
+                    pass  # beyond the limits of one request a stream still works; other errors come again
                 else:
                     bar.update(len(scores))
                     return scores
@@ -310,7 +311,7 @@ class RemoteCrossEncoder:
             scores[each.index] = each.score
         missing = int(np.count_nonzero(np.isnan(scores)))
         if missing:
-            raise ScoreError(f"the server left {missing} of {len(documents)} documents without a score")
+            raise ScoreError(f"the server sent no score for {missing} of {len(documents)} documents")
         return scores
 
     def _scores_of_a_stream(
@@ -326,14 +327,14 @@ class RemoteCrossEncoder:
             for begin in range(0, len(queries), step):
                 parts.append(matrix.rows(begin, min(begin + step, len(queries)))[:, 0])
                 bar.update(len(parts[-1]))
-        except BaseException:  # an interrupt too: nobody will read the rest
+        except BaseException:  # an interrupt as well: the matrix has no other reader
             matrix.cancel()
             raise
         return np.concatenate(parts)
 
 
 def _pairs(inputs: Any) -> tuple[list[tuple[str, str]], bool]:
-    """The pairs of ``predict``'s inputs, and whether it was one pair that is not in a list."""
+    """Return the pairs of ``predict``'s inputs, and whether the input was one pair that is not in a list."""
     if isinstance(inputs, np.ndarray):
         inputs = inputs.tolist()
     if isinstance(inputs, (str, bytes, Mapping)):

@@ -3,12 +3,12 @@
 One step:
 
     (1) the texts of the batch go to the reranker, which begins to score every anchor with every document;
-    (2) meanwhile the model embeds the batch without gradients;
-    (3) the loss goes through the anchors mini-batch by mini-batch, waiting for no more than their rows of scores,
-        masks what is no negative, and back-propagates to the embeddings;
-    (4) ``loss.backward()`` embeds again with gradients and hands the cached ones on.
+    (2) at the same time the model embeds the batch without gradients;
+    (3) for each mini-batch of anchors, the loss waits for the anchors' rows of scores, masks their false negatives,
+        and back-propagates to the embeddings, whose gradients are cached;
+    (4) ``loss.backward()`` embeds again with gradients, and back-propagates the cached gradients to the model.
 
-Steps (2) and (4) are ``CachedLossMixin``'s; the scores travel through it as ``labels``.
+``CachedLossMixin`` does (2) and (4); the step with the scores travels through it as ``labels``.
 """
 
 from __future__ import annotations
@@ -42,62 +42,63 @@ logger = logging.getLogger(__name__)
 
 
 class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
-    """Contrastive loss over in-batch negatives, less those that a reranker finds relevant to the anchor.
+    """Contrastive loss over in-batch negatives, without those that a reranker finds relevant to the anchor.
 
     In-batch and mined negatives are often false: relevant to the anchor, though not labelled so. Like
-    :class:`CachedGISTEmbedLoss`, this loss drops a negative where a guide scores it above the anchor's own positive,
-    less a margin, and like it caches gradients, so that the batch size is not bound by memory. Here the guide is a
+    :class:`CachedGISTEmbedLoss`, this loss drops a negative if a guide scores it above the anchor's own positive, less
+    a margin. Like that loss, it caches gradients, so that memory does not limit the batch size. Here the guide is a
     reranker behind a gRPC service, on another GPU or machine: a cross-encoder or an instructed causal reranker, which
-    reads query and document together and judges better than an embedding model can. Scores stream in while the model
+    reads query and document together and judges better than an embedding model can. Scores arrive while the model
     embeds the batch.
 
-    Two strategies decide what is dropped:
+    Two strategies decide which negatives are dropped:
 
-        - "absolute": negatives that score above ``positive_score - margin``.
-        - "relative": negatives that score above ``positive_score - abs(positive_score) * margin``.
+        - "absolute": those that score above ``positive_score - margin``.
+        - "relative": those that score above ``positive_score - abs(positive_score) * margin``.
 
-    A document with the same text as the positive is always dropped. The anchor's own positive never is.
+    A document with the same text as the positive is always dropped. The anchor's own positive is never dropped.
 
     Args:
         model: The SentenceTransformer to train.
         reranker_url: Address of the reranker, such as ``"localhost:50051"`` or ``"grpcs://rerank.example:443"``,
-            several of them, or a ``RerankerClient``, which losses may share.
-        temperature: Cosine similarities are divided by it.
-        mini_batch_size: How many texts are embedded at a time, and how many anchors the loss is computed for at a
-            time. The larger, the faster, and the more memory is used. It has no influence on the result.
-        mini_batch_num_tokens: If set, texts are embedded in mini-batches of at most so many tokens instead.
+            a list of addresses, or a ``RerankerClient``, which losses may share.
+        temperature: Divisor of the cosine similarities.
+        mini_batch_size: Number of texts that are embedded at a time, and number of anchors whose loss is computed at a
+            time. Larger mini-batches are faster and need more memory. The result does not depend on it.
+        mini_batch_num_tokens: If set, texts are embedded in mini-batches of at most this many tokens instead.
         show_progress_bar: Whether to show progress bars over mini-batches.
         margin_strategy: ``"absolute"`` or ``"relative"``.
-        margin: The margin: in units of the score (absolute) or as a share of the positive's score (relative). The
-            larger, the more negatives are dropped.
-        reranker_batch_size: Pairs of one message to the reranker. Smaller: the first scores are there sooner; larger:
-            less work for each pair. It has no influence on the result.
+        margin: The margin: in units of the score (absolute) or as a share of the positive's score (relative). A larger
+            margin drops more negatives.
+        reranker_batch_size: Most pairs of one message to the reranker. With fewer the first scores arrive sooner; with
+            more there is less overhead. The result does not depend on it.
         instruction: The task in words, for rerankers that take an instruction. Default: the served model's own.
         max_length: Longest input of the reranker, in its tokens. Default: the server's.
         score_type: ``"probability"``: scores in [0, 1]. ``"raw"``: the reranker's own number, a logit or, from a
-            bi-encoder, a cosine. Margins are in units of these.
+            bi-encoder, a cosine. The margin is in units of these scores.
         timeout: Seconds that a batch may go without a score, reconnecting included, before the step fails. Default:
             the client's, 60.
-        contrast_anchors: Whether the other anchors stand as negatives too.
-        contrast_positives: Whether the positive is pushed away from the other positives too.
-        contrast_filter: Which pairs of anchors, and of positives, are dropped. ``"known"``: those of rows i and j where
-            the positive of one is relevant to the anchor of the other, which costs no scores. ``"scores"``: those whose
-            own score, the text of row i as query, is above row i's threshold, as in :class:`CachedGISTEmbedLoss`.
-            A row's pair with itself or with an equal text is dropped in any case.
+        contrast_anchors: Whether the other anchors are negatives of an anchor too.
+        contrast_positives: Whether the other positives are negatives of the anchor's positive too.
+        contrast_filter: The pairs of anchors, and of positives, that are dropped. ``"known"``: pairs of rows i and j if
+            the positive of one row is relevant to the anchor of the other; this needs no further scores. ``"scores"``:
+            pairs whose own score, with the text of row i as query, is above row i's threshold, as in
+            :class:`CachedGISTEmbedLoss`. Pairs of equal texts, and a row's pair with itself, are always dropped.
         gather_across_devices: Whether the documents of all devices are candidates for each device's anchors. Texts and
             embeddings are gathered; each device has its own anchors scored.
-        candidates: ``"all"``: every pair is scored. ``"mass"``: only the candidates that the model finds similar enough
-            to matter, until those without a score hold at most ``epsilon`` of each softmax denominator. The loss is
-            then above the full one by at most ``-log(1 - epsilon)``. See ``docs/training.md`` for when this pays.
+        candidates: ``"all"``: every pair is scored. ``"mass"``: for each anchor the candidates that the model finds
+            most similar are scored, until those without a score hold at most ``epsilon`` of the softmax denominator.
+            The loss is then above the full one by at most ``-log(1 - epsilon)``. ``docs/training.md`` says when this
+            is faster.
         epsilon: See ``candidates``.
         max_candidates: With ``candidates="mass"``, the most candidates of an anchor to have scored, beside the
             documents of its own row. The bound does not hold for anchors that would need more; they are counted.
             Default: no limit.
-        on_error: ``"raise"``: a step whose scores cannot be had fails. ``"unfiltered"``: it is trained on without
-            the filter, counted, and warned of; but a server that speaks another contract ends training all the same.
+        on_error: ``"raise"``: a step fails if its scores do not arrive. ``"unfiltered"``: the step trains without the
+            filter, is counted, and leads to a warning. A server with another contract always ends training.
 
     Raises:
-        ValueError: An argument, or a batch, that cannot work. The message says why.
+        ValueError: An argument or a batch cannot work. The message says why.
 
     References:
         - GISTEmbed: Guided In-sample Selection of Training Negatives for Text Embedding Fine-tuning:
@@ -108,7 +109,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
     Requirements:
         1. A running reranker service.
         2. A :class:`RerankerDataCollator` in the trainer, so that the reranker reads the dataset's own texts. Without
-           it they are decoded from token ids, which loses some of them.
+           it the texts are decoded from token ids, which loses a part of them.
         3. Large batches, for the best results.
 
     Inputs:
@@ -123,7 +124,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         +-------------------------------------------------+--------+
 
     Recommendations:
-        - Use it with hard negatives, mined without a margin: there most false negatives are.
+        - Use it with hard negatives that were mined without a margin: among these most false negatives are found.
         - Use ``BatchSamplers.NO_DUPLICATES``
           (:class:`docs <sentence_transformers.base.sampler.BatchSamplers>`) to fill batches with distinct texts.
 
@@ -159,7 +160,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             trainer.train()
 
     Attributes:
-        statistics: What the filter did since the last ``statistics.reset()``.
+        statistics: Counts of the filter since the last ``statistics.reset()``.
     """
 
     def __init__(
@@ -230,7 +231,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         self.max_candidates = max_candidates
         self.on_error = on_error
         self.statistics = LossStatistics()
-        # Connects at first use; a copy of it, or a pickle, connects by itself.
+        # Connects at first use; a copy or a pickle makes its own connections.
         self._client = reranker_url if isinstance(reranker_url, ScoringClient) else RerankerClient(reranker_url)
         self._described = describe_reranker(reranker_url)
         self._texts = TextReader()
@@ -240,8 +241,8 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         """Compute the loss of one batch.
 
         Args:
-            sentence_features: Features by column: anchors, positives, then any number of columns of negatives. Each
-                with the column's texts under ``"raw_text"``, as ``RerankerDataCollator`` puts them.
+            sentence_features: Features by column: anchors, positives, then any number of columns of negatives. The
+                features of a column hold its texts under ``"raw_text"``, where ``RerankerDataCollator`` puts them.
             labels: Not used.
 
         Returns:
@@ -249,9 +250,9 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
 
         Raises:
             ValueError: Fewer than two columns, columns of different lengths, or columns without text.
-            RerankerError: The scores could not be had, or one of them is not a finite number.
+            RerankerError: Scores did not arrive, or one of them is not a finite number.
         """
-        # Copies, because texts do not go into the model, and the batch stays the caller's.
+        # Copies, because the texts are removed for the model but have to stay in the caller's batch.
         features = [dict(column) for column in sentence_features]
         step = self._take(features)
         try:
@@ -266,29 +267,29 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         return loss
 
     def calculate_loss(self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False) -> Tensor:
-        """Compute the loss from the embeddings, mini-batch by mini-batch as the scores arrive.
+        """Compute the loss from the embeddings, one mini-batch at a time as the scores arrive.
 
         Args:
             reps: Embeddings by column and mini-batch, each of shape ``(mini_batch_size, dim)``.
             labels: The step's :class:`FilterStep`.
-            with_backward: Whether to back-propagate to ``reps`` right away and return the loss detached.
+            with_backward: Whether to back-propagate to ``reps`` and return the loss detached.
 
         Returns:
             The mean loss over the anchors, a scalar. With ``gather_across_devices`` the mean is scaled so that the
-            average over devices is the mean over all anchors, also where devices have different numbers of them.
+            average over devices is the mean over all anchors, even if devices have different numbers of them.
         """
         step = labels
         if not isinstance(step, FilterStep):
             raise TypeError(f"calculate_loss needs the FilterStep that forward made, not {type(step).__name__}.")
         size, device = step.rows.sizes[step.rows.rank], reps[0][0].device
-        # Cosines are divided by a small temperature: bfloat16 has too few digits for that.
+        # float32, because bfloat16 has too few digits for cosines that are divided by a small temperature.
         with torch.autocast(device.type, enabled=False):
             embeddings = [_normalized(column) for column in reps]  # columns of (size, dim)
             gathered = [gather_embeddings(column, step.rows) for column in embeddings[1:]]
             if self.contrast_anchors:
                 gathered.append(gather_embeddings(embeddings[0], step.rows))
             roots = [embeddings[0], *gathered]
-            # Each mini-batch goes back to these only; the rest of the way, collectives included, is gone once.
+            # Each mini-batch back-propagates to the leaves; the collectives of the roots run backward only once.
             leaves = [root.detach().requires_grad_() for root in roots] if with_backward else roots
 
             with torch.no_grad():
@@ -308,7 +309,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         return total
 
     def _rows_loss(self, embeddings: list[Tensor], step: FilterStep, begin: int, end: int) -> Tensor:
-        """The summed loss of the anchors from ``begin`` to ``end``; ``embeddings`` as ``calculate_loss`` lists them."""
+        """Compute the summed loss of the anchors from ``begin`` to ``end``; for ``embeddings`` see ``_logits``."""
         logits = self._logits(embeddings, step, begin, end)
         own = torch.arange(begin, end, device=logits.device) + step.rows.offset
         mask = torch.from_numpy(step.mask(begin, end)).to(logits.device)
@@ -316,7 +317,11 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         return functional.cross_entropy(logits.masked_fill(mask, -torch.inf), own, reduction="sum")
 
     def _logits(self, embeddings: list[Tensor], step: FilterStep, begin: int, end: int) -> Tensor:
-        """Similarities of some anchors and their candidates over the temperature, ``(end - begin, candidates)``."""
+        """Compute cosine / temperature of some anchors with their candidates, shape ``(end - begin, candidates)``.
+
+        ``embeddings`` holds this rank's anchors, then positives, negatives by column and, with ``contrast_anchors``,
+        anchors, each of all ranks.
+        """
         anchors, positives, *others = embeddings
         rows = anchors[begin:end]  # (mini_batch_size, dim)
         blocks = [rows @ positives.T]
@@ -329,14 +334,14 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         return torch.cat(blocks, dim=1) / self.temperature
 
     def begin(self, columns: Sequence[Sequence[str]], instruction: str | None = None) -> FilterStep:
-        """Begin to score a batch, for a ``forward`` that follows later; the collator does this a batch ahead.
+        """Begin to score a batch for a later ``forward``; the data collator calls this one batch ahead.
 
         Args:
             columns: The texts by column, anchors first, then positives, then any number of negatives.
             instruction: The task in words. Default: the loss's own.
 
         Returns:
-            What ``forward`` needs; ``cancel()`` it if it will not be used.
+            The step, which has to be given to ``forward`` in a ticket, or cancelled with ``cancel()``.
         """
         ask = partial(self._ask, instruction=self.instruction if instruction is None else instruction)
         step: FilterStep
@@ -351,7 +356,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         return step
 
     def _source(self) -> Hashable:
-        """What a step begun earlier has to have been begun with to be of use now."""
+        """Settings that decide a step's scores: a step of other settings is of no use."""
         return (
             *(id(self._client), self.instruction, self.max_length, self.score_type),
             *(self.candidates, self.epsilon, self.max_candidates),
@@ -359,7 +364,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         )
 
     def _settings(self) -> FilterSettings:
-        check_margin(self.margin, self.margin_strategy, self.score_type)  # a schedule may have changed it
+        check_margin(self.margin, self.margin_strategy, self.score_type)  # a schedule may have changed the margin
         return FilterSettings(
             margin_strategy=self.margin_strategy,
             margin=self.margin,
@@ -384,31 +389,31 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         )
 
     def _take(self, features: list[dict[str, Any]]) -> FilterStep:
-        """Remove what is not for the model from the features, and return the scoring of the batch, under way."""
+        """Remove texts and ticket from the features, and return the batch's step, whose scoring has begun."""
         ticket: Ticket | None = features[0].pop(TICKET, None) if features else None
         columns = self._texts.take(features, self.model)
         begun = None if ticket is None else ticket.take()
         if begun is not None and begun.source == self._source() and not (self.on_error == "raise" and begun.failed()):
-            # What failed while the batch waited may work by now, after a long evaluation say; it is asked for anew.
             return begun
         if begun is not None:
+            # Its settings are old, or it failed while the batch waited, say during a long evaluation, and may now work.
             begun.cancel()
         return self.begin(columns, None if ticket is None else ticket.instruction)
 
     def _warn_of_unfiltered(self, error: Exception) -> None:
-        """Warn at the 1st, 2nd, 4th, 8th step and so on that had to do without scores."""
+        """Warn at the 1st, 2nd, 4th, 8th step without scores, and so on."""
         count = self.statistics.unfiltered_steps
         if count < self._steps_to_next_warning:
             return
         self._steps_to_next_warning = 2 * count
         logger.warning(
-            "No scores for %d of %d steps so far: these are trained on without the filter (on_error='unfiltered'). "
-            "The next warning comes after as many again. The last error: %s",
+            "No scores for %d of %d steps so far: these steps train without the filter (on_error='unfiltered'). "
+            "The next warning comes when their number has doubled. The last error: %s",
             *(count, self.statistics.steps, error),
         )
 
     def get_config_dict(self) -> dict[str, Any]:
-        """The loss's settings for the model card; addresses without credentials."""
+        """Return the loss's settings for the model card, with addresses without credentials."""
         return {
             "reranker_url": self._described,
             "temperature": self.temperature,
@@ -454,6 +459,6 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
 
 
 def _normalized(mini_batches: list[Tensor]) -> Tensor:
-    """One column's embeddings at unit length, in float32 or wider, shape ``(batch, dim)``."""
+    """Scale one column's embeddings to unit length, in float32 or wider, shape ``(batch, dim)``."""
     embeddings = torch.cat(mini_batches)
     return functional.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)

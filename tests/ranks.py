@@ -1,4 +1,4 @@
-"""Processes that train together, forked from one that has imported what they need."""
+"""Ranks: processes that train together, forked from a server process that has imported the training code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from torch.multiprocessing.spawn import start_processes
 
 WAIT = timedelta(seconds=280)
-"""How long ranks wait for each other; only a hang takes as long."""
+"""Longest wait of ranks for each other; only a hang lasts this long."""
 
 
 def run_ranks(work: Callable[..., None], arguments: tuple[Any, ...], ranks: int) -> None:

@@ -1,5 +1,6 @@
-"""A server without a model for tests of what calls one: scores that anybody can compute, everything received on record,
-and failures at a script's command.
+"""StubServer: a server without a model, for tests of clients.
+
+Its scores are a known function of the texts, it records every request, and a script can make it fail.
 
     with StubServer() as server, RerankerClient(server.target) as client:
         assert np.array_equal(client.score_grid(queries, documents), hash_scores(queries, documents))
@@ -37,7 +38,7 @@ _hash = lru_cache(maxsize=None)(lambda text: zlib.crc32(text.encode()))
 def hash_scores(
     queries: Sequence[str], documents: Sequence[str], options: pb.RerankOptions | None = None
 ) -> NDArray[np.float32]:
-    """Scores that depend on both texts, their roles, the instruction and the length limit; shape (Q, D).
+    """Compute scores that depend on both texts, their roles, the instruction and the length limit; shape (Q, D).
 
     Probabilities are multiples of 1/10007 in [0, 1); a raw score is 20 times that, less 10.
     """
@@ -59,7 +60,7 @@ ScoreFunction = Callable[[Sequence[str], Sequence[str], pb.RerankOptions], NDArr
 
 
 class Gate:
-    """Opened by any thread; coroutines of any loop wait for it."""
+    """A one-time event that any thread opens and coroutines of any loop wait for."""
 
     def __init__(self) -> None:
         self._opened: concurrent.futures.Future[None] = concurrent.futures.Future()
@@ -82,7 +83,7 @@ class Abort(Exception):
 
 
 def status_of(code: grpc.StatusCode, message: str, violations: Sequence[tuple[str, str]] = ()) -> status_pb2.Status:
-    """A google.rpc.Status, with (field, description) pairs as its google.rpc.BadRequest."""
+    """Return a google.rpc.Status, with (field, description) pairs as its google.rpc.BadRequest."""
     status = status_pb2.Status(code=code.value[0], message=message)
     if violations:
         fields = [
@@ -96,7 +97,7 @@ def status_of(code: grpc.StatusCode, message: str, violations: Sequence[tuple[st
 
 @dataclass
 class ReceivedChunk:
-    """A chunk as it came, and the texts that it names."""
+    """A chunk as it was received, and the texts that it names."""
 
     number: int  # position among the chunks of its stream
     message: pb.StreamChunk
@@ -115,7 +116,7 @@ class ReceivedChunk:
 
 @dataclass
 class ReceivedStream:
-    """What one stream brought, and how it ended."""
+    """The messages of one stream, and its end."""
 
     number: int  # position among the streams of its server
     metadata: dict[str, str | bytes]
@@ -152,19 +153,19 @@ def default_limits() -> pb.Limits:
 
 
 class StubServer:
-    """A real server on a loopback port, in a thread of this process.
+    """A gRPC server on a loopback port, in a thread of this process.
 
     Args:
-        score: Gives the scores of queries x documents.
-        on_chunk: Awaited for each chunk, each in a task of its own; may wait, raise ``Abort``, return another result
-            (its id is filled in), or None for the right one. Without it chunks are answered in order, at once.
-        on_request: The same for unary requests; None for the right response.
-        limits: What the server says its limits are; it does not enforce them.
-        fingerprint: The model's.
-        contract: Major and minor.
+        score: Returns the scores of queries x documents.
+        on_chunk: Awaited for each chunk, in a task of its own. It may wait, raise ``Abort``, return another result
+            (without an id), or return None for the right result. Without it chunks are answered in order, at once.
+        on_request: The same for unary requests.
+        limits: The limits that the server reports; it does not enforce them.
+        fingerprint: The model's fingerprint.
+        contract: Major and minor version of the contract.
         without: Names of RPCs that answer UNIMPLEMENTED.
-        port: 0 for a free one; ``restart`` uses the same again.
-        credentials: For TLS.
+        port: The port; 0 for a free one. ``start`` after ``stop`` uses the same port again.
+        credentials: Credentials for TLS.
     """
 
     def __init__(
@@ -214,23 +215,23 @@ class StubServer:
         self._loop.close()
 
     def start(self) -> None:
-        """Listen; after ``stop`` on the same port again."""
+        """Listen on the port, also again after ``stop``."""
         self._run(self._start())
 
     def stop(self) -> None:
-        """Break all calls and listen no more."""
+        """Break all calls and stop listening."""
         server, self._server = self._server, None
         if server is not None:
             self._run(server.stop(None))
 
     def wait_for(self, condition: Callable[[], T], what: str = "the server to see it") -> T:
-        """Wait until a condition on what was received holds; returns its value."""
+        """Wait until a condition on the received messages is true; returns its value."""
         with self._changed:
             if not self._changed.wait_for(lambda: bool(condition()), WAIT_SECONDS):
                 raise TimeoutError(f"waited {WAIT_SECONDS} s for {what}")
             return condition()
 
-    def note(self) -> None:  # wakes those who wait for a condition
+    def note(self) -> None:  # wakes up ``wait_for``
         with self._changed:
             self._changed.notify_all()
 

@@ -1,4 +1,4 @@
-"""The filter's figures reach the trainer's logs and those who read them; the margin follows its schedule."""
+"""Callbacks: the filter's figures reach the trainer's logs and other callbacks; the margin follows its schedule."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model(directory: Path) -> SentenceTransformer:
 
 
 class Reporter(TrainerCallback):
-    """Stands where TensorBoard's callback does: copies what it is told."""
+    """Takes the place of TensorBoard's callback, and keeps copies of the logs that it gets."""
 
     def __init__(self) -> None:
         self.entries: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Mass-covering selection: the bound holds, little is asked for, and what is asked for is what the masks need."""
+"""Choice of candidates by mass: the bound holds, few pairs are scored, and the masks need each of them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def make(model: Any, scorer: Any, **options: Any) -> RerankerCachedGISTEmbedLoss
 
 
 def masses(logits: Tensor, decided: Tensor, masked: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
-    """By brute force: each row's mass without a score once ``extra`` is scored, and what is kept for sure."""
+    """Return by brute force each row's mass without a score once ``extra`` is scored, and the mass that is kept."""
     weights = torch.exp(logits.double())
     left = (weights * ~(decided | extra)).sum(1)
     kept = (weights * (decided & ~masked)).sum(1)
@@ -89,7 +89,7 @@ def test_the_choice_suffices_and_no_smaller_one_does(temperature: float, epsilon
 
     assert suffices(chosen).all()
     assert chosen.any()
-    # Without the least similar of the chosen ones it does not suffice.
+    # Without the least similar chosen candidate the choice does not suffice.
     least = logits.masked_fill(~chosen, math.inf).argmin(1)
     fewer = chosen.clone()
     fewer[torch.arange(40), least] = False
@@ -108,7 +108,7 @@ def test_a_limit_keeps_the_most_similar() -> None:
 
 
 def test_weights_far_below_a_masked_one_still_count() -> None:
-    # All but nothing of the softmax is masked; what is left decides.
+    # Nearly all of the softmax is masked; the small rest decides.
     logits = torch.tensor([[0.0, 180.0, 0.0]])
     decided, masked = torch.tensor([[True, True, False]]), torch.tensor([[False, True, False]])
     assert float(unscored_share(logits, decided, masked)[0]) == pytest.approx(0.5)
@@ -121,7 +121,7 @@ def test_with_nothing_left_out_it_is_the_full_loss(
     model: SentenceTransformer, contrast: dict[str, Any], strategy: str, margin: float
 ) -> None:
     anchors, positives, negatives = texts(3, 12)
-    # Repeated texts in every place where they can stand.
+    # Repeated texts within and across all columns.
     columns = [
         [*anchors[:11], anchors[2]],
         [*positives[:10], positives[1], positives[11]],
@@ -154,13 +154,13 @@ def test_the_loss_is_above_the_full_one_by_no_more_than_the_bound(
     assert -1e-5 <= found - expected <= -math.log1p(-epsilon) + 1e-5
     assert few.statistics.unscored_share <= epsilon * 12 * (1 + 1e-6)
     assert few.statistics.capped_anchors == 0
-    # The positives, and at most two rounds.
+    # The jobs: the anchors' own documents, and at most two rounds.
     assert few.statistics.rounds <= 3
 
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[list[list[str]], Tensor]:
-    """Real texts, and their embeddings by a model that was trained for it."""
+    """Real texts, and their embeddings by a trained model."""
     columns = texts(3, 24)
     model = SentenceTransformer(str(get_model_path()), device="cpu")
     return columns, torch.stack([torch.from_numpy(model.encode(column)) for column in columns])
@@ -218,7 +218,7 @@ def test_rows_that_lose_most_of_their_mass_are_looked_at_again(model: SentenceTr
     columns = texts(2, 12)
 
     def all_above(queries: Any, documents: Any) -> np.ndarray:
-        # Every document but the positive is relevant: each score that comes takes a candidate out.
+        # Every document but the positive is relevant: each score masks a candidate.
         positive = dict(zip(*columns, strict=True))
         return np.array([[0.0 if positive[query] == document else 1.0 for document in documents] for query in queries])
 
@@ -300,7 +300,7 @@ def test_without_scores_a_step_can_go_on_unfiltered(
     failing = MemoryScorer(random_scores(), RerankerUnavailableError("nobody there"))
     loss = make(model, failing, candidates=candidates, on_error="unfiltered", **contrast)
     found = loss_and_gradients(loss, features(model, columns))
-    # What a reranker that finds nothing relevant leaves: only equal texts are masked.
+    # The mask of a reranker that finds no document relevant: only equal texts are masked.
     nothing = MemoryScorer(lambda queries, documents: np.zeros((len(queries), len(documents)), np.float32))
     expected = loss_and_gradients(make(model, nothing, **contrast), features(model, columns))
     assert found[0] == pytest.approx(expected[0], abs=1e-5)

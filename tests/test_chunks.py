@@ -1,4 +1,4 @@
-"""How jobs are cut: every pair once, few texts a chunk, rows complete in order, panels that a stream can carry."""
+"""Chunks: every pair once, few texts in a chunk, rows complete in order, panels that fit one stream."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def test_halves_are_the_whole() -> None:
 @pytest.mark.parametrize(
     ("rows", "columns", "texts", "expected"),
     [
-        (10, 20, 30, (10, 20)),  # all fits
-        (10, 1000, 100, (10, 90)),  # the smaller side whole, the other beside it
+        (10, 20, 30, (10, 20)),  # the whole grid fits
+        (10, 1000, 100, (10, 90)),  # all of the smaller side, a part of the other
         (1000, 10, 100, (90, 10)),
         (1000, 1000, 100, (50, 50)),
         (5, 5, 1, (1, 1)),

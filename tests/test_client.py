@@ -1,4 +1,4 @@
-"""The client against real servers on loopback: right scores, as early as possible, each asked for once."""
+"""RerankerClient against servers on loopback: exact scores, readable early, every text and pair sent once."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def client(server: StubServer) -> Iterator[RerankerClient]:
 
 @pytest.fixture
 def client_threads() -> Threads:
-    """The threads of the test's clients; those of other files' clients may still be there."""
+    """The threads of this test's clients; threads of other tests' clients may still run."""
 
     def now() -> list[threading.Thread]:
         return [thread for thread in threading.enumerate() if thread.name == "reranker-client"]
@@ -309,7 +309,7 @@ def test_cancel_reaches_the_server(server: StubServer, client: RerankerClient) -
     assert client.score_grid(["q"], ["d"]).shape == (1, 1)
 
 
-def test_close_ends_those_who_wait(server: StubServer, client_threads: Threads) -> None:
+def test_close_wakes_waiting_readers_with_an_error(server: StubServer, client_threads: Threads) -> None:
     never = Gate()
 
     async def hold(*_: object) -> None:
@@ -338,7 +338,7 @@ def test_a_client_begins_nothing_until_it_is_used(server: StubServer, client_thr
     client.close()
 
 
-def test_a_client_that_nobody_holds_ends_once_its_jobs_are_done(server: StubServer, client_threads: Threads) -> None:
+def test_a_client_without_references_ends_once_its_jobs_are_done(server: StubServer, client_threads: Threads) -> None:
     gate = Gate()
 
     async def hold(stream: ReceivedStream, chunk: ReceivedChunk) -> None:

@@ -1,4 +1,4 @@
-"""The client against servers that fail, refuse, stall, answer nonsense or speak otherwise: resumed, or told in full."""
+"""RerankerClient against servers that fail, refuse, stall, answer wrongly or have another contract."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def client(server: StubServer) -> Iterator[RerankerClient]:
 
 @pytest.fixture
 def failures(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """How often an attempt failed so far; after the first, no client has any patience left."""
+    """Return the number of failed attempts so far; the first failure also moves every client past its deadline."""
     counted = []
     failed, remaining = Endpoint.failed, Patience.remaining
 
@@ -68,7 +68,7 @@ def failures(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 
 
 def at_some_pace(check: Callable[[float], None]) -> None:
-    """What needs the machine to be in time passes at one pace of three; what is wrong fails at each of them."""
+    """Repeat a test that depends on time at slower paces: a slow machine passes one of them, a fault fails all."""
     for pace in (1, 4):
         try:
             return check(pace)
@@ -185,7 +185,7 @@ def test_a_server_that_goes_away_for_good(server: StubServer, failures: Callable
         server.stop()
         with pytest.raises(RerankerUnavailableError, match="64 of 256 pairs are scored, 192 are left"):
             matrix.result(WAIT_SECONDS)
-        matrix.rows(0, 4)  # what came is kept
+        matrix.rows(0, 4)  # rows that arrived stay readable
     assert failures() == 1
 
 
@@ -245,7 +245,7 @@ def test_progress_begins_the_timeout_anew(server: StubServer) -> None:
 
         async def slowly(stream: ReceivedStream, chunk: ReceivedChunk) -> None:
             async with turn:
-                await asyncio.sleep(0.3 * pace)  # the server's speed, not a wait of the test
+                await asyncio.sleep(0.3 * pace)  # the speed of the server; the test itself does not wait
 
         server.on_chunk = slowly
         with RerankerClient(server.target, timeout=pace) as client:
@@ -256,7 +256,7 @@ def test_progress_begins_the_timeout_anew(server: StubServer) -> None:
 
 
 @pytest.mark.parametrize("where", ["chunk", "stream", "unary"])
-def test_what_the_server_refuses_is_told_in_full(server: StubServer, client: RerankerClient, where: str) -> None:
+def test_an_error_tells_what_the_server_refused_in_full(server: StubServer, client: RerankerClient, where: str) -> None:
     refusal = (grpc.StatusCode.INVALID_ARGUMENT, "1 field is wrong", [("options.max_length", "9999: at most 512")])
 
     async def refuse(*_: object) -> pb.ChunkResult:
@@ -273,7 +273,7 @@ def test_what_the_server_refuses_is_told_in_full(server: StubServer, client: Rer
     assert error.message == "1 field is wrong"
     assert [(each.field, each.description) for each in error.violations] == refusal[2]
     assert "options.max_length: 9999: at most 512" in str(error)
-    assert len(server.streams) + len(server.requests) == 1  # not tried again
+    assert len(server.streams) + len(server.requests) == 1  # without a retry
 
 
 @pytest.mark.parametrize(

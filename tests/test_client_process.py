@@ -1,4 +1,4 @@
-"""The client and the process it lives in: what an import needs, forks, the interpreter's end, TLS."""
+"""RerankerClient and its process: imports, forks, the end of the interpreter, TLS."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_import_needs_neither_training_nor_server_dependencies() -> None:
     assert not loaded & unwanted
 
 
-def test_all_that_is_named_is_there_and_nothing_else() -> None:
+def test_the_package_has_every_public_name_and_no_other() -> None:
     import loss_client
 
     for name in loss_client.__all__:
@@ -145,7 +145,7 @@ def test_a_child_that_cannot_work_says_so() -> None:
         from loss_client.client import background
         from tests.stub_server import StubServer
         background._quiet_seconds = 0.1
-        with StubServer() as server:  # gRPC runs in this very process
+        with StubServer() as server:  # gRPC runs in the process that forks
             if os.fork() == 0:
                 try:
                     RerankerClient(server.target).model_info()
@@ -160,7 +160,7 @@ def test_a_child_that_cannot_work_says_so() -> None:
 
 
 @pytest.mark.parametrize("ending", ["", "raise SystemExit(0)", "del client, matrix"])
-def test_the_interpreter_ends_at_once_with_a_job_under_way(ending: str) -> None:
+def test_the_interpreter_ends_at_once_while_a_job_runs(ending: str) -> None:
     never = Gate()
 
     async def hold(stream: ReceivedStream, chunk: ReceivedChunk) -> None:
@@ -197,7 +197,7 @@ def test_tls() -> None:
             np.testing.assert_array_equal(client.score_grid(["q"], ["d"]), hash_scores(["q"], ["d"]))
         with RerankerClient(f"grpcs://{server.target}", timeout=0.5) as client:
             with pytest.raises(RerankerUnavailableError, match="grpcs://"):
-                client.model_info()  # nobody vouches for the certificate
+                client.model_info()  # no authority that TLS trusts signed the certificate
     with pytest.raises(ValueError, match="no target uses TLS"):
         RerankerClient("localhost:1", root_certificates=certificate)
 

@@ -1,4 +1,4 @@
-"""The data collator: raw texts reach the loss, through real trainer runs, and nothing else changes."""
+"""RerankerDataCollator: raw texts reach the loss in real training runs, and the rest of the batch is unchanged."""
 
 from __future__ import annotations
 

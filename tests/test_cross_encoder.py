@@ -36,7 +36,7 @@ PAIRS = [(query, body) for (query, _), (_, body) in itertools.product(TEXTS[:5],
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Threads of a model this small only wait for each other, long where other processes want the cores."""
+    """Use one thread: threads of a model this small mostly wait for each other, for long if the cores are busy."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -61,7 +61,7 @@ def server() -> Iterator[StubServer]:
 
 
 def assert_same(found: Any, expected: Any) -> None:
-    """Equal types, dtypes and shapes; values within the tolerance."""
+    """Assert equal types, dtypes and shapes, and values within the tolerance."""
     assert type(found) is type(expected)
     if isinstance(expected, list):
         assert len(found) == len(expected)
@@ -108,7 +108,7 @@ def test_predict_returns_what_a_local_cross_encoder_returns(
 
 
 def two_classes(logits: torch.Tensor) -> torch.Tensor:
-    """As if the model had two labels; needs the column that a CrossEncoder hands on."""
+    """Return two columns, as of a model with two labels; needs the column that a CrossEncoder passes on."""
     return torch.cat([-logits, logits], dim=1)
 
 
@@ -142,7 +142,7 @@ def test_an_activation_with_weights_leaves_no_gradient(remote: RemoteCrossEncode
 @pytest.mark.parametrize("name", ["predict", "rank", "start_multi_process_pool", "stop_multi_process_pool"])
 def test_arguments_have_the_same_names_order_and_defaults(name: str) -> None:
     expected = inspect.signature(getattr(CrossEncoder, name)).parameters
-    if name.endswith("pool"):  # one of them is static there
+    if name.endswith("pool"):  # a static method of CrossEncoder has no self
         expected = {key: value for key, value in expected.items() if key != "self"}
     found = inspect.signature(getattr(RemoteCrossEncoder, name)).parameters
     defaults = [(key, each.default) for key, each in found.items() if key != "self"]
@@ -171,7 +171,7 @@ def test_a_prompt_goes_before_the_query_where_the_model_takes_no_instruction(
         for options in ({}, {"prompt_name": "short"}, {"prompt": "another: "}, {"prompt": ""}):
             assert_same(remote.predict(PAIRS, **options), expected.predict(PAIRS, **options))
         assert not np.allclose(remote.predict(PAIRS), local.predict(PAIRS), **TOLERANCE)
-        with pytest.raises(ValueError, match=r"'none', which is none of the prompts: \['short', 'long'\]"):
+        with pytest.raises(ValueError, match=r"'none'; it has to be one of \['short', 'long'\]"):
             remote.predict(PAIRS, prompt_name="none")
 
 
@@ -234,7 +234,7 @@ def test_arguments_that_cannot_work_are_refused(remote: RemoteCrossEncoder, serv
     for options, message in (
         ({"priority": "high"}, "'high'"),
         ({"timeout": 0.0}, "timeout must be greater than 0"),
-        ({"default_prompt_name": "query"}, "none of the prompts"),
+        ({"default_prompt_name": "query"}, "has to be one of"),
     ):
         with pytest.raises(ValueError, match=message):
             RemoteCrossEncoder(server.target, **options)
@@ -251,7 +251,7 @@ def test_a_ranking_that_leaves_documents_out_is_refused(server: StubServer) -> N
         return pb.RerankResponse(results=[pb.RerankResult(index=1, score=0.5)])
 
     server.on_request = short
-    with RemoteCrossEncoder(server.target) as remote, pytest.raises(ScoreError, match="left 2 of 3 documents"):
+    with RemoteCrossEncoder(server.target) as remote, pytest.raises(ScoreError, match="no score for 2 of 3 documents"):
         remote.predict([("q", "a"), ("q", "b"), ("q", "c")])
 
 
@@ -323,7 +323,7 @@ def test_mined_hard_negatives_are_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = SentenceTransformer(str(bi_encoder), device="cpu")
-    # What starts processes for the embeddings is not the subject here, nor what it starts for a local model.
+    # No processes for the embeddings or for the local model: the test is about the scores.
     for each in (model, local):
         monkeypatch.setattr(type(each), "start_multi_process_pool", lambda *_, **__: None)
         monkeypatch.setattr(type(each), "stop_multi_process_pool", lambda *_: None)
@@ -387,7 +387,7 @@ def test_evaluators_find_the_same(local: CrossEncoder, remote: RemoteCrossEncode
     assert evaluator in remote.model_card_data.eval_results_dict
 
 
-# How it asks
+# Calls to the service
 
 
 def test_one_query_is_one_unary_call_and_more_are_one_bulk_stream(server: StubServer) -> None:
@@ -452,7 +452,7 @@ def test_the_progress_bar_moves_as_scores_arrive(server: StubServer, monkeypatch
 
     async def wait(stream: ReceivedStream, chunk: ReceivedChunk) -> None:
         if chunk.number > 0:
-            await gate.wait()  # no more scores before the bar has moved
+            await gate.wait()  # further scores only after the bar has moved
 
     server.on_chunk = wait
     monkeypatch.setattr("loss_client.cross_encoder.tqdm", Bar)
@@ -494,10 +494,10 @@ def test_an_interrupted_call_ends_its_job(server: StubServer, monkeypatch: pytes
         server.wait_for(lambda: server.streams[0].ended, "the server to see the end of the job")
 
 
-# Life
+# Closing and copying
 
 
-def test_it_closes_what_it_owns_and_no_more(server: StubServer) -> None:
+def test_it_closes_its_own_client_and_no_other(server: StubServer) -> None:
     with RerankerClient(server.target) as client:
         with RemoteCrossEncoder(client) as remote:
             remote.predict([("query", "document")])

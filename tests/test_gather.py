@@ -1,4 +1,4 @@
-"""Two processes with a part of the batch each train as one process with all of it."""
+"""Gathering: two processes, each with a part of the batch, train like one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NAMES = ["anchor", "positive", "negative"]
 
 Result = dict[str, Any]
 
-# The second batch is uneven: each rank has another number of rows, and of mini-batches.
+# The second batch is uneven: the ranks have different numbers of rows and of mini-batches.
 SPLITS = [(4, 4), (2, 6)]
 BOTH: dict[str, Any] = {"contrast_anchors": True, "contrast_positives": True}
 CONTRASTS: list[dict[str, Any]] = [
@@ -48,7 +48,7 @@ CONTRASTS: list[dict[str, Any]] = [
     {"contrast_anchors": True},
     {"contrast_positives": True, "contrast_filter": "scores"},
 ]
-# With so small an epsilon nothing is left out.
+# With an epsilon this small every candidate is scored.
 CHOICES: list[dict[str, Any]] = [{"candidates": "all"}, {"candidates": "mass", "epsilon": 1e-12}]
 RUNS = list(itertools.product(SPLITS, CONTRASTS, CHOICES))
 
@@ -71,17 +71,17 @@ def make(model: Any, scorer: Any, contrast: dict[str, Any], **options: Any) -> R
 
 
 def part_of(columns: list[list[str]], split: tuple[int, int], rank: int) -> list[list[str]]:
-    """A rank's rows."""
+    """Return a rank's rows."""
     first = sum(split[:rank])
     return [column[first : first + split[rank]] for column in columns]
 
 
 def one_step(model: SentenceTransformer, scorer: MemoryScorer, batch: list[dict[str, Any]], **options: Any) -> Result:
-    """One step of this rank, with the gradients averaged by DistributedDataParallel."""
+    """Run one step of this rank, with the gradients averaged by DistributedDataParallel."""
     model.zero_grad()
     begun = len(scorer.jobs)
     loss = make(model, scorer, {}, gather_across_devices=True, **options)
-    # BERT's pooler takes no part.
+    # BERT's pooler has no influence on the embeddings.
     loss.model = DistributedDataParallel(model, find_unused_parameters=True)
     value = loss(batch, None)
     value.backward()
@@ -104,7 +104,7 @@ def prefetched(
     choice: dict[str, Any],
     name: str,
 ) -> Result:
-    """A step on a batch that the collator had scored ahead; the second rank waits until the first has collated."""
+    """Run a step on a batch that the collator scores ahead; the second rank waits until the first has collated."""
     rows = [dict(zip(NAMES, row, strict=True)) for row in zip(*columns, strict=True)]
     ahead = RerankerDataCollator.for_training(
         model, loss=make(model, scorer, BOTH, gather_across_devices=True, **choice)
@@ -127,7 +127,7 @@ def prefetched(
 
 
 def asked_pairs(job: MemoryScores) -> list[tuple[str, str]]:
-    """What a job scores: a grid, or, with one column, the pairs that it lists."""
+    """Return the pairs of a job: those of a grid, or with one column the listed pairs."""
     listed = job.shape[1] == 1 and len(job.queries) == len(job.documents)
     return list(
         zip(job.queries, job.documents, strict=True) if listed else itertools.product(job.queries, job.documents)
@@ -135,7 +135,7 @@ def asked_pairs(job: MemoryScores) -> list[tuple[str, str]]:
 
 
 def work(rank: int, directory: Path, columns: list[list[str]]) -> None:
-    """One rank: every split with every contrast and both ways of choosing candidates, then the other tests' steps."""
+    """Run a rank: every split with every contrast and both kinds of candidates, then the other tests' steps."""
     torch.set_num_threads(1)
     model, scorer = load(directory)
     store = dist.FileStore(str(directory / "meet"), RANKS)
@@ -182,7 +182,7 @@ def results(directory: Path) -> list[dict[str, Any]]:
 
 
 def whole(directory: Path, contrast: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
-    """One process with the whole batch, every pair scored."""
+    """Run one process with the whole batch and every pair scored."""
     model, scorer = load(directory)
     return loss_and_gradients(make(model, scorer, contrast), features(model, batch()))
 
@@ -206,7 +206,7 @@ def test_two_processes_equal_one_with_the_whole_batch(
 def test_each_process_has_its_own_anchors_scored_only(results: list[dict[str, Any]]) -> None:
     anchors = batch()[0]
     for number, (split, contrast, _) in enumerate(RUNS):
-        if not contrast:  # what is known of the other rows' anchors takes scores of theirs, and positives may be asked
+        if not contrast:  # contrast terms also need scores of the other rows' anchors, or of positives as queries
             asked = [set(rank["runs"][number]["queries"]) for rank in results]
             assert asked == [set(anchors[: split[0]]), set(anchors[split[0] :])]
 

@@ -1,4 +1,4 @@
-"""The loss and its gradients equal their references, whatever surrounds it."""
+"""RerankerCachedGISTEmbedLoss: value and gradients equal those of independent references."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def make(model: Any, scorer: Any, **options: Any) -> RerankerCachedGISTEmbedLoss
 
 
 def masks(loss: RerankerCachedGISTEmbedLoss, columns: list[list[str]]) -> np.ndarray:
-    """What the loss masks of a batch."""
+    """Return the loss's mask of a batch."""
     step = loss.begin(columns)
     step.settle(loss._settings())
     return step.mask(0, len(columns[0]))
@@ -91,7 +91,7 @@ def test_equals_the_local_loss_when_its_guide_is_served(
     found = loss_and_gradients(loss, features(model, batch))
     assert found[0] == pytest.approx(expected[0], abs=1e-5)
     assert_same_gradients(found[1], expected[1])
-    # The comparison means nothing unless the filter had something to do, on both sides of zero.
+    # The comparison shows little unless the filter masks negatives, with positives' scores of both signs.
     assert 0 < loss.statistics.masked_negatives < loss.statistics.negatives
     positives = scorer.jobs[0].values.diagonal()
     assert positives.min() < 0 < positives.max()
@@ -125,7 +125,7 @@ def test_equals_the_unfiltered_loss_where_nothing_is_above_the_threshold(model: 
 def loops(
     model: SentenceTransformer, columns: list[list[str]], mask: np.ndarray, contrast: tuple[bool, bool]
 ) -> Tensor:
-    """The loss pair by pair, differentiable in the ordinary way; ``mask`` as ``FilterStep.mask`` gives it."""
+    """Compute the loss pair by pair, with ordinary autograd; ``mask`` is that of ``FilterStep.mask``."""
     embedded = [model(model.preprocess(column))["sentence_embedding"] for column in columns]
     anchors, positives, *negatives = embedded
     losses = []
@@ -258,7 +258,7 @@ def test_matryoshka_equals_matryoshka_over_the_local_loss(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast_the_cosines_keep_their_digits(model: SentenceTransformer, dtype: torch.dtype) -> None:
     batch, scorer = texts(3, 6), MemoryScorer(random_scores())
-    # A mini-batch of another size is rounded otherwise.
+    # One mini-batch, because results of other sizes are rounded differently.
     loss = make(model, scorer, mini_batch_size=6, temperature=0.01)
     with torch.autocast("cpu", dtype=dtype):
         embedded = [model(model.preprocess(column))["sentence_embedding"].detach() for column in batch]

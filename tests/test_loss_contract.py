@@ -1,4 +1,4 @@
-"""What the loss asks of its surroundings: order of work, texts, arguments, failures, copies, the model card."""
+"""RerankerCachedGISTEmbedLoss and its callers: order of work, texts, arguments, failures, copies, model card."""
 
 from __future__ import annotations
 

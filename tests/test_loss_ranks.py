@@ -1,4 +1,4 @@
-"""The loss over models in DistributedDataParallel, in one process and in two: exact, and synchronised once a step."""
+"""The loss in DistributedDataParallel, with one process and with two: exact, and one synchronisation a step."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ Result = dict[str, Any]
 
 
 def part_of(columns: list[list[str]], rank: int, batch: int) -> list[list[str]]:
-    """One of the two batches of one of the two ranks."""
+    """Return one of the two batches of one of the two ranks."""
     first = (2 * rank + batch) * ROWS
     return [column[first : first + ROWS] for column in columns]
 
 
 def load(directory: Path) -> SentenceTransformer:
-    """The model; its pooler, which takes no part, is not trained, as ``find_unused_parameters=False`` demands."""
+    """Return the model with an untrained pooler: ``find_unused_parameters=False`` allows no unused parameters."""
     model = SentenceTransformer(str(directory / "student"), device="cpu").eval()
     model[0].auto_model.pooler.requires_grad_(False)
     return model
 
 
 def steps(directory: Path, rank: int, columns: list[list[str]]) -> list[Result]:
-    """One step, then one of two batches of which only the second synchronises, for each setting and variant."""
+    """Run for each setting and variant one step, then one of two batches of which only the second synchronises."""
     results = []
     for setting in SETTINGS:
         for variant in VARIANTS:
@@ -47,7 +47,7 @@ def steps(directory: Path, rank: int, columns: list[list[str]]) -> list[Result]:
             wrapped = DistributedDataParallel(model, **setting)
             synchronised: list[int] = []
 
-            # It is told what it is given by name: DistributedDataParallel does not understand postponed annotations.
+            # Without annotations, because DistributedDataParallel cannot read postponed ones.
             def count(calls, bucket):  # type: ignore[no-untyped-def]
                 calls.append(1)
                 return default_hooks.allreduce_hook(dist.group.WORLD, bucket)
@@ -69,7 +69,7 @@ def steps(directory: Path, rank: int, columns: list[list[str]]) -> list[Result]:
 
 
 def work(rank: int, directory: Path, columns: list[list[str]]) -> None:
-    """A rank; the first one is the only one of a group of its own before."""
+    """Run a rank. The first rank runs before in a process group of its own."""
     torch.set_num_threads(1)
     for ranks in (1, RANKS):
         if rank < ranks:

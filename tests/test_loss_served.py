@@ -1,4 +1,4 @@
-"""The loss through the real server, over a real socket."""
+"""The loss with a reranker server over a socket."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ WAIT_SECONDS = 60.0
 
 
 def in_order(data: Dataset, **options: Any) -> DefaultBatchSampler:
-    """Batches of rows as they come in the dataset."""
+    """Return the dataset's rows in batches, in their order."""
     return DefaultBatchSampler(SequentialSampler(data), **options)
 
 
 class UntilBegun(TrainerCallback):
-    """Holds the end of the last step until the server has begun with a batch that comes after it."""
+    """Delays the end of the last step until the server has begun to score a later batch."""
 
     def __init__(self, server: ServerProcess, steps: int) -> None:
         self._server, self._steps = server, steps
@@ -138,7 +138,7 @@ def test_what_was_scored_ahead_and_never_trained_on_ends_on_the_server(
 ) -> None:
     rows, steps, per_step = 64, 4, 4
     lines = texts(3, rows)
-    # What comes after the last step is never scored.
+    # Batches after the last step are never scored.
     long = " ".join(["word"] * LONG_TOKENS)
     columns = {
         name: [line[:20] if row < steps * per_step else f"{line} {long}" for row, line in enumerate(column)]
@@ -149,7 +149,7 @@ def test_what_was_scored_ahead_and_never_trained_on_ends_on_the_server(
         RerankerClient(server.address, timeout=WAIT_SECONDS) as client,
     ):
         loss = RerankerCachedGISTEmbedLoss(model, client, temperature=0.05)
-        # More batches than steps: those that are collated ahead of the last step have no use.
+        # More batches than steps: batches that are collated ahead of the last step are not used.
         args = arguments(
             tmp_path,
             dataloader_num_workers=workers,
@@ -177,7 +177,7 @@ def test_what_was_scored_ahead_and_never_trained_on_ends_on_the_server(
             cancelled not in (left := scrape(server)).by("reranker_requests_total", "rpc", "code")
             or any(left[name] for name in names)
         ):  # fmt: skip
-            # Each call gives the server another turn at noticing.
+            # Each call gives the server's event loop another turn to notice the cancellation.
             client.model_info()
         assert left["reranker_requests_total", "RerankStream", "OK"] == steps
 

@@ -1,7 +1,7 @@
-"""The loss is exact in whatever surrounds it: models of every make, precision, accumulation, memory, and failures.
+"""The loss is exact with models of every kind, precision and accumulation; its memory is bounded; failures end it.
 
-The reference is the sum over pairs: what is masked is worked out pair by pair from the scores, and the gradients are
-those of ordinary differentiation.
+The reference sums over pairs: it decides for each pair from the scores whether it is masked, and its gradients come
+from ordinary autograd.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from .training import (
 
 MARGIN, TEMPERATURE = 0.1, 0.05
 BOTH: dict[str, Any] = {"contrast_anchors": True, "contrast_positives": True}
-# With so small an epsilon nothing is left out.
+# With an epsilon this small every candidate is scored.
 MASS: dict[str, Any] = {"candidates": "mass", "epsilon": 1e-12}
 VARIANTS: dict[str, dict[str, Any]] = {
     "all": {},
@@ -70,7 +70,7 @@ def shared_model(directory: Path) -> SentenceTransformer:
 
 @pytest.fixture
 def model(shared_model: SentenceTransformer) -> SentenceTransformer:
-    """A student of the test's own, dropout off."""
+    """Return a new student, dropout off."""
     return copy.deepcopy(shared_model).eval()
 
 
@@ -103,7 +103,7 @@ def pairwise(
     contrast_filter: str = "known",
     **_: Any,
 ) -> Tensor:
-    """The loss from its definition, pair by pair.
+    """Compute the loss from its definition, pair by pair.
 
     Args:
         embedded: The columns' embeddings, each of shape ``(rows, dim)``.
@@ -156,7 +156,7 @@ def pairwise(
 
 
 def embeddings(model: Any, inputs: Sequence[dict[str, Any]]) -> list[Tensor]:
-    """The embeddings of a batch's columns, each column in one go."""
+    """Return the embeddings of a batch's columns, each column embedded at once."""
     taken = [{key: value for key, value in column.items() if key != "raw_text"} for column in inputs]
     return [model(column)["sentence_embedding"] for column in taken]
 
@@ -168,7 +168,7 @@ def expected_of(
     score: Score | None = None,
     **options: Any,
 ) -> tuple[float, dict[str, Tensor]]:
-    """The reference's value and gradients."""
+    """Return the reference's value and gradients."""
     model.zero_grad()
     value = pairwise(embeddings(model, inputs), columns, score or random_scores(), **options)
     if value.requires_grad:
@@ -186,7 +186,7 @@ def assert_exact(
     inputs: list[dict[str, Any]] | None = None,
     columns: list[list[str]] | None = None,
 ) -> dict[str, Tensor]:
-    """The loss over a model, or over what wraps it, is what the reference says; returns the gradients."""
+    """Assert that the loss over a model, or over its wrapper, equals the reference; return the gradients."""
     columns = columns or batch()
     inputs = inputs or features(model, columns)
     expected = expected_of(model, inputs, columns, **variant)
@@ -208,7 +208,7 @@ def assert_exact(
 
 
 def freeze(model: SentenceTransformer, trained: str) -> set[str]:
-    """Freeze what has not ``trained`` in its name; returns the names of the rest that take part in embedding."""
+    """Freeze parameters without ``trained`` in their names; return the other names that embeddings depend on."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained in name)
     return {name for name, parameter in model.named_parameters() if trained in name and "pooler" not in name}
@@ -267,12 +267,12 @@ def test_prompts_that_differ_by_column(
     plain = embeddings(model, features(model, columns))
     prompted = embeddings(model, inputs)
     assert [torch.allclose(*pair, atol=1e-3) for pair in zip(plain, prompted, strict=True)] == [False, False, True]
-    # The reranker scores the texts without prompts: it is asked by texts, and the reference knows no others.
+    # The reference has scores only for texts without prompts: with prompts the reranker would be asked for other texts.
     assert_exact(model, variant, inputs=inputs, columns=columns)
 
 
 class MeanOfWords(nn.Module):
-    """Embeds a text by the mean of its words: little to compile."""
+    """Embeds a text by the mean of its words' embeddings, so that there is little to compile."""
 
     def __init__(self, words: int, size: int) -> None:
         super().__init__()
@@ -325,7 +325,7 @@ def test_weights_in_bfloat16(model: SentenceTransformer, variant: dict[str, Any]
     model.to(torch.bfloat16)
     columns = batch()
     inputs = features(model, columns)
-    # Embedded mini-batch by mini-batch: shorter padding rounds otherwise.
+    # The reference embeds the same mini-batches, because other padding rounds differently.
     loss = make(model, MemoryScorer(random_scores()), mini_batch_size=len(columns[0]), **variant)
     value = loss(inputs, None)
     value.backward()
@@ -334,7 +334,7 @@ def test_weights_in_bfloat16(model: SentenceTransformer, variant: dict[str, Any]
     assert value.dtype == torch.float32
     assert float(value.detach()) == pytest.approx(expected[0], rel=1e-5)
     assert {parameter.grad.dtype for parameter in model.parameters() if parameter.grad is not None} <= {torch.bfloat16}
-    # A bfloat16 has eight bits: what is summed in another order differs in the last of them.
+    # bfloat16 has eight significant bits, and sums in another order differ in the last one.
     assert_same_gradients(found, {name: gradient.float() for name, gradient in expected[1].items()}, tolerance=0.02)
 
 
@@ -418,7 +418,7 @@ def test_choosing_candidates_equals_the_local_loss_when_its_guide_is_served(
 # Memory
 
 
-def test_every_score_is_given_back_when_the_loss_is_there(model: SentenceTransformer, variant: dict[str, Any]) -> None:
+def test_every_score_is_released_when_the_loss_returns(model: SentenceTransformer, variant: dict[str, Any]) -> None:
     scorer = MemoryScorer(random_scores())
     make(model, scorer, **variant)(features(model, batch()), None)
     assert scorer.jobs
@@ -427,7 +427,7 @@ def test_every_score_is_given_back_when_the_loss_is_there(model: SentenceTransfo
 
 
 class Pace:
-    """Lets a server answer for rows that are at most so many ahead of those that were given back."""
+    """Lets a server answer for some rows only after earlier rows have been released."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -451,7 +451,7 @@ class Pace:
 
 
 class WatchedClient(RerankerClient):
-    """Keeps its matrices, and the most blocks of scores that one held when rows were given back."""
+    """Keeps its matrices, and the largest number of blocks that one held when rows were released."""
 
     def __init__(self, target: str, pace: Pace) -> None:
         super().__init__(target, timeout=WAIT_SECONDS)
@@ -497,7 +497,7 @@ def test_a_large_grid_is_never_in_memory_as_a_whole(model: SentenceTransformer) 
 
 
 @pytest.mark.parametrize("options", [BOTH, {**BOTH, "contrast_filter": "scores"}, {**BOTH, **MASS}])
-def test_a_client_holds_no_scores_when_the_loss_is_there(model: SentenceTransformer, options: dict[str, Any]) -> None:
+def test_a_client_holds_no_scores_when_the_loss_returns(model: SentenceTransformer, options: dict[str, Any]) -> None:
     with StubServer() as server, WatchedClient(server.target, Pace()) as client:
         make(model, client, **options)(features(model, batch()), None)
         assert client.matrices

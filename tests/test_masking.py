@@ -1,4 +1,4 @@
-"""Thresholds, masks and what a step makes of scores, against loops that follow the definition."""
+"""Thresholds, masks and statistics of a step, against loops that follow the definition."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_rows_are_read_in_runs_and_nothing_else_is_waited_for() -> None:
 
 
 def expected_mask(options: FilterSettings, seed: int, row: int) -> list[bool]:
-    """One row of the mask, by the definition and one pair at a time."""
+    """Return one row of the mask by its definition, pair by pair."""
     score = random_scores(seed)
     score(list(dict.fromkeys(ANCHORS)), asked_documents(options))
     score(list(dict.fromkeys(POSITIVES)), list(dict.fromkeys(POSITIVES)))

@@ -1,4 +1,4 @@
-"""Listed pairs: scored once, remembered under the model and the options that scored them, and no others."""
+"""Listed pairs: each is scored once, and remembered only for the same model and options."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_listed_pairs_have_a_row_each_and_equal_ones_are_asked_for_once(
 @pytest.mark.parametrize(
     ("queries", "documents", "error"), [([3], [0], IndexError), ([0], [-1], IndexError), ([0, 1], [0], ValueError)]
 )
-def test_pairs_that_there_are_not_are_refused(
+def test_positions_out_of_range_are_refused(
     client: RerankerClient, queries: list[int], documents: list[int], error: type[Exception]
 ) -> None:
     with pytest.raises(error, match="_ids"):
@@ -94,7 +94,7 @@ def test_another_model_is_asked_anew(server: StubServer, client: RerankerClient)
     assert asked(server) == 2
 
 
-def test_it_can_be_turned_off_and_keeps_no_more_than_it_may(server: StubServer) -> None:
+def test_the_memory_can_be_turned_off_and_has_a_limit(server: StubServer) -> None:
     with RerankerClient(server.target, remembered_pairs=0, timeout=WAIT_SECONDS) as client:
         client.score_pairs([("q", "d")])
         client.score_pairs([("q", "d")])
@@ -107,7 +107,7 @@ def test_it_can_be_turned_off_and_keeps_no_more_than_it_may(server: StubServer) 
 
 
 def known(memory: ScoreMemory, keys: str, *, recurring: bool = False) -> str:
-    """Those of some one-letter keys that the memory has a score of."""
+    """Return those of some one-letter keys that have a score in the memory."""
     found = memory.get([key.encode() for key in keys], recurring)
     assert all(np.isnan(score) or score == ord(key) for key, score in zip(keys, found, strict=True))
     return "".join(key for key, score in zip(keys, found, strict=True) if not np.isnan(score))
@@ -131,7 +131,7 @@ def test_pairs_that_recur_are_kept_before_others() -> None:
     keep(memory, "abc", recurring=True)
     keep(memory, "vwxyz", recurring=False)
     assert known(memory, "abcvwxyz") == "abcz"
-    keep(memory, "d", recurring=True)  # takes the room of the others
+    keep(memory, "d", recurring=True)  # takes the space of the others
     assert known(memory, "abcdz") == "abcd"
     keep(memory, "z", recurring=False)
     assert known(memory, "abcdz") == "abcd"

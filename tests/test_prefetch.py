@@ -1,4 +1,4 @@
-"""Scoring begins with the collator, one batch ahead of training, and nothing that goes unused stays behind."""
+"""Prefetch: scoring begins in the collator, one batch ahead of training, and unused jobs are cancelled."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def model(directory: Path) -> SentenceTransformer:
 
 
 class Recorder(MemoryScorer):
-    """Writes down when a job begins."""
+    """Records the beginning of each job."""
 
     def __init__(self) -> None:
         super().__init__(random_scores())
@@ -77,7 +77,7 @@ def rows(columns: int = 3, count: int = 4) -> list[dict[str, str]]:
 
 
 def batch_of(collated: dict[str, Any]) -> list[dict[str, Any]]:
-    """A collated batch as the trainer hands it to the loss."""
+    """Return a collated batch as the trainer passes it to the loss."""
     names = [key.removesuffix("_input_ids") for key in collated if key.endswith("_input_ids")]
     return [
         {key.removeprefix(f"{name}_"): value for key, value in collated.items() if key.startswith(f"{name}_")}
@@ -106,7 +106,7 @@ def test_a_batch_is_asked_for_before_the_one_before_it_trains(
     collator = RerankerDataCollator.for_training(model, args, loss)
     SentenceTransformerTrainer(model, args, dataset(3, 24), loss=loss, data_collator=collator).train()
     steps = 3 * accumulation
-    # At each step's beginning the next batch, or the whole next group of batches, was asked for already.
+    # At the beginning of each step the next batch, or the whole next group of batches, is already being scored.
     for step in range(steps - accumulation):
         position = [number for number, event in enumerate(scorer.events) if event == "train"][step]
         assert scorer.events[:position].count("ask") >= step + 2
@@ -126,7 +126,7 @@ def test_training_is_the_same_with_and_without(directory: Path, workers: int, ca
         args = arguments(directory, dataloader_num_workers=workers, learning_rate=1e-3, seed=5)
         collator = RerankerDataCollator.for_training(model, args, loss if ahead else None)
         SentenceTransformerTrainer(model, args, dataset(3, 12), loss=loss, data_collator=collator).train()
-        named = model.named_parameters()  # the pooler is made at random when the model is loaded, and not used
+        named = model.named_parameters()  # the pooler is initialized at random and not used
         weights.append({name: value.detach().clone() for name, value in named if "pooler" not in name})
         assert loss.statistics.steps == 3
         assert loss.statistics.pairs > 0
@@ -216,7 +216,7 @@ def test_each_dataset_has_its_loss_and_its_instruction(directory: Path, model: S
 
 def test_instructions_by_dataset_need_datasets_with_names(model: SentenceTransformer) -> None:
     collator = RerankerDataCollator.for_training(model, instructions={"one": "Find it"})
-    with pytest.raises(ValueError, match="does not say which dataset"):
+    with pytest.raises(ValueError, match="does not name its dataset"):
         collator(rows())
 
 

@@ -1,4 +1,4 @@
-"""A score matrix: rows are readable exactly when they are complete, by any thread, and failures reach every reader."""
+"""ScoreMatrix: rows are readable by any thread as soon as they are complete, and failures reach every reader."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_waiting_reader_wakes_for_its_rows_and_the_time_is_counted() -> None:
         np.testing.assert_array_equal(first.result(WAIT_SECONDS), numbered(1, 2) + 5)
     waited = matrix.seconds_waited
     matrix.result()
-    assert matrix.seconds_waited == waited  # what is there costs nothing
+    assert matrix.seconds_waited == waited  # reading complete rows adds nothing
 
 
 def test_waiting_is_measured() -> None:
@@ -60,7 +60,7 @@ def test_waiting_is_measured() -> None:
     assert 0.05 <= matrix.seconds_waited < 5
 
 
-def test_rows_and_columns_may_share_what_is_stored() -> None:
+def test_rows_and_columns_may_share_stored_scores() -> None:
     row_ids, column_ids = np.array([0, 1, 0, 1]), np.array([2, 0, 1, 0, 2])
     stored = numbered(2, 3)
     matrix = ScoreMatrix((4, 5), row_ids=row_ids, column_ids=column_ids)
@@ -72,14 +72,14 @@ def test_rows_and_columns_may_share_what_is_stored() -> None:
     np.testing.assert_array_equal(matrix.result(), stored[row_ids][:, column_ids])
 
 
-def test_what_is_returned_belongs_to_the_caller() -> None:
+def test_returned_arrays_are_copies() -> None:
     matrix = ScoreMatrix((2, 2))
     matrix.put(slice(0, 2), slice(0, 2), numbered(2, 2))
     matrix.rows(0, 2)[:] = -1
     np.testing.assert_array_equal(matrix.result(), numbered(2, 2))
 
 
-def test_an_error_reaches_all_who_wait_but_not_rows_that_are_complete() -> None:
+def test_an_error_reaches_every_waiting_reader_and_complete_rows_stay_readable() -> None:
     matrix = ScoreMatrix((2, 2))
     matrix.put(slice(0, 1), slice(0, 2), numbered(1, 2))
     with ThreadPoolExecutor() as pool:
@@ -133,7 +133,7 @@ def test_blocks_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="shape"):
         matrix.put(slice(0, 1), slice(0, 2), numbered(2, 2))
     matrix.put(slice(0, 2), slice(0, 1), numbered(2, 1))
-    with pytest.raises(ValueError, match="there already"):
+    with pytest.raises(ValueError, match="arrived before"):
         matrix.put(slice(0, 2), slice(0, 2), numbered(2, 2))
 
 

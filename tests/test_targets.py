@@ -1,4 +1,4 @@
-"""The forms of address that a client understands."""
+"""Targets: the forms of address that a client understands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loss_client.client.targets import Target, parse_targets
         ("gpu-3.cluster.local:65535", "gpu-3.cluster.local:65535", False),
         ("[::1]:50051", "[::1]:50051", False),
         ("[fe80::1%eth0]:50051", "[fe80::1%eth0]:50051", False),
-        ("dns:80", "dns:80", False),  # a host that is called so
+        ("dns:80", "dns:80", False),  # a host of this name
         ("grpc://gpu:50051", "gpu:50051", False),
         ("grpc://gpu:50051/", "gpu:50051", False),
         ("GRPC://gpu:50051", "gpu:50051", False),

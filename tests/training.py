@@ -1,4 +1,4 @@
-"""What the tests of the loss share: small students and guides, batches of real text, and a scorer in memory."""
+"""Fixtures of the loss's tests: small students and guides, batches of real text, and a scorer in memory."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Score = Callable[[Sequence[str], Sequence[str]], NDArray[np.float32]]
 
 
 def student(directory: Path, seed: int = 0) -> SentenceTransformer:
-    """A small model to train, in training mode, dropout included; equal seeds give equal models."""
+    """Return a small model in training mode, with dropout; equal seeds give equal models."""
     return SentenceTransformer(str(build_bi_encoder(directory / f"student-{seed}", seed)), device="cpu").train()
 
 
 def guide(directory: Path, seed: int = 7) -> SentenceTransformer:
-    """A small bi-encoder whose cosines spread over both signs, because its embeddings are centred."""
+    """Return a small bi-encoder with centred embeddings, whose cosines have both signs."""
     path = build_bi_encoder(directory / f"guide-{seed}", seed, normalize=False)
     model = SentenceTransformer(str(path), device="cpu").eval()
     mean = torch.from_numpy(model.encode([text for column in texts(2, 32) for text in column])).mean(0)
@@ -43,7 +43,7 @@ def guide(directory: Path, seed: int = 7) -> SentenceTransformer:
 
 
 def texts(columns: int, rows: int) -> list[list[str]]:
-    """Columns of distinct real texts, cut to a line: anchors, positives, then negatives that are other bodies."""
+    """Return columns of distinct real texts of one line: anchors, positives, then other bodies as negatives."""
     pairs: dict[str, str] = {}
     for summary, body in summary_and_body():
         line = " ".join(body.split())[:120]
@@ -57,19 +57,19 @@ def texts(columns: int, rows: int) -> list[list[str]]:
 
 
 def dataset(columns: int, rows: int) -> Dataset:
-    """The same texts as a dataset: ``anchor``, ``positive``, ``negative_1``, and so on."""
+    """Return the same texts as a dataset: ``anchor``, ``positive``, ``negative_1``, and so on."""
     names = ["anchor", "positive", *(f"negative_{number}" for number in range(1, columns - 1))]
     return Dataset.from_dict(dict(zip(names, texts(columns, rows), strict=True)))
 
 
 def features(model: SentenceTransformer, columns: Sequence[Sequence[str]], raw: bool = True) -> list[dict[str, Any]]:
-    """Columns as the trainer hands them to a loss, with their raw texts unless told otherwise."""
+    """Return columns as the trainer passes them to a loss, with the raw texts if ``raw``."""
     prepared = [model.preprocess(list(column)) for column in columns]
     return [{**one, "raw_text": list(column)} if raw else one for one, column in zip(prepared, columns, strict=True)]
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every gradient of a model, by parameter name."""
+    """Return a copy of every gradient of a model, by parameter name."""
     return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
 
 
@@ -82,7 +82,7 @@ def loss_and_gradients(loss: nn.Module, batch: list[dict[str, Any]]) -> tuple[fl
 
 
 def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
-    """Each gradient is the same up to ``tolerance``, as a share of the largest entry of all of them."""
+    """Assert that gradients are equal up to ``tolerance``, as a share of the largest entry of all gradients."""
     assert found.keys() == expected.keys()
     scale = max(float(value.abs().max()) for value in expected.values())
     for name, value in expected.items():
@@ -91,7 +91,7 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor],
 
 
 def cosines_of(model: SentenceTransformer) -> Score:
-    """Scores pairs by the cosine of a model's embeddings."""
+    """Return a function that scores pairs by the cosine of a model's embeddings."""
 
     def score(queries: Sequence[str], documents: Sequence[str]) -> NDArray[np.float32]:
         with torch.no_grad():
@@ -103,7 +103,7 @@ def cosines_of(model: SentenceTransformer) -> Score:
 
 
 def random_scores(seed: int = 0) -> Score:
-    """A score in [-1, 1] for each pair of texts, the same whenever and with whatever it is asked for."""
+    """Return a function that scores pairs of texts in [-1, 1], at random but always with the same score for a pair."""
 
     def one(query: str, document: str) -> float:
         digest = blake2b(repr((seed, query, document)).encode(), digest_size=6).digest()
@@ -117,7 +117,7 @@ def random_scores(seed: int = 0) -> Score:
 
 @dataclass
 class MemoryScores:
-    """One scoring job whose rows are all there; remembers how it was read."""
+    """One scoring job whose rows are all complete; records how it was read."""
 
     queries: list[str]
     documents: list[str]
@@ -152,7 +152,7 @@ class MemoryScores:
 
 
 class MemoryScorer:
-    """Stands in for a client: scores in this process, at once.
+    """Implements ``ScoringClient``: scores in this process, at once.
 
     Attributes:
         jobs: Every job so far, in order.
@@ -177,7 +177,7 @@ class MemoryScorer:
         **options: Any,
     ) -> MemoryScores:
         asked = [(queries[query], documents[document]) for query, document in zip(query_ids, document_ids, strict=True)]
-        # Pairs of one query at a time, as a grid of one row, so that every kind of scorer will do.
+        # A grid of one row for each query, so that any ``Score`` function works.
         values = np.empty((len(asked), 1), dtype=np.float32)
         for query in dict.fromkeys(query for query, _ in asked):
             places = [place for place, pair in enumerate(asked) if pair[0] == query]

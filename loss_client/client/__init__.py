@@ -1,1 +1,1 @@
-"""Client: texts in, scores out, from one server or several; the only room that knows the stubs."""
+"""Client room: sends pairs to one server or several and receives scores; only this room imports gRPC and the stubs."""

@@ -1,8 +1,8 @@
-"""The one thread and event loop of a client: made at first use, ended with the client or the process, safe to fork.
+"""Background: the thread and the event loop of one client, made at first use and safe to fork.
 
-gRPC does not survive a fork: a child that uses what its parent began hangs or crashes. So right before a fork every
-client of the process ends its calls and channels, which ends gRPC's own threads; right after it, jobs of the parent
-go on where they were, over new channels, and clients in the child begin with nothing.
+A child process that uses gRPC objects of its parent hangs or crashes. Therefore every client ends its calls and
+channels right before a fork, which also ends gRPC's own threads. After the fork, jobs in the parent continue over new
+channels, and clients in the child start without thread, loop and channels.
 """
 
 from __future__ import annotations
@@ -28,21 +28,23 @@ _SUSPEND_SECONDS = 10.0
 _STOP_SECONDS = 10.0
 
 _backgrounds: weakref.WeakSet[Background] = weakref.WeakSet()
-# Loops of the parent share its file descriptors: a child must neither use nor close (so: nor forget) them.
+# A parent's loop shares its file descriptors with the child. The child must neither use nor close it, and garbage
+# collection would close it, so the child keeps a reference.
 _inherited: list[object] = []
-# Whether gRPC was still running, outside of this package, when this process was forked from its parent.
+# Whether other code's gRPC was still running when this process was forked from its parent.
 _grpc_is_broken = False
 _grpc_runs_at_fork = False
-# How long a fork waits for gRPC to end: on a busy machine a while, but not again where others keep it running.
+# Longest time that a fork waits for gRPC to end. After one timeout, other code is taken to keep gRPC running, and the
+# limit becomes short.
 _quiet_seconds = 5.0
 
 
 class Background:
-    """Runs coroutines for callers of other threads, over the channels that it owns."""
+    """Runs coroutines for callers in other threads, and owns the channels that the coroutines use."""
 
     def __init__(self, settings: ChannelSettings) -> None:
         self._settings = settings
-        self._lock = threading.RLock()  # a finalizer may run on a thread that holds it
+        self._lock = threading.RLock()  # reentrant: a finalizer may run on the thread that holds it
         self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -50,7 +52,7 @@ class Background:
         _backgrounds.add(self)
 
     def submit(self, work: Callable[[Channels], Coroutine[Any, Any, T]]) -> concurrent.futures.Future[T]:
-        """Start a coroutine over the channels; the future may be waited for and cancelled from any thread.
+        """Start a coroutine that gets the channels; its future may be awaited and cancelled from any thread.
 
         Raises:
             ClientClosedError: ``close`` was called.
@@ -62,7 +64,7 @@ class Background:
             return asyncio.run_coroutine_threadsafe(work(channels), loop)
 
     def close(self) -> None:
-        """Cancel everything, close the channels and end the thread. Does nothing the second time."""
+        """Cancel all coroutines, close the channels and end the thread. A second call has no effect."""
         with self._lock:
             self._closed = True
             loop, thread, channels = self._loop, self._thread, self._channels
@@ -70,15 +72,15 @@ class Background:
         if loop is None or thread is None or channels is None:
             return
         asyncio.run_coroutine_threadsafe(_stop(loop, channels), loop)
-        if thread is not threading.current_thread():  # the last reference may be dropped on the loop's own thread
+        if thread is not threading.current_thread():  # the last reference to a client may end on its own loop's thread
             thread.join(_STOP_SECONDS)
 
     def _start(self) -> tuple[asyncio.AbstractEventLoop, Channels]:
         if self._loop is None or self._channels is None:
             if _grpc_is_broken:
                 raise RerankerError(
-                    "this process was forked from one in which gRPC was running, so gRPC cannot work here: start it "
-                    "with the 'spawn' or 'forkserver' method instead"
+                    "gRPC cannot work in this process, because it was forked while gRPC was running in its parent: "
+                    "start it with the 'spawn' or 'forkserver' method instead"
                 )
             self._loop = asyncio.new_event_loop()
             self._channels = Channels(self._settings)
@@ -87,7 +89,11 @@ class Background:
         return self._loop, self._channels
 
     def before_fork(self) -> bool:
-        """End calls and channels, and return whether there may have been any; holds the lock until ``after_fork``."""
+        """End calls and channels, if there are any, and keep the lock until ``after_fork``.
+
+        Returns:
+            Whether the client had been used.
+        """
         self._lock.acquire()
         if self._loop is None or self._channels is None:
             return False
@@ -96,7 +102,7 @@ class Background:
         return True
 
     def after_fork(self, in_child: bool) -> None:
-        """Go on, or in the child begin with nothing."""
+        """Continue in the parent; in the child, forget thread, loop and channels."""
         if in_child:
             _inherited.extend((self._loop, self._thread, self._channels))
             self._loop = self._thread = self._channels = None
@@ -115,8 +121,9 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    # gRPC wakes every loop of a process for the news of one, and all but one find nothing to read; after the last
-    # channel of the process they find the socket closed, and late news of a loop that is closed finds no loop.
+    # Errors of gRPC's own event handler are not reported. gRPC wakes every loop of the process for the events of one:
+    # the other loops have nothing to read, or a closed socket after the process's last channel, and late events may
+    # belong to a loop that is closed.
     error = context.get("exception")
     frames = traceback.extract_tb(error.__traceback__) if isinstance(error, OSError | RuntimeError) else []
     if not any("_handle_events" in frame.name for frame in frames):
@@ -133,7 +140,7 @@ async def _stop(loop: asyncio.AbstractEventLoop, channels: Channels) -> None:
 
 
 _forking: list[Background] = []
-_fork_lock = threading.Lock()  # two threads may fork at a time
+_fork_lock = threading.Lock()  # two threads may fork at the same time
 
 
 def _before_fork() -> None:
@@ -142,7 +149,7 @@ def _before_fork() -> None:
     _forking[:] = list(_backgrounds)
     used = [background.before_fork() for background in _forking]
     if any(used) and _grpc_runs():
-        # What was cancelled is let go of when its last events have come, and gRPC tells nobody when that is.
+        # gRPC ends only after the last events of cancelled calls, and has no way to wait for that.
         gc.collect()
         deadline = time.monotonic() + _quiet_seconds
         while _grpc_runs():
@@ -154,7 +161,7 @@ def _before_fork() -> None:
 
 
 def _grpc_runs() -> bool:
-    # The thread by which gRPC's asyncio layer learns of events lives as long as any channel, call or server does.
+    # gRPC's asyncio layer polls for events in a thread that lives as long as any channel, call or server.
     return any("_poll_wrapper" in thread.name for thread in threading.enumerate())
 
 

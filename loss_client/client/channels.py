@@ -1,4 +1,4 @@
-"""Channels to the servers of one client, and how a failed attempt is made again: elsewhere, later, until a deadline.
+"""Channels to the servers of one client, with retries: at another server, after a backoff, until a deadline.
 
 Everything here runs on the client's event loop.
 """
@@ -33,27 +33,27 @@ _logger = logging.getLogger(__name__)
 
 
 class Patience:
-    """How long a job may go without progress, in seconds; it begins when the first attempt does."""
+    """Deadline of a call or job that each progress extends: at most ``seconds`` may pass without progress."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.last_progress = asyncio.get_running_loop().time()
 
     def progress(self) -> None:
-        """Begin anew: something arrived."""
+        """Extend the deadline: an answer arrived."""
         self.last_progress = asyncio.get_running_loop().time()
 
     def remaining(self) -> float:
-        """Seconds left; 0 or less: none."""
+        """Seconds until the deadline; 0 or less once it has passed."""
         return self.last_progress + self.seconds - asyncio.get_running_loop().time()
 
 
 class _SuspendedError(Exception):
-    """The attempt was ended for a fork, and is to be made again."""
+    """The attempt was ended for a fork and has to be repeated."""
 
 
 class _StalledError(Exception):
-    """The attempt was ended because patience ran out."""
+    """The attempt was ended at the deadline."""
 
 
 Attempt = Callable[[Endpoint, Patience], Coroutine[Any, Any, T]]
@@ -64,7 +64,7 @@ class Channels:
 
     def __init__(self, settings: ChannelSettings) -> None:
         self._endpoints = [Endpoint(target, settings) for target in settings.targets]
-        self._next = random.randrange(len(self._endpoints))  # many clients with one list spread at once
+        self._next = random.randrange(len(self._endpoints))  # so that many clients with one list spread over it
         self._attempts: set[asyncio.Task[Any]] = set()
         self._open = asyncio.Event()
         self._open.set()
@@ -75,22 +75,22 @@ class Channels:
         """Make attempts, each at one endpoint, until one succeeds or fails for good.
 
         Args:
-            attempt: Makes one attempt. ``ConnectionLostError``, and what gRPC raises for a lost connection, ask for
-                another.
-            patience: When to give up.
-            left: What to add to the message then, such as the work that was left.
+            attempt: Makes one attempt. ``ConnectionLostError`` and gRPC's errors for a lost connection lead to another
+                attempt.
+            patience: The deadline.
+            left: Returns the end of the error message, such as the number of pairs that are left.
 
         Raises:
-            RerankerUnavailableError: Attempts failed until patience ran out.
-            RerankerTimeoutError: The last attempt got no answer and patience ran out.
-            RerankerError: What the attempt failed with.
+            RerankerUnavailableError: All attempts failed until the deadline.
+            RerankerTimeoutError: The last attempt got no answer until the deadline.
+            RerankerError: An attempt failed with an error that another attempt would meet again.
         """
         tried, last = 0, "none was made"
         while True:
             await self._open.wait()
             endpoint, delay = self._choose()
             if tried == 0 and delay > patience.remaining() / 2:
-                delay = 0.0  # others' failures do not answer for this call: it gets an attempt, and time for it
+                delay = 0.0  # earlier failures were other calls': this one makes at least one attempt
             if delay > patience.remaining():
                 raise self._unavailable(tried, patience, last, left())
             if delay > 0:
@@ -99,13 +99,13 @@ class Channels:
             tried += 1
             begun = patience.last_progress
             failure: RerankerError
-            # Nothing of an attempt may stay behind in variables or exceptions: it would keep gRPC alive over a fork.
+            # No variable or exception may keep a reference to the attempt: gRPC would still be running at a fork.
             try:
                 result = await self._make(attempt, endpoint, patience)
             except _SuspendedError:
                 continue
             except _StalledError:
-                # The next job or call had better try another one first.
+                # So that the next job or call tries another endpoint first.
                 endpoint.failed(asyncio.get_running_loop().time())
                 stalled = f"{endpoint.target} sent nothing for {patience.seconds:g} s"
                 if tried == 1 or patience.last_progress > begun:
@@ -134,34 +134,34 @@ class Channels:
         patience: Patience,
         read: Callable[[Any], T] = lambda response: response,
     ) -> T:
-        """Make a unary call, again where that may help.
+        """Make a unary call, with retries.
 
         Args:
             rpc: Picks the method of a stub.
             request: The request message.
-            patience: When to give up.
-            read: Turns the response into what is returned; may ask for another attempt by ``ConnectionLostError``.
+            patience: The deadline.
+            read: Turns the response into the result; ``ConnectionLostError`` leads to another attempt.
         """
 
         async def attempt(endpoint: Endpoint, patience: Patience) -> T:
             stub = await endpoint.stub(patience.remaining())
-            # The server is told the deadline, too: it need not score what nobody waits for.
+            # The deadline goes to the server too, which then stops scoring when the client stops waiting.
             timeout = max(patience.remaining(), 0.001)
             return read(await rpc(stub)(request, timeout=timeout, metadata=endpoint.metadata))
 
         return await self.run(attempt, patience)
 
     def warn_of_fallback(self) -> None:
-        """Say, once a client, that there are no streams."""
+        """Warn, once in the life of a client, that the server has no streams."""
         if not self._warned:
             self._warned = True
             _logger.warning(
-                "The server, or something in front of it, does not have RerankStream: scoring by RerankBatch, which is "
-                "slower and sends every text with every pair."
+                "The server, or a proxy in front of it, has no RerankStream. It is replaced by RerankBatch, which "
+                "is slower and sends every pair with its texts."
             )
 
     async def suspend(self) -> None:
-        """End all attempts and close all channels, so that nothing of gRPC is alive; ``resume`` begins them again."""
+        """End all attempts and close all channels, so that gRPC stops running; ``resume`` lets attempts be repeated."""
         self._open.clear()
         for task in self._attempts:
             task.cancel()
@@ -171,7 +171,7 @@ class Channels:
         await self.close()
 
     def resume(self) -> None:
-        """Let attempts be made again."""
+        """Allow attempts again after ``suspend``."""
         self._open.set()
 
     async def close(self) -> None:
@@ -180,12 +180,12 @@ class Channels:
             await endpoint.close()
 
     async def _make(self, attempt: Attempt[T], endpoint: Endpoint, patience: Patience) -> T:
-        """Make one attempt, as long as patience lasts.
+        """Make one attempt, and end it at the deadline.
 
         Raises:
-            _StalledError: Patience ran out; the attempt was ended.
+            _StalledError: The deadline passed.
             _SuspendedError: ``suspend`` ended the attempt.
-            Exception: What the attempt raised.
+            Exception: The attempt's own error.
         """
         task = asyncio.get_running_loop().create_task(attempt(endpoint, patience))
         self._attempts.add(task)
@@ -208,7 +208,7 @@ class Channels:
             del task  # breaks the circle of an exception, its traceback, this frame and the task
 
     def _choose(self) -> tuple[Endpoint, float]:
-        """Return the next endpoint in turn that did not just fail and 0, or the first to be ready again and seconds."""
+        """Return (endpoint, seconds until it is ready): the next in turn that is ready, or the first that will be."""
         now = asyncio.get_running_loop().time()
         count = len(self._endpoints)
         for step in range(count):
@@ -228,5 +228,5 @@ class Channels:
 
 
 def is_unimplemented(error: BaseException) -> bool:
-    """Whether the server does not have the method that was called."""
+    """Whether an error says that the server does not have the called method."""
     return isinstance(error, RerankerRequestError) and error.code is grpc.StatusCode.UNIMPLEMENTED

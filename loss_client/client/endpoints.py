@@ -1,4 +1,4 @@
-"""One server of a client: its channel, the contract that it speaks, and when it may be tried again after a failure."""
+"""Endpoint: one target of a client with its channel, its check of the contract, and its backoff after failures."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ if TYPE_CHECKING:
     from reranker.v1.reranker_pb2_grpc import RerankerServiceAsyncStub
 
 CONTRACT_MAJOR = 1
-# A server that is back is found again within seconds, and one that is not is not hammered.
+# Short enough to find a restarted server within seconds, long enough not to flood one that is down.
 _FIRST_BACKOFF_SECONDS = 0.1
 _LONGEST_BACKOFF_SECONDS = 5.0
 _CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
-    # The attempts are made here, where it is known what is left to send.
+    # The client retries itself, because a retry sends only chunks without an answer.
     ("grpc.enable_retries", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 5000),
-    # Servers that were not told otherwise put up with one ping in five minutes.
+    # gRPC servers by default close connections that ping more often than every five minutes.
     ("grpc.keepalive_time_ms", 330_000),
     ("grpc.keepalive_timeout_ms", 20_000),
-    # Behind one name there may be many servers; streams spread over them.
+    # One name may stand for many servers; streams spread over them.
     ("grpc.lb_policy_name", "round_robin"),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class ChannelSettings:
-    """What a client's channels have in common.
+    """Settings of all channels of a client.
 
     Attributes:
         targets: The servers, at least one.
-        metadata: Sent along with every call.
-        root_certificates: PEM bytes that TLS trusts; None for gRPC's own choice.
+        metadata: Pairs of key and value, sent with every call.
+        root_certificates: PEM bytes of the authorities that TLS trusts; None for gRPC's own.
     """
 
     targets: tuple[Target, ...]
@@ -51,24 +51,27 @@ class ChannelSettings:
 
 
 class Endpoint:
-    """One target with its channel, which is made at first use, and what is known of its health."""
+    """One target with its channel, which is made at first use, and its failures since the last success."""
 
     def __init__(self, target: Target, settings: ChannelSettings) -> None:
         self.target = target
         self.metadata = aio.Metadata(*settings.metadata)
         self.failures = 0
-        self.ready_at = 0.0  # loop time before which it is left alone
+        self.ready_at = 0.0  # loop time before which it is not tried
         self._root_certificates = settings.root_certificates
         self._channel: aio.Channel | None = None
         self._stub: RerankerServiceAsyncStub | None = None
         self._checked = False
 
     async def stub(self, timeout: float) -> RerankerServiceAsyncStub:
-        """Return the stub, once per connection after asking the server which contract it speaks.
+        """Return the stub; at the first use of a connection, check the server's contract before.
+
+        Args:
+            timeout: Most seconds of the check.
 
         Raises:
-            IncompatibleServerError: It speaks another one.
-            grpc.aio.AioRpcError: It did not answer.
+            IncompatibleServerError: The server has another major version of the contract, or no reranker service.
+            grpc.aio.AioRpcError: The server did not answer.
         """
         if self._channel is None:
             if self.target.secure:
@@ -78,7 +81,7 @@ class Endpoint:
                 self._channel = aio.insecure_channel(self.target.address, options=_CHANNEL_OPTIONS)
             self._stub = reranker_pb2_grpc.RerankerServiceStub(self._channel)
         stub = self._stub
-        assert stub is not None  # made with the channel
+        assert stub is not None  # made together with the channel
         if not self._checked:
             await self._check(stub, timeout)
             self._checked = True
@@ -99,19 +102,23 @@ class Endpoint:
             )
 
     def succeeded(self) -> None:
-        """Note that it answered."""
+        """Reset the backoff after an answer."""
         self.failures = 0
         self.ready_at = 0.0
 
     def failed(self, now: float) -> None:
-        """Leave it alone for a while: exponential backoff with full jitter."""
+        """Set the time of the next attempt: exponential backoff with full jitter.
+
+        Args:
+            now: The loop's time.
+        """
         longest = min(_LONGEST_BACKOFF_SECONDS, _FIRST_BACKOFF_SECONDS * 2**self.failures)
         self.failures = min(self.failures + 1, 16)
         self.ready_at = now + random.uniform(0, longest)
-        self._checked = False  # what comes back may be another version
+        self._checked = False  # a restarted server may have another version
 
     async def close(self) -> None:
-        """Close the channel, if there is one; the next call makes another."""
+        """Close the channel, if there is one; the next use makes another."""
         channel, self._channel, self._stub = self._channel, None, None
         if channel is not None:
             await channel.close()

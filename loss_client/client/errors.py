@@ -1,4 +1,4 @@
-"""What can go wrong between a client and a reranker, as exceptions, and how gRPC's errors become them."""
+"""Errors of the client, and the translation of gRPC's errors into them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from grpc import aio
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _DETAILS_KEY = "grpc-status-details-bin"
-# A broken connection is mostly UNAVAILABLE; resets by peers and proxies arrive as one of these, told by their text.
+# A broken connection is mostly UNAVAILABLE. Resets by peers and proxies have one of these codes; only the message
+# distinguishes them from other errors.
 _RESET_CODES = frozenset({grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED})
 _RESET_MARKS = (
     "rst_stream",
@@ -20,7 +21,7 @@ _RESET_MARKS = (
     "socket closed",
     "connection reset",
     "broken pipe",
-    # What gRPC's asyncio layer says itself where the connection went away between two of its steps.
+    # Messages of gRPC's asyncio layer for a connection that was lost between two of its own operations.
     "internal error from core",
     'failed "execute_batch"',
 )
@@ -40,24 +41,27 @@ class FieldViolation:
 
 
 class RerankerError(Exception):
-    """Base of all errors of this package's client."""
+    """Base class of the client's errors."""
 
 
 class RerankerUnavailableError(RerankerError):
-    """No server could be reached, or kept, until the deadline. Says which were tried and what was left to do."""
+    """No server could be reached, or the connection could not be kept, until the deadline.
+
+    The message names the servers that were tried and the number of pairs without a score.
+    """
 
 
 class RerankerTimeoutError(RerankerError, TimeoutError):
-    """A server was reached but did not answer in time, or scores were not there within the time a caller allowed."""
+    """A server was reached but did not answer in time, or scores did not arrive within a caller's timeout."""
 
 
 class RerankerRequestError(RerankerError):
-    """The server refused or failed a request; sending it again is of no use.
+    """The server refused a request or failed to answer it; the same request would fail again.
 
     Attributes:
         code: The gRPC status code.
         message: The server's message.
-        violations: The rules that the request broke, where the server named them.
+        violations: The rules that the request broke, if the server named them.
     """
 
     def __init__(self, code: grpc.StatusCode, message: str, violations: tuple[FieldViolation, ...] = ()) -> None:
@@ -68,20 +72,20 @@ class RerankerRequestError(RerankerError):
 
     def __str__(self) -> str:
         rules = [f"{violation.field}: {violation.description}" for violation in self.violations]
-        untold = [f"\n  {rule}" for rule in rules if rule not in self.message]
-        return f"{self.code.name}: {self.message}{''.join(untold)}"
+        missing = [f"\n  {rule}" for rule in rules if rule not in self.message]
+        return f"{self.code.name}: {self.message}{''.join(missing)}"
 
 
 class IncompatibleServerError(RerankerError):
-    """The server speaks another contract, or none."""
+    """The server has another version of the contract, or is no reranker service."""
 
 
 class ModelChangedError(RerankerError):
-    """A job that was resumed met a server with another model; the scores of two models must not be mixed."""
+    """A job was resumed at a server with another model; the scores of two models must not be mixed."""
 
 
 class ScoreError(RerankerError):
-    """A server's answer cannot be scores: wrong count, not finite, or for no question."""
+    """A server's answer holds the wrong number of scores, a score that is not finite, or scores for no request."""
 
 
 class JobCancelledError(RerankerError):
@@ -89,15 +93,15 @@ class JobCancelledError(RerankerError):
 
 
 class ClientClosedError(RerankerError):
-    """The client was closed, before the call or while it waited."""
+    """The client was closed before or during the call."""
 
 
 class ConnectionLostError(RerankerError):
-    """One attempt failed in a way that another may not. Callers of the client never see it."""
+    """One attempt failed and another may succeed. The client handles this error; its callers never get it."""
 
 
 def from_status(status: status_pb2.Status) -> RerankerError:
-    """Return the exception for a ``google.rpc.Status``; ``ConnectionLostError`` where another attempt may succeed."""
+    """Return the exception for a ``google.rpc.Status``; ``ConnectionLostError`` if another attempt may succeed."""
     code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
     if code is grpc.StatusCode.UNAVAILABLE:
         return ConnectionLostError(f"UNAVAILABLE: {status.message}")
@@ -105,7 +109,7 @@ def from_status(status: status_pb2.Status) -> RerankerError:
 
 
 def from_rpc_error(error: aio.AioRpcError, server: str) -> RerankerError:
-    """Return the exception for a failed call to ``server``; ``ConnectionLostError`` where another try may succeed."""
+    """Return the exception for a failed call to ``server``; ``ConnectionLostError`` if another attempt may succeed."""
     code, message = error.code(), error.details() or ""
     reset = code in _RESET_CODES and any(mark in message.lower() for mark in _RESET_MARKS)
     if code is grpc.StatusCode.UNAVAILABLE or reset:
@@ -117,7 +121,7 @@ def from_rpc_error(error: aio.AioRpcError, server: str) -> RerankerError:
             try:
                 return RerankerRequestError(code, message, _violations(status_pb2.Status.FromString(value)))
             except DecodeError:
-                break  # the code and the message still say what is known
+                break  # the code and the message are left
     return RerankerRequestError(code, message)
 
 

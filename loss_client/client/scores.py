@@ -1,4 +1,4 @@
-"""Scores that are still arriving: a matrix whose rows can be read as soon as they are complete."""
+"""ScoreMatrix: scores that are still arriving, readable row by row as soon as a row is complete."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from loss_client.client.errors import JobCancelledError, RerankerError, Reranker
 from reranker.v1 import reranker_pb2
 
 ScoreType = Literal["probability", "raw"]
-"""How scores are expressed: a number in [0, 1], or the model's own (a logit; for a bi-encoder the cosine)."""
+"""Scale of the scores: probabilities in [0, 1], or the model's own numbers (logits; for a bi-encoder cosines)."""
 
 Positions = slice | Sequence[int] | NDArray[np.integer[Any]]
 
-# Scores of one block of rows: rows are given back in blocks, so that a matrix need never be in memory as a whole.
+# Scores of one block of rows. Blocks are allocated and freed one by one, so a whole matrix need not be in memory.
 _BLOCK_SCORES = 1 << 16
-# Rows that are looked at together for the first one that is not complete.
+# Rows that are checked together when looking for the first incomplete one.
 _LOOK_AHEAD = 1 << 12
 
 
 @dataclass(slots=True)
 class ScoreUsage:
-    """What a job's scores have cost so far. Pairs are counted after equal ones were made one.
+    """Counts of a job's pairs and tokens so far. Equal pairs count once.
 
     Attributes:
         pairs: Pairs whose scores have arrived.
         cached_pairs: Of these, pairs whose score the server had in its cache.
-        remembered_pairs: Of these, pairs whose score the client had from an earlier job; the server was not asked.
-        shared_pairs: Of these, pairs that shared the score of an identical pair in the server.
-        truncated_pairs: Of these, pairs with a text that was cut to fit the length limit.
-        tokens: Tokens given to the model.
-        reconnects: Streams that were lost and begun again.
+        remembered_pairs: Of these, pairs whose score the client remembered from an earlier job.
+        shared_pairs: Of these, pairs that got the score of an identical pair that the server was scoring.
+        truncated_pairs: Of these, pairs that were truncated to the length limit.
+        tokens: Tokens that the model read.
+        reconnects: Streams that broke and were replaced by another.
     """
 
     pairs: int = 0
@@ -49,7 +49,7 @@ class ScoreUsage:
     reconnects: int = 0
 
     def add(self, usage: reranker_pb2.Usage) -> None:
-        """Add what one reply has cost."""
+        """Add the counts of one reply."""
         self.pairs += usage.pairs
         self.cached_pairs += usage.cached_pairs
         self.shared_pairs += usage.shared_pairs
@@ -60,20 +60,20 @@ class ScoreUsage:
 class ScoreMatrix:
     """A matrix of scores, shape ``(Q, D)``, float32, that another thread fills block by block.
 
-    Readers block until the rows that they ask for are complete, and no longer. Any number of threads may read. Rows
-    that nobody needs any more can be given back with ``release``.
+    Readers block only until the rows that they ask for are complete. Any number of threads may read. ``release`` frees
+    the memory of rows that will not be read again.
 
     Args:
         shape: ``(Q, D)``: queries, documents.
-        row_ids: For each of the Q rows the stored row that holds its scores, where several rows share one.
-            Default: every row is its own.
+        row_ids: For each of the Q rows the stored row that holds its scores; rows may share a stored row.
+            Default: the stored row of the same number.
         column_ids: The same for the D columns.
-        on_cancel: Called once by ``cancel`` while scores are missing.
+        on_cancel: Called by ``cancel`` if scores are missing, once.
 
     Attributes:
         shape: ``(Q, D)``.
-        seconds_waited: Seconds that callers were blocked, summed over all of them.
-        usage: What the scores have cost so far.
+        seconds_waited: Seconds that readers were blocked, summed over all readers.
+        usage: Counts of the scores that have arrived.
     """
 
     def __init__(
@@ -94,8 +94,8 @@ class ScoreMatrix:
         self._columns = columns
         self._height = max(1, _BLOCK_SCORES // max(columns, 1))  # rows of a block
         self._blocks: dict[int, NDArray[np.float32]] = {}  # by number; made when the first score of one arrives
-        self._held = np.ones(rows, dtype=np.bool_)  # stored rows that have not been released
-        self._missing = np.full(rows, columns, dtype=np.int64)  # scores that each stored row waits for
+        self._held = np.ones(rows, dtype=np.bool_)  # whether each stored row is still readable: not released
+        self._missing = np.full(rows, columns, dtype=np.int64)  # number of scores that each stored row lacks
         self._rows_missing = rows if columns else 0
         self._error: BaseException | None = None
         self._on_cancel = on_cancel
@@ -103,12 +103,12 @@ class ScoreMatrix:
         self._process = os.getpid()
 
     def rows(self, begin: int, end: int, timeout: float | None = None) -> NDArray[np.float32]:
-        """Return rows ``begin`` to ``end`` (excluded), shape ``(end - begin, D)``, as soon as they are complete.
+        """Wait until rows ``begin`` to ``end`` (excluded) are complete; return them, shape ``(end - begin, D)``.
 
         Args:
             begin: First row.
             end: One past the last row.
-            timeout: Most seconds to wait. Default: as long as the job lasts.
+            timeout: Most seconds to wait. Default: until the job ends.
 
         Raises:
             IndexError: There are no such rows.
@@ -118,10 +118,10 @@ class ScoreMatrix:
         if not 0 <= begin <= end <= self.shape[0]:
             raise IndexError(f"rows {begin} to {end} of a matrix with {self.shape[0]} rows")
         stored = np.arange(begin, end) if self._row_ids is None else self._row_ids[begin:end]
-        complete = 0  # of the stored rows, from the first on
+        complete = 0  # number of stored rows, from the first one on, that are known to be complete
 
         def all_complete() -> bool:
-            # Asked after every reply: what was complete once is not looked at again.
+            # Runs after every reply, so rows found complete are not checked again.
             nonlocal complete
             while complete < len(stored):
                 missing = self._missing[stored[complete : complete + _LOOK_AHEAD]] != 0
@@ -139,7 +139,7 @@ class ScoreMatrix:
         return block if self._column_ids is None else block[:, self._column_ids]
 
     def release(self, begin: int, end: int) -> None:
-        """Give back rows that nobody will read again, and with them those that share their scores.
+        """Free the memory of rows that will not be read again, and of the rows that share their scores.
 
         Args:
             begin: First row.
@@ -158,21 +158,21 @@ class ScoreMatrix:
 
     @property
     def error(self) -> BaseException | None:
-        """Why the missing scores will not arrive; ``None`` while they may, or if none is missing."""
+        """The error that ended the job; ``None`` while it runs and once it is complete."""
         return self._error
 
     def done(self) -> bool:
-        """Whether nothing more will arrive: all scores are there, or the job failed or was cancelled."""
+        """Whether the job has ended: all scores have arrived, or it failed or was cancelled."""
         return self._rows_missing == 0 or self._error is not None
 
     def cancel(self) -> None:
-        """Stop the job, on the server too. Rows that are complete stay readable. No effect once it is done."""
+        """Stop the job, on the server too. Complete rows stay readable. No effect on a job that has ended."""
         ended = self.fail(JobCancelledError("the job was cancelled before these scores arrived"))
         if ended and self._on_cancel and os.getpid() == self._process:
             self._on_cancel()
 
     def put(self, rows: Positions, columns: slice, block: NDArray[np.float32]) -> None:
-        """Fill in scores that have arrived.
+        """Store scores that have arrived.
 
         Args:
             rows: Stored rows, a slice with both ends or distinct positions.
@@ -180,7 +180,7 @@ class ScoreMatrix:
             block: The scores, shape ``(rows, columns)``.
 
         Raises:
-            ValueError: The block has another shape, or some score was there already.
+            ValueError: The block has another shape, or a score has arrived before.
         """
         positions = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else np.asarray(rows)
         with self._changed:
@@ -188,7 +188,7 @@ class ScoreMatrix:
                 return
             if block.shape != (len(positions), columns.stop - columns.start):
                 wanted = (len(positions), columns.stop - columns.start)
-                raise ValueError(f"a block of shape {block.shape} for scores of shape {wanted}")
+                raise ValueError(f"the block has shape {block.shape}; it has to have {wanted}")
             for number, lines in self._by_block(positions):
                 if number not in self._blocks:
                     height = min(self._height, len(self._missing) - number * self._height)
@@ -198,13 +198,13 @@ class ScoreMatrix:
             self._missing[positions] = missing
             fewest = missing.min(initial=1)
             if fewest < 0:
-                raise ValueError("a block holds scores that were there already")
+                raise ValueError("the block holds scores that have arrived before")
             if fewest == 0:
                 self._rows_missing -= len(missing) - int(np.count_nonzero(missing))
                 self._changed.notify_all()
 
     def _read(self, positions: NDArray[np.int64]) -> NDArray[np.float32]:
-        """A copy of stored rows that are complete: callers may write into what they get."""
+        """Copy complete stored rows, because callers may write into the array that they get."""
         found = np.empty((len(positions), self._columns), dtype=np.float32)
         if found.size:
             for number, lines in self._by_block(positions):
@@ -212,7 +212,7 @@ class ScoreMatrix:
         return found
 
     def _by_block(self, positions: NDArray[np.integer[Any]]) -> Iterator[tuple[int, slice | NDArray[np.bool_]]]:
-        """The numbers of the blocks that hold some rows, each with which of the rows it holds."""
+        """Yield (number of a block, selection of the positions that are in it)."""
         numbers = positions // self._height
         if (numbers == numbers[0]).all():
             yield int(numbers[0]), slice(0, len(positions))
@@ -221,7 +221,7 @@ class ScoreMatrix:
             yield number, numbers == number
 
     def fail(self, error: BaseException) -> bool:
-        """End the job: whoever waits for missing scores gets ``error``. Returns False where it had ended before."""
+        """End the job: readers of missing scores get ``error``. Returns False if the job had ended before."""
         with self._changed:
             if self.done():
                 return False
@@ -242,8 +242,10 @@ class ScoreMatrix:
 
     def _wait(self, complete: Callable[[], bool], timeout: float | None, what: str) -> None:
         if os.getpid() != self._process and not complete():
-            # The thread that would have filled it does not exist here, and its lock may be held for ever.
-            raise RerankerError(f"{what} of the scores belong to a job of the process that this one was forked from")
+            # The thread that fills the matrix does not exist in a forked child, and the lock may stay locked for ever.
+            raise RerankerError(
+                f"{what} of the scores belong to a job of the parent process; a forked child cannot read them"
+            )
         with self._changed:
             if complete():
                 return

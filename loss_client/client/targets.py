@@ -1,4 +1,4 @@
-"""Where a reranker is: the forms of address that users write, and what gRPC makes of them."""
+"""Addresses of rerankers: the forms that users may write, read into targets for gRPC."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _HOST_AND_PORT = re.compile(r"(?P<host>\[[0-9a-f:.%a-z]+\]|[^\s:/\[\]@?#,]+):(?P
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One server, or one name behind which there are several.
+    """The address of one server, or one name for several.
 
     Attributes:
-        address: What gRPC is given.
+        address: The address in gRPC's form.
         secure: Whether the connection uses TLS.
     """
 

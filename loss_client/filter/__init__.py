@@ -1,1 +1,1 @@
-"""Filter: texts of a batch and their scores in, masks out."""
+"""Filter room: the texts and scores of a training batch, and the masks that drop false negatives."""

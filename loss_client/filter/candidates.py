@@ -1,11 +1,8 @@
-"""Only the pairs that can matter: scores for the candidates that hold nearly all of the softmax's mass.
+"""CandidateStep: a batch with scores only for the candidates that hold nearly all of the softmax's mass.
 
-An unscored candidate stays a negative. For a row whose unscored candidates hold the share u of the softmax denominator
-that is left after masking, the loss is above the loss of the fully scored row by at most ``-log(1 - u)``: scoring the
-rest can at most take all of their mass out of the denominator. So each row has candidates scored, the most similar
-first, until u is at most epsilon. Masking shrinks the denominator: what sufficed before the scores came may not suffice
-after. The first round counts on no candidate being masked; the second counts on all that it asks for being masked, so
-that no third can be needed.
+``mass`` tells which candidates these are and bounds the error of the loss. Masking shrinks the denominator, so that
+candidates that sufficed before their scores arrived may not suffice afterwards. The first round assumes that none of
+its candidates will be masked. The second assumes that all of its candidates will be, so that no third is needed.
 """
 
 from __future__ import annotations
@@ -29,23 +26,24 @@ from loss_client.filter.statistics import LossStatistics
 from loss_client.filter.step import FilterStep
 
 Candidates = Literal["all", "mass"]
-"""Which pairs of a batch are scored; see ``RerankerCachedGISTEmbedLoss``."""
+"""Rule for the pairs of a batch that are scored; see ``RerankerCachedGISTEmbedLoss``."""
 
-# The logits of a row may come out a last digit different where they are computed again.
+# Logits that are computed twice, to choose candidates and for the loss, may differ by rounding.
 _ROUNDING = 1 + 1e-6
 
 
 class CandidateStep(FilterStep):
-    """See :class:`FilterStep`. Until the model has embedded the batch, only each anchor's own documents are asked for.
+    """See :class:`FilterStep`. Before the model has embedded the batch, only each anchor's own documents are scored.
 
-    Those are its positive and its negatives of the other columns, which most likely matter and come again every epoch.
+    An anchor's own documents are the positive and the negatives of its row. They are the most likely to matter, and
+    they come again every epoch.
 
     Args:
         columns: This rank's texts by column.
         epsilon: Largest share of a row's denominator that may stay without a score.
-        most: Most candidates of a row to have scored, its own documents not counted; ``None`` for no limit. What is
-            over stays unscored, and the bound does not hold.
-        ask: Begins a scoring job. Called at once for each anchor's own documents.
+        most: Most candidates of a row to have scored, beside its own documents; ``None`` for no limit. The bound does
+            not hold for rows that would need more.
+        ask: Begins a scoring job. The constructor calls it for each anchor's own documents.
     """
 
     def __init__(self, columns: Sequence[Sequence[str]], epsilon: float, most: int | None, ask: AskForPairs) -> None:
@@ -74,7 +72,7 @@ class CandidateStep(FilterStep):
         self._scores = PairScores(len(queries.texts), len(documents.texts))
         self._repeats = np.bincount(np.concatenate(self._document_ids), minlength=len(documents.texts))
         self._rows_counted = 0
-        # Candidates of each row that were chosen so far. MatryoshkaLoss has them chosen for each of its dimensions.
+        # Candidates of each row chosen so far, over all calls: MatryoshkaLoss calls ``select`` for each dimension.
         self._chosen = np.zeros(len(self._columns[0]), dtype=np.int64)
         self._own = np.arange(len(self._columns[0])) + self.rows.offset
         self._own_documents = self._document_ids[0][self._own]
@@ -107,7 +105,7 @@ class CandidateStep(FilterStep):
             self._scores = PairScores(len(self._query_texts), len(self._document_texts))
 
     def _first_wanted(self) -> list[NDArray[np.int64]]:
-        """Pairs that are needed whatever the model finds similar."""
+        """Read the scores of the anchors' own documents; return the codes of further pairs that every choice needs."""
         documents, job = len(self._document_texts), self._jobs[0]
         own = np.concatenate([self._anchor_queries * documents + ids[self._own] for ids in self._document_ids])
         codes, first = np.unique(own, return_index=True)
@@ -116,7 +114,7 @@ class CandidateStep(FilterStep):
         job.release(0, len(own))
         if not self._by_known:
             return []
-        # Whether another row's anchor finds this row's positive relevant is told by that row's threshold.
+        # Each row's threshold, which ``contrast_filter="known"`` compares other rows' positives with.
         return [self._all_anchor_queries * documents + self._document_ids[0]]
 
     def _fetch(self, codes: NDArray[np.int64]) -> None:
@@ -124,7 +122,7 @@ class CandidateStep(FilterStep):
         if not len(missing):
             return
         documents = len(self._document_texts)
-        # Only the texts that some pair names cross the wire.
+        # The job gets only the texts of missing pairs.
         queries, query_ids = np.unique(missing // documents, return_inverse=True)
         named, document_ids = np.unique(missing % documents, return_inverse=True)
         job = self._ask(
@@ -152,7 +150,7 @@ class CandidateStep(FilterStep):
         return thresholds(scores, self._settings.margin, self._settings.margin_strategy)
 
     def _state(self, begin: int, end: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Which candidates of some rows are decided, and which masked, each of shape ``(end - begin, candidates)``."""
+        """Return (decided, masked) for the candidates of some rows, each of shape ``(end - begin, candidates)``."""
         settings, documents, lines = self._settings, len(self._document_texts), np.arange(end - begin)
         own, own_documents = self._own[begin:end], self._own_documents[begin:end]
         queries = self._anchor_queries[begin:end]
@@ -188,10 +186,10 @@ class CandidateStep(FilterStep):
     def _known_between(
         self, begin: int, end: int, known: NDArray[np.bool_], relevant: NDArray[np.bool_]
     ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Whether it is known if rows are related, and whether they are, shape ``(end - begin, rows of all ranks)``."""
+        """Return (relation is known, rows are related), each of shape ``(end - begin, rows of all ranks)``."""
         documents, positives = len(self._document_texts), self._document_ids[0]
         own_documents = self._own_documents[begin:end]
-        # The other rows' anchors with these rows' positives, each against the other row's threshold.
+        # Scores of these rows' positives with the other rows' anchors, compared with the other rows' thresholds.
         back = self._scores.columns(own_documents)[self._all_anchor_queries].T  # (end - begin, rows of all ranks)
         limits = self._limits(self._all_anchor_queries * documents + positives)
         same = same_id(own_documents, positives)
@@ -200,7 +198,7 @@ class CandidateStep(FilterStep):
         return related | (known[:, positives] & back_known), related
 
     def _codes(self, begin: int, end: int, chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """The pairs whose scores decide chosen candidates, distinct, shape ``(pairs,)``."""
+        """Return the codes of the pairs whose scores decide the chosen candidates, distinct, shape ``(pairs,)``."""
         settings, documents = self._settings, len(self._document_texts)
         queries, positives = self._anchor_queries[begin:end], self._document_ids[0]
         blocks = [(queries, positives)]
@@ -225,7 +223,7 @@ class CandidateStep(FilterStep):
 
     def observe(self, begin: int, end: int, logits: Tensor) -> None:
         """See :meth:`FilterStep.observe`."""
-        # MatryoshkaLoss asks for the same rows once for each of its dimensions.
+        # MatryoshkaLoss computes the loss of the same rows once for each of its dimensions.
         if begin < self._rows_counted:
             return
         self._rows_counted = end
@@ -247,7 +245,7 @@ class CandidateStep(FilterStep):
             known = ~np.isnan(scores)
             counts.scored_anchors += rows
             counts.scored_negatives += int((known @ self._repeats).sum()) - rows
-            above_own = (scores > own_scores[:, None]) & (self._repeats > 0)  # anchors may be among the documents
+            above_own = (scores > own_scores[:, None]) & (self._repeats > 0)  # 0 repeats: an anchor
             counts.outscored_positives += int(above_own.any(axis=1).sum())
             counts.positive_scores += float(own_scores.sum(dtype=np.float64))
             counts.negative_scores += float((np.nan_to_num(scores) @ self._repeats).sum() - own_scores.sum())

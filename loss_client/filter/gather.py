@@ -1,7 +1,7 @@
-"""What the ranks of a distributed run tell each other: their texts, their embeddings, what is relevant to what.
+"""Gathering: texts, embeddings and masks of all ranks of a distributed run.
 
-Everything comes in rank order, so that row i of rank r is row ``sum(sizes[:r]) + i`` of all rows. Ranks may have
-different numbers of rows, as in the last batch of an epoch.
+Results are in rank order: row i of rank r is row ``sum(sizes[:r]) + i`` of all rows. Ranks may have different numbers
+of rows, as in the last batch of an epoch.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Whose rows are where among the rows of all ranks.
+    """Positions of each rank's rows among the rows of all ranks.
 
     Attributes:
-        sizes: Number of rows of each rank, in rank order; a single one where nothing is gathered.
+        sizes: Number of rows of each rank, in rank order; this process's alone if nothing is gathered.
         rank: Position of this process in ``sizes``.
     """
 
@@ -37,18 +37,18 @@ class Rows:
 
     @property
     def mean_size(self) -> float:
-        """Rows of a rank, on average; this rank's own number where nothing is gathered."""
+        """Mean number of rows of a rank; this rank's own number if nothing is gathered."""
         return sum(self.sizes) / len(self.sizes)
 
 
 def gather_columns(columns: Sequence[Sequence[str]]) -> tuple[list[list[str]], Rows]:
-    """The texts of all ranks.
+    """Return the texts of all ranks.
 
     Args:
         columns: This rank's columns of texts, all of one length.
 
     Returns:
-        The same columns with the texts of all ranks one after the other, and where each rank's rows are in them.
+        The same columns with the texts of all ranks one after the other, and the positions of each rank's rows.
 
     Raises:
         ValueError: The ranks have different numbers of columns.
@@ -65,18 +65,18 @@ def gather_columns(columns: Sequence[Sequence[str]]) -> tuple[list[list[str]], R
 
 
 def gather_embeddings(embeddings: Tensor, rows: Rows) -> Tensor:
-    """The embeddings of all ranks, with gradients that flow back to the rank that each row came from.
+    """Return the embeddings of all ranks; the gradient of each row flows back to the row's own rank.
 
     Args:
         embeddings: This rank's embeddings, shape ``(rows.sizes[rows.rank], dim)``.
-        rows: Where each rank's rows are.
+        rows: Positions of each rank's rows.
 
     Returns:
-        Shape ``(sum(rows.sizes), dim)``; ``embeddings`` itself where nothing is gathered.
+        Shape ``(sum(rows.sizes), dim)``; ``embeddings`` itself if nothing is gathered.
     """
     if len(rows.sizes) == 1:
         return embeddings
-    # The collective takes tensors of one shape only.
+    # all_gather needs the same shape on every rank.
     longest = max(rows.sizes)
     padded = torch.nn.functional.pad(embeddings, (0, 0, 0, longest - len(embeddings)))
     gathered: Tensor = all_gather_with_grad(padded)  # (ranks * longest, dim)
@@ -87,14 +87,14 @@ def gather_embeddings(embeddings: Tensor, rows: Rows) -> Tensor:
 
 
 def gather_flags(flags: NDArray[np.bool_], rows: Rows) -> NDArray[np.bool_]:
-    """The rows of a matrix of flags from all ranks.
+    """Return the rows of a matrix of flags from all ranks.
 
     Args:
         flags: This rank's rows, shape ``(rows.sizes[rows.rank], columns)``.
-        rows: Where each rank's rows are.
+        rows: Positions of each rank's rows.
 
     Returns:
-        Shape ``(sum(rows.sizes), columns)``; ``flags`` itself where nothing is gathered.
+        Shape ``(sum(rows.sizes), columns)``; ``flags`` itself if nothing is gathered.
     """
     if len(rows.sizes) == 1:
         return flags
@@ -103,7 +103,7 @@ def gather_flags(flags: NDArray[np.bool_], rows: Rows) -> NDArray[np.bool_]:
 
 
 def _gather_objects(value: Any) -> list[Any]:
-    """One picklable object of each rank, in rank order."""
+    """Gather one picklable object of each rank, in rank order."""
     if get_world_size() == 1:
         return [value]
     gathered: list[Any] = [None] * get_world_size()

@@ -1,4 +1,4 @@
-"""A batch of which every pair is scored: the job begins with the texts, and rows are given back once they are used."""
+"""GridStep: a batch with scores for every pair, whose rows of scores become bits and are freed once they are used."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _BLOCK_ROWS = 256
 
 
 class _Grid:
-    """Scores of queries, one a local row, with documents that may come in several parts; equal texts are one.
+    """Scores of one query for each local row with documents that are added in parts. Equal texts are scored once.
 
     Attributes:
-        jobs: One for each part.
+        jobs: One job for each part of the documents.
     """
 
     def __init__(self, queries: Sequence[str], ask: AskForGrid) -> None:
@@ -31,16 +31,16 @@ class _Grid:
         self._ask = ask
         self._queries = interned.texts
         self._query_of = interned.ids[0]  # (local rows,)
-        self._readers = np.bincount(self._query_of)  # rows that still need each query's scores
+        self._readers = np.bincount(self._query_of)  # number of rows that still need each query's scores
         self._positions: dict[str, int] = {}
 
     @property
     def documents(self) -> int:
-        """How many distinct documents there are."""
+        """Number of distinct documents."""
         return len(self._positions)
 
     def ids(self, columns: Iterable[Sequence[str]]) -> list[NDArray[np.intp]]:
-        """Return the documents' ids by column; what is new is asked for."""
+        """Return the documents' ids by column, and begin to score new documents."""
         before = len(self._positions)
         found = [
             np.array([self._positions.setdefault(text, len(self._positions)) for text in column], dtype=np.intp)
@@ -56,7 +56,7 @@ class _Grid:
         return np.concatenate([read_rows(job, self._query_of[rows]) for job in self.jobs], axis=1)
 
     def release(self, rows: NDArray[np.intp]) -> None:
-        """Give back the scores of local rows, each once, where no other row needs them."""
+        """Free the scores of local rows that no other row needs. Each row may be released once."""
         queries = self._query_of[rows]
         np.subtract.at(self._readers, queries, 1)
         done = np.unique(queries[self._readers[queries] == 0])
@@ -70,8 +70,8 @@ class GridStep(FilterStep):
 
     Args:
         columns: This rank's texts by column.
-        contrast: Which contrast terms are filtered by scores of their own: between anchors, between positives.
-        ask: Begins a scoring job. Called at once, with each distinct text once.
+        contrast: Whether pairs of anchors and pairs of positives, in this order, are filtered by scores of their own.
+        ask: Begins a scoring job. The constructor calls it with each distinct text once.
     """
 
     def __init__(self, columns: Sequence[Sequence[str]], contrast: tuple[bool, bool], ask: AskForGrid) -> None:
@@ -86,8 +86,8 @@ class GridStep(FilterStep):
             raise
 
     def _ask(self, columns: Sequence[Sequence[str]]) -> list[NDArray[np.intp]]:
-        """Have the rest of what these columns need scored; return the ids by column, anchors last if they have some."""
-        # Anchors are scored as documents of anchors in the same grid: one job, and its rows come in order.
+        """Begin to score the pairs that these columns add; return ids by column, with scored anchors last."""
+        # Anchors are documents of the same grid, so that a single job completes the rows in order.
         documents = [*columns[1:], columns[0]] if self._contrast[0] else columns[1:]
         try:
             ids = self._grid.ids(documents)
@@ -99,11 +99,11 @@ class GridStep(FilterStep):
 
     def _lay_out(self, merged: Sequence[Sequence[str]]) -> None:
         ids = self._ask(merged)
-        self._document_ids = ids[: len(merged) - 1]  # one (rows of all ranks,) a column
+        self._document_ids = ids[: len(merged) - 1]  # for each column (rows of all ranks,)
         self._anchor_columns = ids[-1]
         local, documents = len(self._columns[0]), self._grid.documents
         self._repeats = np.bincount(np.concatenate(self._document_ids), minlength=documents)
-        # One bit a score: what remains of the scores once they have been used.
+        # One bit for each score; the scores themselves are freed.
         self._decided = np.zeros(local, dtype=np.bool_)
         self._relevant = np.zeros((local, -(-documents // 8)), dtype=np.uint8)
         if self._positive_grid is not None:
@@ -111,10 +111,10 @@ class GridStep(FilterStep):
         self._related: NDArray[np.bool_] | None = None
 
     def select(self, size: int, logits: Callable[[int, int], Tensor]) -> None:
-        """Nothing is left to ask for."""
+        """Return at once: all pairs are being scored."""
 
     def observe(self, begin: int, end: int, logits: Tensor) -> None:
-        """Nothing is to be learned from logits."""
+        """Return at once: no statistic depends on the logits."""
 
     def mask(self, begin: int, end: int) -> NDArray[np.bool_]:
         """See :meth:`FilterStep.mask`."""
@@ -139,7 +139,7 @@ class GridStep(FilterStep):
         return np.concatenate([blocks[0], *contrast, *blocks[1:]], axis=1)
 
     def _decide(self, begin: int, end: int) -> None:
-        """Turn the scores of rows into bits, once, and give the scores back."""
+        """Turn the scores of rows into bits, if that has not been done, and free the scores."""
         rows = np.arange(begin, end)[~self._decided[begin:end]]
         if not len(rows):
             return
@@ -150,7 +150,7 @@ class GridStep(FilterStep):
                 relevant |= self._compare(rows, positives)
             except RerankerError as error:
                 self._failed(error)
-        # A document with the positive's text is the same document here: masked whatever the margin.
+        # Documents with the positive's text have the positive's id, and are masked whatever the margin is.
         relevant[lines, positives] = True
         self._relevant[rows] = np.packbits(relevant, axis=1)
         self._decided[rows] = True
@@ -158,7 +158,12 @@ class GridStep(FilterStep):
         self._counts.masked_negatives += int((relevant @ self._repeats).sum()) - len(rows)
 
     def _compare(self, rows: NDArray[np.intp], positives: NDArray[np.intp]) -> NDArray[np.bool_]:
-        """Which documents score above each row's threshold; ``positives`` holds the rows' own."""
+        """Return which documents score above each row's threshold.
+
+        Args:
+            rows: Local rows.
+            positives: The id of each row's own positive.
+        """
         settings, counts, lines = self._settings, self._counts, np.arange(len(rows))
         scores = self._grid.read(rows)  # (rows, distinct documents)
         own_scores = scores[lines, positives]
@@ -178,10 +183,10 @@ class GridStep(FilterStep):
         return relevant
 
     def _related_rows(self) -> NDArray[np.bool_]:
-        """Which rows of all ranks are about the same thing, shape ``(rows of all ranks, rows of all ranks)``.
+        """Return which rows of all ranks are related, shape ``(rows of all ranks, rows of all ranks)``.
 
-        Whether rows i and j are related depends on the scores of both, so this needs the whole anchor-positive block:
-        with contrast terms that are filtered by what is known, the loss waits for all rows before it uses the first.
+        Whether rows i and j are related depends on the scores of both. So with a contrast term and
+        ``contrast_filter="known"`` the loss waits for the scores of all rows before it uses the first.
         """
         if self._related is None:
             local, positives = len(self._decided), self._document_ids[0]
@@ -195,12 +200,12 @@ class GridStep(FilterStep):
 
 
 def _unpacked(bits: NDArray[np.uint8], count: int) -> NDArray[np.bool_]:
-    """Flags of shape ``(rows, count)`` from packed ones."""
+    """Unpack bits into flags of shape ``(rows, count)``."""
     return np.unpackbits(bits, axis=1, count=count).view(np.bool_)
 
 
 def _runs(positions: NDArray[np.intp]) -> list[tuple[int, int]]:
-    """Ranges, begin to end (excluded), that cover sorted, distinct positions."""
+    """Return ranges, begin to end (excluded), that together are the given sorted, distinct positions."""
     if not len(positions):
         return []
     runs = np.split(positions, np.flatnonzero(np.diff(positions) > 1) + 1)
@@ -208,6 +213,6 @@ def _runs(positions: NDArray[np.intp]) -> list[tuple[int, int]]:
 
 
 def read_rows(job: ScoreRows, wanted: NDArray[np.intp]) -> NDArray[np.float32]:
-    """Rows of a job in any order, repetitions allowed, waiting for no others; shape ``(wanted, documents)``."""
+    """Wait for some rows of a job, in any order and possibly repeated; shape ``(len(wanted), documents)``."""
     distinct, positions = np.unique(wanted, return_inverse=True)
     return np.concatenate([job.rows(begin, end) for begin, end in _runs(distinct)])[positions]

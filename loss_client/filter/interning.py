@@ -1,4 +1,4 @@
-"""Interning: each distinct text of several columns once, with an id."""
+"""Interning: one id for each distinct text of several columns."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class Interned:
-    """Columns of texts with each distinct text once.
+    """Columns of texts as ids of the distinct texts.
 
     Attributes:
         texts: The distinct texts in order of first appearance.
-        ids: For each column the position of each of its texts in ``texts``, shape ``(rows of the column,)``.
+        ids: For each column the positions of its texts in ``texts``, shape ``(rows of the column,)``.
     """
 
     texts: list[str]
@@ -23,9 +23,9 @@ class Interned:
 
 
 def intern(columns: Sequence[Sequence[str]]) -> Interned:
-    """Give each distinct text of all columns together one id.
+    """Give each distinct text of all columns together one id, in order of first appearance.
 
-    Order of first appearance matters: rows of scores are then needed in about the order in which they were asked for.
+    The order matters: the loss then reads rows of scores in about the order in which they are scored.
     """
     position: dict[str, int] = {}
     ids = [

@@ -1,4 +1,4 @@
-"""Scoring jobs as the filter sees them: the methods that it needs of a client, and of the scores of a job."""
+"""Scoring jobs as the filter uses them: protocols of the client, of its methods, and of a job's scores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loss_client.client.scores import ScoreType, ScoreUsage
 
 
 class ScoreRows(Protocol):
-    """Scores whose rows become readable as they arrive."""
+    """Scores of one job, whose rows become readable as they arrive; ``ScoreMatrix`` is one."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -24,25 +24,25 @@ class ScoreRows(Protocol):
 
     @property
     def usage(self) -> ScoreUsage:
-        """What the scores have cost so far."""
+        """Counts of the scores that have arrived."""
 
     @property
     def error(self) -> BaseException | None:
-        """Why scores that are missing will not arrive; ``None`` while they may, or if none is missing."""
+        """The error that ended the job; ``None`` while it runs and once it is complete."""
 
     def rows(self, begin: int, end: int) -> NDArray[np.float32]:
-        """Wait for rows ``begin`` to ``end`` and return them, shape ``(end - begin, columns)``."""
+        """Wait for rows ``begin`` to ``end`` (excluded) and return them, shape ``(end - begin, columns)``."""
 
     def release(self, begin: int, end: int) -> None:
-        """Give back rows that nobody will read again."""
+        """Free the memory of rows that will not be read again."""
 
     def cancel(self) -> None:
-        """Give up what has not arrived; without effect on a job that is done."""
+        """Stop the job. No effect on a job that has ended."""
 
 
 @runtime_checkable
 class ScoringClient(Protocol):
-    """What the loss needs of a client; ``RerankerClient`` is one."""
+    """A client that scores grids and lists of pairs; ``RerankerClient`` is one."""
 
     def stream_grid(
         self,
@@ -71,18 +71,18 @@ class ScoringClient(Protocol):
         timeout: float | None,
         recurring: bool,
     ) -> ScoreRows:
-        """Begin to score some pairs, given by positions, each a row of one column; returns at once."""
+        """Begin to score pairs, given by the positions of their texts, a row of one column each; returns at once."""
 
 
 class AskForGrid(Protocol):
-    """Begins to score every query with every document; returns at once."""
+    """``stream_grid`` of a client, with all options already given."""
 
     def __call__(self, queries: Sequence[str], documents: Sequence[str]) -> ScoreRows:
-        """Begin one job."""
+        """Begin to score every query with every document; returns at once."""
 
 
 class AskForPairs(Protocol):
-    """Begins to score pairs, given by positions of their query and document; returns at once."""
+    """``stream_pairs`` of a client, with all options but ``recurring`` already given."""
 
     def __call__(
         self,
@@ -93,4 +93,7 @@ class AskForPairs(Protocol):
         *,
         recurring: bool,
     ) -> ScoreRows:
-        """Begin one job, of pairs that will recur in later epochs or not."""
+        """Begin to score pairs, given by the positions of their texts; returns at once.
+
+        ``recurring``: whether the pairs will come again in later epochs.
+        """

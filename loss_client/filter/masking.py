@@ -1,8 +1,8 @@
-"""Which candidates are false negatives: thresholds and masks from scores, as pure functions of arrays.
+"""Masking: pure functions from scores to thresholds and masks of false negatives.
 
-A negative is dropped where the reranker finds it more relevant to the anchor than the anchor's own positive, less a
-margin. This is the filter of GISTEmbed (https://huggingface.co/papers/2402.16829), with the two margin strategies of
-sentence-transformers' ``CachedGISTEmbedLoss``.
+A negative is dropped if its score is above the score of the anchor's own positive, less a margin. This is the filter of
+GISTEmbed (https://huggingface.co/papers/2402.16829), with the two margin strategies of sentence-transformers'
+``CachedGISTEmbedLoss``.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from numpy.typing import NDArray
 from loss_client.client.errors import ScoreError
 
 MarginStrategy = Literal["absolute", "relative"]
-"""How a margin is applied; see :func:`thresholds`."""
+"""Formula of the threshold; see :func:`thresholds`."""
 
 
 def thresholds(positive_scores: NDArray[np.float32], margin: float, strategy: MarginStrategy) -> NDArray[np.float32]:
-    """The score above which a negative is dropped, for each anchor.
+    """Return for each anchor the score above which a negative is dropped.
 
-    ``"absolute"``: ``s - margin``. ``"relative"``: ``s - |s| * margin``; the absolute value keeps the threshold below
-    the positive's score where that is negative. Computed in float32, as sentence-transformers does.
+    ``"absolute"``: ``s - margin``. ``"relative"``: ``s - |s| * margin``; the absolute value
+    keeps the threshold below a positive's score that is negative. Computed in float32, as sentence-transformers does.
 
     Args:
         positive_scores: The score of each anchor with its own positive, shape ``(rows,)``.
         margin: The margin.
-        strategy: How it is applied.
+        strategy: ``"absolute"`` or ``"relative"``.
 
     Returns:
         The thresholds, shape ``(rows,)``.
@@ -37,7 +37,7 @@ def thresholds(positive_scores: NDArray[np.float32], margin: float, strategy: Ma
 
 
 def above(scores: NDArray[np.float32], limits: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Where a score is above its row's threshold; a score equal to it is not.
+    """Return where a score is above its row's threshold; a score equal to the threshold is not.
 
     Args:
         scores: Shape ``(rows, documents)``.
@@ -49,7 +49,7 @@ def above(scores: NDArray[np.float32], limits: NDArray[np.float32]) -> NDArray[n
     Raises:
         ScoreError: A score is NaN or infinite.
     """
-    # Every comparison with NaN is false: it would silently keep its negative.
+    # Comparisons with NaN are false: a NaN score would keep its negative without an error.
     finite = np.isfinite(scores)
     if not finite.all():
         row, document = np.argwhere(~finite)[0]
@@ -62,7 +62,7 @@ def above(scores: NDArray[np.float32], limits: NDArray[np.float32]) -> NDArray[n
 
 
 def same_id(rows: NDArray[np.intp], columns: NDArray[np.intp]) -> NDArray[np.bool_]:
-    """Where two texts are equal, given ids that are equal exactly where the texts are.
+    """Return where the text of a row equals the text of a column, from ids that are equal if and only if the texts are.
 
     Args:
         rows: Shape ``(rows,)``.
@@ -75,14 +75,14 @@ def same_id(rows: NDArray[np.intp], columns: NDArray[np.intp]) -> NDArray[np.boo
 
 
 def related(relevant: NDArray[np.bool_], anchor_ids: NDArray[np.intp]) -> NDArray[np.bool_]:
-    """Which rows of a batch are known to be about the same thing.
+    """Return which rows of a batch are related, that is, known to be about the same thing.
 
     Rows i and j are related if the positive of i is relevant to anchor j, or that of j to anchor i, or if both have
     the same anchor text, or if i is j.
 
     Args:
         relevant: Whether positive j is relevant to anchor i, shape ``(batch, batch)``.
-        anchor_ids: Equal exactly where anchor texts are, shape ``(batch,)``.
+        anchor_ids: Ids that are equal if and only if the anchors' texts are, shape ``(batch,)``.
 
     Returns:
         A symmetric matrix with a true diagonal, shape ``(batch, batch)``.

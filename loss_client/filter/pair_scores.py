@@ -1,4 +1,4 @@
-"""PairScores: a sparse matrix of scores, of which some pairs have one."""
+"""PairScores: scores of some pairs of a grid, stored as a sorted list."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from numpy.typing import NDArray
 
 
 class PairScores:
-    """Scores of some pairs of a grid, sorted by query; as a pair's code counts ``query * documents + document``."""
+    """Scores of some pairs of a grid.
+
+    A pair's code is ``query * documents + document``.
+
+    Args:
+        queries: Number of queries of the grid.
+        documents: Number of documents of the grid.
+    """
 
     def __init__(self, queries: int, documents: int) -> None:
         self._queries = queries
@@ -19,17 +26,17 @@ class PairScores:
         return len(self._codes)
 
     def add(self, codes: NDArray[np.int64], scores: NDArray[np.float32]) -> None:
-        """Take in scores of pairs that are not there yet."""
+        """Add scores of pairs that have none yet; codes and scores have the shape ``(pairs,)``."""
         codes = np.concatenate([self._codes, codes])
         order = np.argsort(codes)
         self._codes, self._scores = codes[order], np.concatenate([self._scores, scores])[order]
 
     def missing(self, codes: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Those of some codes, sorted and distinct, that have no score."""
+        """Return the codes without a score, sorted and distinct."""
         return np.setdiff1d(codes, self._codes)
 
     def rows(self, queries: NDArray[np.intp]) -> NDArray[np.float32]:
-        """The scores of some queries, NaN where there is none, shape ``(queries, documents)``."""
+        """Return the scores of some queries, NaN where there is none, shape ``(len(queries), documents)``."""
         found = np.full((len(queries), self._documents), np.nan, dtype=np.float32)
         begins = np.searchsorted(self._codes, queries * self._documents)
         ends = np.searchsorted(self._codes, (queries + 1) * self._documents)
@@ -38,7 +45,7 @@ class PairScores:
         return found
 
     def columns(self, documents: NDArray[np.intp]) -> NDArray[np.float32]:
-        """The scores of some documents with every query, NaN where there is none, shape ``(queries, documents)``."""
+        """Return the scores of some documents, NaN where there is none, shape ``(queries, len(documents))``."""
         distinct, place = np.unique(documents, return_inverse=True)
         position = np.full(self._documents, -1, dtype=np.int64)
         position[distinct] = np.arange(len(distinct))
@@ -48,7 +55,7 @@ class PairScores:
         return found[:, place.reshape(-1)]
 
     def pairs(self, codes: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The scores of single pairs, NaN where there is none, shape of ``codes``."""
+        """Return the scores of single pairs, NaN where there is none, in the shape of ``codes``."""
         if not len(self._codes):
             return np.full(codes.shape, np.nan, dtype=np.float32)
         at = np.minimum(np.searchsorted(self._codes, codes), len(self._codes) - 1)

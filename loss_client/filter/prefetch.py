@@ -1,8 +1,9 @@
-"""A batch's scoring job on its way from the collator to the loss.
+"""Ticket: a batch's scoring job on its way from the data collator to the loss.
 
-The collator runs one batch ahead of training, so a job that begins there has a whole step to finish. What travels in
-the batch is a ticket. It holds the job in the process that trains; between processes only texts travel, and the job
-begins where the batch arrives. A ticket that is dropped, as training ends or skips the batch, cancels its job.
+The collator runs one batch ahead of training, so a job that begins there has a whole step to finish. The batch carries
+a ticket, which holds the job. A loader worker is another process and cannot hand a job over: its ticket carries only
+the texts, and the job begins when the ticket arrives in the process that trains. A ticket that is dropped, because
+training ends or skips the batch, cancels its job.
 """
 
 from __future__ import annotations
@@ -18,36 +19,36 @@ from torch.utils.data import get_worker_info
 from loss_client.filter.step import FilterStep
 
 TICKET = "reranker_ticket"
-"""Key of the first column's features under which the data collator puts the batch's ticket."""
+"""Key in the first column's features for the batch's ticket."""
 
 
 class BeginsSteps(Protocol):
-    """Begins the scoring of batches; the data collator is one."""
+    """An object that begins the scoring of batches; the data collator is one."""
 
     def begin(
         self, columns: Sequence[Sequence[str]], dataset: str | None, instruction: str | None
     ) -> FilterStep | None:
-        """Begin to score a batch of a dataset; ``None`` if there is nothing to begin before the loss runs."""
+        """Begin to score a batch of a dataset; ``None`` if the loss begins the scoring itself."""
 
 
 _sources: WeakValueDictionary[str, BeginsSteps] = WeakValueDictionary()
 
 
 def register(source: BeginsSteps) -> str:
-    """Let tickets that arrive from other processes find who begins their jobs here; returns its name."""
+    """Return a name under which tickets from other processes find ``source`` in this process."""
     name = uuid.uuid4().hex
     _sources[name] = source
     return name
 
 
 class Ticket:
-    """One batch: its instruction, and its job if that has begun.
+    """A batch's instruction, and its job if that has begun.
 
     Args:
-        source: Name of who begins its job, as registered.
+        source: Name of the object that begins the job, as ``register`` returned it.
         columns: The texts by column.
-        dataset: Name of the dataset that the batch is from, where there are several.
-        instruction: What the reranker is told for this batch; ``None`` leaves it to the loss.
+        dataset: Name of the batch's dataset, if there are several.
+        instruction: The instruction for this batch; ``None`` for the loss's own.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Ticket:
         self._columns = columns
         self._dataset = dataset
         self._step: FilterStep | None = None
-        # A loader's worker cannot hand on a job: it begins where the batch arrives.
+        # A loader worker cannot hand its job over to the process that trains.
         begins = None if get_worker_info() is not None else _sources.get(source)
         if begins is not None:
             self._step = begins.begin(columns, dataset, instruction)
@@ -67,7 +68,7 @@ class Ticket:
             self._finalizer.atexit = False
 
     def take(self) -> FilterStep | None:
-        """Hand over the job, whose owner the caller becomes; ``None`` if there is none, or it was taken."""
+        """Return the job, which the caller now has to cancel if unused; ``None`` if there is none, or it was taken."""
         step, self._step = self._step, None
         if step is not None:
             self._finalizer.detach()

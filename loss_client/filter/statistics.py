@@ -1,4 +1,4 @@
-"""LossStatistics: counts of the filter's work."""
+"""LossStatistics: counts of the anchors, negatives, pairs and scores that the filter handled."""
 
 from __future__ import annotations
 
@@ -7,30 +7,31 @@ from dataclasses import dataclass, fields
 
 @dataclass(slots=True)
 class LossStatistics:
-    """What the filter did, summed over the loss's forward passes (evaluation included) since the last ``reset``.
+    """Counts of the filter, summed over the loss's forward passes (evaluation included) since the last ``reset``.
 
     Attributes:
         steps: Forward passes.
-        unfiltered_steps: Of these, those whose scores could not be had, with ``on_error="unfiltered"``.
+        unfiltered_steps: Of these, passes whose scores did not arrive, with ``on_error="unfiltered"``.
         anchors: Anchors.
-        scored_anchors: Of these, those whose scores came.
-        outscored_positives: Of these, those with a document of another text that scored above their own positive.
-        negatives: Documents that stood as negatives of an anchor before the filter: for each anchor all documents of
-            the batch but its own positive. Pairs of two anchors or two positives are not counted.
-        masked_negatives: Of these, how many the filter dropped.
-        scored_negatives: Of these, how many had a score.
+        scored_anchors: Of these, anchors whose scores arrived.
+        outscored_positives: Of these, anchors for which a document with another text than the positive's scored above
+            the positive.
+        negatives: Negatives of all anchors before the filter: for each anchor all documents of the batch but its own
+            positive. Pairs of two anchors or two positives are not counted.
+        masked_negatives: Of these, negatives that the filter dropped.
+        scored_negatives: Of ``negatives``, those with a score.
         pairs: Pairs of distinct texts whose score was asked for.
-        cached_pairs: Of these, how many the server had in its cache.
-        remembered_pairs: Of these, how many the client had from before.
-        skipped_pairs: Pairs of distinct texts that were left out, with ``candidates="mass"``.
-        rounds: How often scores were asked for.
-        reconnects: Streams that were lost and begun again.
+        cached_pairs: Of these, pairs whose score the server had in its cache.
+        remembered_pairs: Of these, pairs whose score the client remembered.
+        skipped_pairs: Pairs of distinct texts whose score was not asked for, with ``candidates="mass"``.
+        rounds: Scoring jobs.
+        reconnects: Streams that broke and were replaced by another.
         seconds_waited: Seconds that the loss waited for scores.
         positive_scores: Sum of the scores of the scored anchors' positives.
-        negative_scores: Sum of the scores of the negatives that had one.
-        unscored_share: Sum over the scored anchors of the share of the softmax denominator, after masking, that had no
-            score.
-        capped_anchors: Anchors whose share is above ``epsilon``, because of ``max_candidates``.
+        negative_scores: Sum of the scores of the scored negatives.
+        unscored_share: Sum over the scored anchors of the share of the softmax denominator, after masking, that
+            candidates without a score hold.
+        capped_anchors: Anchors with such a share above ``epsilon``, because of ``max_candidates``.
     """
 
     steps: int = 0
@@ -59,7 +60,7 @@ class LossStatistics:
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
     def since(self, earlier: LossStatistics) -> LossStatistics:
-        """What came on top of ``earlier``."""
+        """Return these counts less those of ``earlier``."""
         return LossStatistics(
             **{field.name: getattr(self, field.name) - getattr(earlier, field.name) for field in fields(self)}
         )

@@ -1,7 +1,7 @@
-"""What every way of filtering a batch has in common: whose texts are where, what was asked, what came of it.
+"""FilterStep: the scores and masks of one batch, whichever way its candidates are chosen.
 
-A step is begun before the model embeds anything, often a whole batch ahead, and travels through the gradient cache as
-its ``labels``, so that no part of it lives on the loss: several forward passes may be under way at a time.
+A step begins before the model embeds its batch, often a whole batch ahead, and travels through the gradient cache as
+``labels``. The loss keeps no reference to it, so that several forward passes may be in progress at a time.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from loss_client.filter.masking import MarginStrategy
 from loss_client.filter.statistics import LossStatistics
 
 ContrastFilter = Literal["known", "scores"]
-"""What decides which pairs of anchors, and of positives, are no negatives; see ``RerankerCachedGISTEmbedLoss``."""
+"""Source of the filter for pairs of anchors and pairs of positives; see ``RerankerCachedGISTEmbedLoss``."""
 
 OnError = Literal["raise", "unfiltered"]
-"""What becomes of a step whose scores cannot be had; see ``RerankerCachedGISTEmbedLoss``."""
+"""Reaction to missing scores: fail, or train without the filter; see ``RerankerCachedGISTEmbedLoss``."""
 
 
 @dataclass(frozen=True, slots=True)
 class FilterSettings:
-    """How scores become masks; see ``RerankerCachedGISTEmbedLoss`` for the meaning of each."""
+    """Settings by which scores become masks; see ``RerankerCachedGISTEmbedLoss`` for the meaning of each."""
 
     margin_strategy: MarginStrategy
     margin: float
@@ -43,19 +43,19 @@ class FilterSettings:
 
 
 class FilterStep(ABC):
-    """One batch: the scores that were asked for, and the masks that follow from them.
+    """The scores of one batch, and the masks that follow from them.
 
-    It is begun with this rank's own texts, which needs no other rank, and settled when the loss begins to work on the
-    batch; only then may masks be asked for.
+    The constructor begins to score this rank's own texts, which needs no other rank. The loss calls ``settle`` when it
+    begins to work on the batch, and only then ``select``, ``mask`` and ``observe``.
 
     Args:
         columns: This rank's texts by column, anchors first, then positives, then any number of negatives; all of one
             length.
 
     Attributes:
-        rows: Whose rows are where among the rows of all ranks; once settled.
-        source: What it was begun with, by which its owner knows whether it is still of use.
-        error: Why there are no scores, with ``on_error="unfiltered"``.
+        rows: Position of this rank's rows among the rows of all ranks; set by ``settle``.
+        source: Settings that the step was begun with; the loss uses the step only while they are its own.
+        error: The error that ended the scoring, with ``on_error="unfiltered"``.
     """
 
     rows: Rows
@@ -68,7 +68,7 @@ class FilterStep(ABC):
         self._jobs: list[ScoreRows] = []
 
     def settle(self, settings: FilterSettings) -> None:
-        """Learn what the loss wants now, and the texts of the other ranks; begin to score what that adds.
+        """Take the loss's present settings and the other ranks' texts, and begin to score the pairs that they add.
 
         Raises:
             ValueError: The ranks have different numbers of columns.
@@ -83,40 +83,40 @@ class FilterStep(ABC):
 
     @abstractmethod
     def _lay_out(self, merged: Sequence[Sequence[str]]) -> None:
-        """Take in the texts of all ranks, by column."""
+        """Take the texts of all ranks, by column."""
 
     @abstractmethod
     def select(self, size: int, logits: Callable[[int, int], Tensor]) -> None:
-        """Ask for the scores that matter, given what the model finds similar; may wait.
+        """Ask for the scores that the model's similarities make necessary; may wait for some of them.
 
         Args:
-            size: How many rows to compute the logits of at a time.
-            logits: Gives the logits of the local rows from begin to end, shape ``(end - begin, candidates)``.
+            size: Number of rows whose logits are computed at a time.
+            logits: Returns the logits of the local rows from begin to end, shape ``(end - begin, candidates)``.
         """
 
     @abstractmethod
     def mask(self, begin: int, end: int) -> NDArray[np.bool_]:
-        """Which candidates of some anchors are no negatives of theirs; waits for the scores that decide it.
+        """Wait for the scores of some anchors and return the mask of their candidates: True where one is dropped.
 
         Args:
             begin: First local row.
             end: The local row after the last.
 
         Returns:
-            Shape ``(end - begin, candidates)``. Candidates in the order of the loss's logits: all positives, all
-            anchors (with ``contrast_anchors``), all positives again as seen from the anchor's positive (with
+            Shape ``(end - begin, candidates)``. Candidates are in the order of the loss's logits: all positives, all
+            anchors (with ``contrast_anchors``), all positives again as negatives of the anchor's positive (with
             ``contrast_positives``), then each column of negatives. An anchor's own positive is never masked.
 
         Raises:
-            RerankerError: The scores could not be had, or one is NaN or infinite; with ``on_error="raise"``.
+            RerankerError: Scores did not arrive, or one is NaN or infinite; with ``on_error="raise"``.
         """
 
     @abstractmethod
     def observe(self, begin: int, end: int, logits: Tensor) -> None:
-        """Take note of the logits that the loss of some rows was made of, shape ``(end - begin, candidates)``."""
+        """Count the logits of some rows in the statistics, shape ``(end - begin, candidates)``."""
 
     def statistics(self) -> LossStatistics:
-        """What this step did so far."""
+        """Return the counts of this step so far."""
         counts, usages = self._counts, [job.usage for job in self._jobs]
         counts.unfiltered_steps = int(self.error is not None)
         counts.rounds = len(self._jobs)
@@ -128,17 +128,17 @@ class FilterStep(ABC):
         return counts
 
     def failed(self) -> bool:
-        """Whether something that was asked for will not arrive."""
+        """Whether a job failed or was cancelled."""
         return any(job.error is not None for job in self._jobs)
 
     def cancel(self) -> None:
-        """Give up the scores that have not arrived."""
+        """Cancel the jobs whose scores have not arrived."""
         for job in self._jobs:
             job.cancel()
 
     def _failed(self, error: RerankerError) -> None:
-        """Go on without scores, or raise."""
-        # No later step would fare better with a server that speaks another contract.
+        """Raise the error, or continue without scores."""
+        # A server with another contract would fail every later step as well.
         if self._settings.on_error == "raise" or isinstance(error, IncompatibleServerError):
             raise error
         self.error = error

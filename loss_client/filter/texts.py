@@ -1,4 +1,4 @@
-"""The texts of a training batch: taken from the features, and each distinct one kept once."""
+"""TextReader: takes the texts of a batch out of its features, or decodes them from token ids."""
 
 from __future__ import annotations
 
@@ -63,21 +63,21 @@ class TextReader:
 
 
 def decode(features: dict[str, Any], tokenizer: Any) -> list[str]:
-    """Turn one column's token ids back into texts, as well as that can be done.
+    """Decode one column's token ids into texts.
 
-    What the tokenizer dropped (letter case, accents, runs of spaces), what was cut off, and where a prompt ends cannot
-    be known from the ids.
+    The texts lack what the tokenizer dropped (letter case, accents, runs of spaces) and what was truncated, and they
+    include the prompt.
 
     Args:
         features: The column's features with ``input_ids``: padded, shape ``(batch, length)``, or flattened, shape
             ``(1, tokens)`` with sequence boundaries ``cu_seq_lens_q`` of shape ``(batch + 1,)``.
-        tokenizer: The tokenizer that made them.
+        tokenizer: The tokenizer that made the ids.
 
     Returns:
         One text for each sequence, without special tokens.
 
     Raises:
-        ValueError: There are no token ids, or no tokenizer.
+        ValueError: There are no token ids, or there is no tokenizer.
     """
     ids = features.get("input_ids")
     if not isinstance(ids, torch.Tensor) or tokenizer is None:
@@ -95,11 +95,11 @@ def decode(features: dict[str, Any], tokenizer: Any) -> list[str]:
 
 
 def tokenizer_of(model: Any, task: str | None) -> Any:
-    """The tokenizer that a (possibly wrapped) SentenceTransformer uses for inputs of one task, or ``None``.
+    """Return the tokenizer that a (possibly wrapped) SentenceTransformer uses for one task, or ``None``.
 
     Args:
-        model: A SentenceTransformer, as it is or inside of DistributedDataParallel or ``torch.compile``'s module.
-        task: The route of a Router model that the input takes; ``None`` without a Router.
+        model: A SentenceTransformer, unwrapped or in DistributedDataParallel or ``torch.compile``'s module.
+        task: The input's route in a model with a Router; ``None`` without a Router.
     """
     while (inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None)) is not None:
         model = inner
