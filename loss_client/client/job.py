@@ -67,7 +67,7 @@ class Job:
 
 
 def pair_grid(queries: Sequence[str], documents: Sequence[str]) -> Pairs:
-    """Pair every query with every document; equal texts are one.
+    """Pair every query with every document; equal texts are scored once.
 
     Raises:
         TypeError: An argument is a single string, or holds something else than strings.
@@ -80,7 +80,7 @@ def pair_grid(queries: Sequence[str], documents: Sequence[str]) -> Pairs:
 
 
 def pair_list(queries: Sequence[str], documents: Sequence[str], query_ids: Ids, document_ids: Ids) -> Pairs:
-    """Pair queries and documents by their positions; equal pairs are one, and pairs of one query are neighbours.
+    """Pair queries and documents by position; equal pairs are scored once, and pairs of one query are neighbours.
 
     Raises:
         IndexError: A position is out of range.
@@ -94,7 +94,7 @@ def pair_list(queries: Sequence[str], documents: Sequence[str], query_ids: Ids, 
         raise ValueError(f"{len(query_texts)} query_ids and {len(document_texts)} document_ids: each pair needs both")
     texts = max(len(table.texts), 1)
     codes, row_ids = distinct(query_texts * texts + document_texts)
-    # Servers score pairs in the order in which they come: neighbours with one query share the model's prefix cache.
+    # Neighbours with one query reach the model together and share its prefix cache.
     order = _grouped(codes // texts)
     codes = codes[order]
     if row_ids is None:
@@ -112,6 +112,6 @@ def _positions(name: str, ids: Ids, count: int) -> NDArray[np.int64]:
 
 
 def _grouped(values: NDArray[np.int64]) -> NDArray[np.intp]:
-    """An order that puts equal values next to each other, in order of first appearance."""
+    """Return an order that puts equal values next to each other, in order of first appearance."""
     _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
     return np.argsort(first[inverse.reshape(-1)], kind="stable")

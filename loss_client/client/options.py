@@ -8,7 +8,7 @@ from loss_client.client.scores import ScoreType
 from reranker.v1 import reranker_pb2 as pb
 
 Priority = Literal["bulk", "interactive"]
-"""Which work a server prefers when it has more than it can do at once: ``"interactive"`` overtakes ``"bulk"``."""
+"""Urgency of a job or call: ``"interactive"`` overtakes ``"bulk"`` if a server has more work than it can do at once."""
 
 _SCORE_TYPES = {"probability": pb.SCORE_TYPE_PROBABILITY, "raw": pb.SCORE_TYPE_RAW}
 _PRIORITIES = {"bulk": pb.PRIORITY_BULK, "interactive": pb.PRIORITY_INTERACTIVE}

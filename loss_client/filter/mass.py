@@ -68,7 +68,7 @@ def _masses(logits: Tensor, decided: Tensor, masked: Tensor) -> tuple[Tensor, Te
     """
     if logits.device.type == "mps":  # MPS has no float64
         logits, decided, masked = logits.cpu(), decided.cpu(), masked.cpu()
-    # float64, because the weights that masking leaves may be too small for float32 beside the largest weight.
+    # float64, because scores may mask the largest weights, and those that are left may be too small for float32.
     exact = logits.double().masked_fill(masked, -torch.inf)
     weights = torch.exp(exact - exact.amax(dim=1, keepdim=True))
     return weights.masked_fill(~decided, 0).sum(dim=1, keepdim=True), weights.masked_fill(decided, 0)
