@@ -67,10 +67,11 @@ quality: $(STUBS) ## Measure whether the filter makes better models; about an ho
 test: $(STUBS) ## Run the tests, two files at a time (ARGS="..." for pytest, such as "-n 0 -x -k stream")
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-lint: $(STUBS) ## Check style and types: ruff, mypy, buf
+lint: $(STUBS) ## Check style, types and imports between rooms: ruff, mypy, import-linter, buf
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	mkdir -p build/buf/google/rpc
 	cp "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/google/rpc/status.proto" build/buf/google/rpc/
 	$(BIN)/buf lint
