@@ -169,19 +169,25 @@ class RerankerServicer:
         self, requests: AsyncIterator[pb.RerankStreamRequest | _Malformed], context: Context
     ) -> AsyncIterator[pb.RerankStreamResponse]:
         with self._metrics.call("RerankStream") as call:
-            # A generator that gRPC abandons during a write learns of it only after its span has ended.
             _judge(call, context, grpc.StatusCode.CANCELLED)
             try:
                 scorer, validator = self._ready()
                 session = StreamSession(scorer, validator, self._info.fingerprint, self._metrics)
                 async for reply in session.replies(_well_formed(request) async for request in requests):
-                    yield reply
+                    # A cancelled write ends this handler at once. gRPC writes what a handler yields, and leaves the
+                    # handler and the span around it to the garbage collector where that write is cancelled.
+                    await context.write(reply)
                 # The requests of a cancelled call end like those of a half-closed one, up to a few milliseconds before
                 # gRPC cancels this task. gRPC finishes another read only after it has reported the cancellation.
                 await context.read()
                 _judge(call, context, grpc.StatusCode.OK)
+            except aio.InternalError:  # a reply cannot be sent
+                raise
             except Exception as error:
                 await _abort(call, context, as_rerank_error(error))
+        # OpenTelemetry's interceptor takes a handler of streams for an asynchronous generator.
+        if False:
+            yield
 
     def _ready(self) -> tuple[Scorer, Validator]:
         if self._scorer is None or self._validator is None:
