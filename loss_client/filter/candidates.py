@@ -114,7 +114,7 @@ class CandidateStep(FilterStep):
         job.release(0, len(own))
         if not self._by_known:
             return []
-        # Each row's threshold, which ``contrast_filter="known"`` compares other rows' positives with.
+        # ``contrast_filter="known"`` compares other rows' positives with each row's threshold: these scores give it.
         return [self._all_anchor_queries * documents + self._document_ids[0]]
 
     def _fetch(self, codes: NDArray[np.int64]) -> None:

@@ -113,7 +113,7 @@ class FilterStep(ABC):
 
     @abstractmethod
     def observe(self, begin: int, end: int, logits: Tensor) -> None:
-        """Count the logits of some rows in the statistics, shape ``(end - begin, candidates)``."""
+        """Add to the statistics of some rows, from their logits of shape ``(end - begin, candidates)``."""
 
     def statistics(self) -> LossStatistics:
         """Return the counts of this step so far."""
