@@ -1,4 +1,4 @@
-"""Command line of the server: settings in, a running server, an exit status out."""
+"""Command line of the server: reads the settings, runs the server, and exits with its status."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .settings import Settings
 
 
 def configure_logs(settings: Settings) -> None:
-    """Log to stderr, one line an event, as the settings say."""
+    """Log to stderr, one line for each event, with the level and the format of the settings."""
     renderer: structlog.typing.Processor = (
         structlog.processors.JSONRenderer()
         if settings.log_format == "json"
@@ -29,13 +29,13 @@ def configure_logs(settings: Settings) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[settings.log_level.upper()]),
-        # A line in one piece: vLLM's processes write to the same pipe.
+        # It writes each line with one call: vLLM's processes write to the same pipe.
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
     )
 
 
 def main() -> None:
-    """Run the server; exits 0 after an orderly end, 2 on wrong settings, 1 on everything else that ends it."""
+    """Run the server; exits 0 after SIGTERM or SIGINT, 2 for wrong settings, 1 for every other failure."""
     try:
         settings = CliApp.run(Settings)
     except ValidationError as error:
@@ -47,11 +47,11 @@ def main() -> None:
         print(f"reranker-service: {error}", file=sys.stderr)
         sys.exit(2)
     configure_logs(settings)
-    # Imported late: wrong settings and --help need no torch.
+    # Imported here, so that --help and wrong settings do not wait for the server's imports.
     from .server import serve
 
     status = asyncio.run(serve(settings))
-    # Nobody needs to search what torch and vLLM leave behind for garbage: the process ends two seconds earlier.
+    # Spares the garbage collection at exit, which would search all objects of torch and vLLM for two seconds.
     gc.freeze()
     sys.exit(status)
 

@@ -1,8 +1,9 @@
-"""Server: the life of one process: listen, load, warm up, serve, drain.
+"""Server: runs one process from start-up to shutdown: listen, load, warm up, serve, drain.
 
 The port is taken first, so that a port in use is an error at once, and so that probes get an answer (NOT_SERVING) while
-the model loads. Health turns SERVING after a first real score. SIGTERM, SIGINT or the engine's death turns it back;
-calls in flight get the grace period, the engine is ended, and the exit status tells an orderly end from a failure.
+the model loads. Health turns SERVING after a first real score, and NOT_SERVING again on SIGTERM, on SIGINT or when the
+engine dies. Calls in flight then get the grace period, the engine is closed, and the process exits: 0 after a signal, 1
+after a failure.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ async def serve(settings: Settings) -> int:
         with watching as observing:
             return await _serve(settings, stop, observing)
     except ObserverError as error:
-        log.error("cannot be observed", reason=str(error))
+        log.error("cannot start metrics or tracing", reason=str(error))
         return 1
 
 
@@ -94,7 +95,7 @@ async def _serve(settings: Settings, stop: asyncio.Event, observing: Observers) 
         if settings.cache_dir is not None:
             # An unusable directory is an error before the model is loaded.
             DiskCache(settings.cache_dir, settings.cache_dir_bytes, "").close()
-        # In a thread, because downloads and imports take long, and probes must be answered meanwhile.
+        # In a thread, because downloads and imports take long, and health probes must be answered meanwhile.
         prepared = await _unless(stop, asyncio.to_thread(load, settings))
         if prepared is None:
             return status
@@ -139,7 +140,7 @@ def _make_server(settings: Settings, observing: Observers) -> aio.Server:
         options=[
             ("grpc.max_receive_message_length", size),
             ("grpc.max_send_message_length", size),
-            # Two servers on one port would each get some of the calls.
+            # With it a second server could listen on the same port, and each would get some of the calls.
             ("grpc.so_reuseport", 0),
             # Clients may ping an idle connection every 10 seconds to find out whether the server is alive.
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
@@ -153,7 +154,7 @@ def _make_server(settings: Settings, observing: Observers) -> aio.Server:
 
 
 async def _start(loaded: Loaded) -> None:
-    """Start the engine and score one pair, so that SERVING means that the engine answers."""
+    """Start the engine and score one pair: SERVING promises that the engine answers."""
     spec, engine = loaded.spec, loaded.engine
     log.info("loading", model=spec.name, kind=spec.kind, engine=engine.name)
     await engine.start()
@@ -209,7 +210,7 @@ async def _open(settings: Settings, loaded: Loaded, servicer: RerankerServicer, 
 
 
 async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> asyncio.Task[T] | None:
-    """Do ``work`` unless told to stop first; returns the finished task, or ``None``."""
+    """Run ``work`` until it ends or ``stop`` is set. Returns the finished task, or ``None`` after a stop."""
     working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
     await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
@@ -233,5 +234,5 @@ async def _set_health(checks: health.aio.HealthServicer, status: int) -> None:
 
 
 def _bracketed(host: str) -> str:
-    """An address as it stands before a port: IPv6 addresses need brackets."""
+    """Put an IPv6 address in brackets, as it needs them before a port."""
     return f"[{host}]" if ":" in host else host

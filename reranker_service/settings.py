@@ -1,4 +1,4 @@
-"""Every setting of the server: a flag, an environment variable ``RERANKER_*``, a type, a default."""
+"""Settings of the server. Each field is a flag and an environment variable ``RERANKER_*``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Settings(BaseSettings):
     """Serve a reranker over gRPC.
 
     Every flag is also an environment variable: --max-length is RERANKER_MAX_LENGTH, --limits.max-text-bytes is
-    RERANKER_LIMITS__MAX_TEXT_BYTES. A flag wins over a variable.
+    RERANKER_LIMITS__MAX_TEXT_BYTES. A flag overrides its variable.
     """
 
     model_config = SettingsConfigDict(
@@ -31,45 +31,69 @@ class Settings(BaseSettings):
 
     model: str | None = Field(
         None,
-        description="directory or hub name of the model; without it, the all-MiniLM-L6-v2 weights that are installed",
+        description="model to serve: a directory, or a hub name owner/model; if not given, the installed weights of "
+        "all-MiniLM-L6-v2",
     )
     kind: Literal["cross-encoder", "causal-reranker", "bi-encoder"] | None = Field(
-        None, description="what sort of model it is; found from its files where not given"
+        None, description="kind of the model; if not given, the model's own files decide"
     )
     engine: Literal["auto", "torch", "vllm"] = Field(
-        "auto", description="what computes scores; auto: vllm where it is installed, else torch"
+        "auto", description="engine that computes the scores; auto: vllm if it is installed, otherwise torch"
     )
-    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
-    port: int = Field(50051, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 listens on every interface")
+    port: int = Field(50051, ge=0, le=65535, description="port to listen on; 0 picks a free port")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="number format of the computation; auto: float32 on a CPU, 16 bits on a GPU"
     )
-    device: str = Field("auto", description="torch engine: cpu, cuda, cuda:1, ...; auto: a GPU where there is one")
-    threads: int | None = Field(None, ge=1, description="torch engine: CPU threads; all cores where not given")
+    device: str = Field(
+        "auto", description="torch engine only: device, such as cpu, cuda or cuda:1; auto: the GPU if there is one"
+    )
+    threads: int | None = Field(
+        None, ge=1, description="torch engine only: CPU threads of one operation; if not given, torch decides"
+    )
     max_length: int | None = Field(
-        None, ge=1, description="length limit in tokens where a request sets none; the model's own where not given"
+        None,
+        ge=1,
+        description="length limit, in tokens, of requests that set none; if not given, the limit that the model's own "
+        "files set",
     )
     engine_args: dict[str, Any] = Field(
-        default_factory=dict, description='vllm engine: arguments passed through, as JSON: {"max_model_len": 2048}'
+        default_factory=dict,
+        description="vllm engine only: arguments for vLLM's AsyncEngineArgs, as JSON, such as "
+        '{"max_model_len": 2048}; they override the choices of the server',
     )
     metrics_port: int | None = Field(
         None,
         ge=0,
         le=65535,
-        description="port for Prometheus, on the same host; 0 picks a free one; off where not given",
+        description="port, on the same host, that serves metrics for Prometheus; 0 picks a free port; if not given, "
+        "there are no metrics",
     )
     tracing: bool = Field(
-        False, description="record a span for every call, with OpenTelemetry; OTEL_* variables say where spans go"
+        False,
+        description="record an OpenTelemetry span for every call; the OTEL_* variables say where the spans are sent",
     )
-    cache_bytes: int = Field(256 << 20, ge=0, description="memory for scores already known, in bytes; 0 keeps none")
+    cache_bytes: int = Field(
+        256 << 20, ge=0, description="size of the cache of scores in memory, in bytes; 0 turns this cache off"
+    )
     cache_dir: Path | None = Field(
-        None, description="directory for scores that outlive the server; may be shared by servers of one machine"
+        None,
+        description="directory of a cache of scores on disk, which outlives the server and may be shared by the "
+        "servers of one machine; if not given, there is none",
     )
-    cache_dir_bytes: int = Field(16 << 30, ge=1 << 20, description="most that cache-dir may grow to, in bytes")
-    grace: float = Field(30.0, ge=0, description="seconds that calls in flight are given to finish at the end")
+    cache_dir_bytes: int = Field(
+        16 << 30,
+        ge=1 << 20,
+        description="largest size of the cache on disk, in bytes; a full cache takes no new scores",
+    )
+    grace: float = Field(
+        30.0, ge=0, description="seconds that calls in flight may take to finish after SIGTERM or SIGINT"
+    )
     max_calls: int = Field(
-        4096, ge=1, description="calls under way at a time; one more is refused with RESOURCE_EXHAUSTED"
+        4096, ge=1, description="most calls in flight; a further call is refused with RESOURCE_EXHAUSTED"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged, at least")
-    log_format: Literal["logfmt", "json"] = Field("logfmt", description="form of a log line")
-    limits: Limits = Field(default_factory=Limits, description="what requests may ask for")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="lowest level of events that are logged"
+    )
+    log_format: Literal["logfmt", "json"] = Field("logfmt", description="format of a log line")
+    limits: Limits = Field(default_factory=Limits, description="limits of requests and streams, which clients see")

@@ -201,7 +201,7 @@ def test_a_prompt_that_pooling_leaves_out_is_refused(tmp_path: Path) -> None:
         ("nowhere", "neither a directory nor"),
         ("some/where/else", "neither a directory nor"),
         # The tests forbid to ask a hub.
-        ("owner/model", "no directory here, and fetching it from the hub failed"),
+        ("owner/model", "is no directory, and its download from the hub failed"),
     ],
 )
 def test_models_that_are_not_there(name: str, message: str) -> None:

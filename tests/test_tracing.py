@@ -39,7 +39,7 @@ def test_a_server_without_the_package_says_so_and_ends(
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['opentelemetry.instrumentation'] = None\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     with ServerProcess("--model", str(cross_encoder), "--engine", "torch", "--tracing", ready=False) as server:
-        line = server.wait_for("cannot be observed")
+        line = server.wait_for("cannot start metrics or tracing")
         assert server.wait() == 1
     assert "--tracing" in line
     assert "pip install 'reranker-grpc[tracing]'" in line

@@ -1,4 +1,4 @@
-"""Engines: token sequences in, one number or one vector a sequence out.
+"""Engines: compute one number or one vector for each token sequence.
 
 `base` is the protocol, `torch_engine` and `vllm_engine` implement it.
 """

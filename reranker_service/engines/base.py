@@ -1,7 +1,6 @@
-"""Protocol of an engine: token sequences in, one number or one vector a sequence out.
+"""Engine: the protocol of a program that computes one number or one vector for each token sequence.
 
-An engine knows nothing of texts, templates, caches or clients, and does not decide which sequences come first: the
-scheduler does.
+An engine does not know texts, templates, caches or clients. The scheduler decides which sequences come first.
 """
 
 from __future__ import annotations
@@ -61,8 +60,8 @@ class Engine(Protocol):
         """Compute the model's number for each sequence.
 
         Args:
-            sequences: The inputs. Reading one may make it, so an engine reads each one once.
-            urgent: Whether to compute them before others that wait inside; no effect on an engine that cannot.
+            sequences: The inputs; read each one once, because reading it may make it.
+            urgent: Whether they overtake sequences that wait inside the engine; ignored if ``overtakes`` is false.
 
         Returns:
             Raw scores, shape ``(len(sequences),)``, or for a bi-encoder unit-norm embeddings, shape
@@ -71,7 +70,7 @@ class Engine(Protocol):
         Raises:
             EngineDeadError: The engine is gone.
 
-        A cancelled call ends the work that has not begun, and as much of the rest as the engine can end.
+        Cancelling the call withdraws work that has not begun, and ends as much of the running work as the engine can.
         """
 
     async def wait_dead(self) -> EngineDeadError:

@@ -1,7 +1,7 @@
-"""Engine for laptops, tests and small servers: transformers in this process, on one worker thread.
+"""Torch engine, for laptops, tests and small servers: transformers in this process, on one worker thread.
 
-One call of ``run`` is one padded batch; the scheduler composes batches of sequences of like length. Batches wait in the
-worker thread's queue, and a call that is cancelled before its batch begins takes it out.
+One call of ``run`` is one padded batch; the scheduler composes batches of sequences of similar length. Batches wait in
+the worker thread's queue. Cancelling a call before its batch begins removes the batch from the queue.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class TorchEngine:
         if not sequences:
             return np.empty(0, dtype=np.float32)
         try:
-            # Cancelling the call takes a batch that has not begun out of the worker's queue.
+            # Cancelling this future removes a batch that has not begun from the worker's queue.
             values = await asyncio.get_running_loop().run_in_executor(self._worker, self._forward, list(sequences))
         except EngineDeadError:
             self._died.set()
@@ -130,7 +130,7 @@ class TorchEngine:
 
     def _load(self) -> None:
         if self._threads is not None:
-            # Holds for the thread that calls it: the worker.
+            # It takes effect only in the thread that calls it: the worker.
             torch.set_num_threads(self._threads)
         spec = self._spec
         loader: Any = AutoModelForSequenceClassification
@@ -149,7 +149,10 @@ class TorchEngine:
         missing = sorted(key for key in report["missing_keys"] if spec.kind != "bi-encoder" or "pooler." not in key)
         if missing or report["mismatched_keys"]:
             wrong = missing or sorted(str(key) for key in report["mismatched_keys"])
-            raise UnsupportedModelError(f"{spec.name}: the weights lack or misfit {', '.join(wrong[:5])}")
+            raise UnsupportedModelError(
+                f"{spec.name}: its weights do not fit its configuration: {', '.join(wrong[:5])} "
+                f"{'missing' if missing else 'of another shape'}"
+            )
         self._padding = model.config.pad_token_id or 0
         if spec.answers is not None:
             yes, no = (model.get_output_embeddings().weight[answer].float() for answer in spec.answers)

@@ -1,4 +1,4 @@
-"""Arguments and environment with which vLLM runs a model, chosen by the model's kind and this machine."""
+"""Arguments and environment variables of vLLM, chosen for a kind of model and this machine."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def set_environment() -> None:
     # No usage reports; logs go where the other logs go.
     os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    # A forked process would have gRPC's listening socket and half of its threads.
+    # A forked process would inherit gRPC's listening socket, and gRPC's state without its threads.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
 
 
@@ -57,9 +57,10 @@ def bind_cores() -> None:
     """Give vLLM's threads every core of a small machine; for CPUs."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) <= _FEW_CORES:
-        # The default keeps a core back, which costs half of two.
+        # vLLM's default leaves one core free: half of the speed of a machine with two.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
-        # The scheduler and this process then have no core of their own: threads that wait must not spin on it.
+        # vLLM's scheduler and this process then share cores with the threads that compute: a thread that waits must
+        # not spin.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
@@ -73,7 +74,7 @@ def engine_arguments(spec: ModelSpec, dtype: str, on_cpu: bool) -> dict[str, Any
     """
     from vllm.config import PoolerConfig
 
-    # Without this vLLM takes sentence-transformers' limit for the model's own.
+    # Otherwise vLLM takes sentence-transformers' length limit for the most that the model can take.
     overrides: dict[str, Any] = {"model_max_length": spec.max_length}
     if spec.answers is not None:
         overrides |= {
@@ -96,13 +97,14 @@ def engine_arguments(spec: ModelSpec, dtype: str, on_cpu: bool) -> dict[str, Any
     if spec.pooling is not None:
         arguments["pooler_config"] = PoolerConfig(pooling_type=_POOLINGS[spec.pooling])
     if on_cpu:
-        # Compiling takes longer than it saves on a CPU.
+        # On a CPU, compiling takes longer than it saves.
         arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": _kv_cache_bytes(spec)}
         if spec.kind == "causal-reranker":
-            # Only whole blocks are shared; the CPU's default of 128 tokens wastes most of a prefix.
+            # The prefix cache shares whole blocks only; the CPU's default of 128 tokens wastes most of a prefix.
             arguments["block_size"] = 32
         elif _weights(spec) < _SMALL_WEIGHTS:
-            # The fixed cost of a step dominates, so fewer, larger steps are faster. Larger models lose by it.
+            # The fixed cost of a step dominates in small models, so that fewer, larger steps are faster. Larger models
+            # get slower.
             arguments["max_num_batched_tokens"] = max(_LARGE_STEP_TOKENS, spec.max_length)
     return arguments
 

@@ -1,6 +1,6 @@
-"""Engine for production: vLLM's AsyncLLM, fed with token ids; vLLM batches and caches prefixes.
+"""vLLM engine, for production: gives token ids to vLLM's AsyncLLM, which batches them and caches prefixes.
 
-vLLM runs the model in processes of its own. ``close`` ends them, also while they are still loading.
+vLLM runs the model in processes of its own. ``close`` ends them, even if they are still loading.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class VllmEngine:
         assert self._engine is not None
         config = self._engine.vllm_config
         self.dtype = str(config.model_config.dtype).removeprefix("torch.")
-        # Twice as many as vLLM runs at a time, so that it never waits for the next ones.
+        # Twice as many as vLLM runs at a time, so that it never runs out of work.
         self.max_in_flight = 2 * config.scheduler_config.max_num_seqs
         self.max_batch = min(self.max_batch, config.scheduler_config.max_num_seqs)
         self.step_tokens = config.scheduler_config.max_num_batched_tokens
@@ -147,7 +147,7 @@ class VllmEngine:
             await asyncio.Event().wait()
 
     async def close(self) -> None:
-        """End vLLM's processes, also those of a start that is still under way."""
+        """End vLLM's processes, even if ``start`` is still running."""
         self._closed.set()
         loading, self._loading = self._loading, None
         if loading is None:
@@ -161,7 +161,7 @@ class VllmEngine:
         engine, self._engine = self._engine, None
         if engine is not None:
             if engine.output_handler is not None:
-                # Otherwise the handler reports this shutdown as a failure.
+                # Otherwise vLLM's output handler reports this shutdown as a failure.
                 engine.output_handler.cancel()
             await asyncio.to_thread(engine.shutdown, _SHUTDOWN_SECONDS)
         # The engine is part of reference cycles. Its destructor fails noisily at the interpreter's exit.
@@ -204,7 +204,8 @@ class VllmEngine:
             bind_cores()
         self.versions = library_versions()
         arguments = AsyncEngineArgs(**{**engine_arguments(self._spec, self.dtype, on_cpu), **self._engine_args})
-        # The only reference: a future that held the engine as well would keep close() from collecting it.
+        # The only reference to the engine: if this function returned it as well, its future would keep close() from
+        # collecting it.
         self._engine = AsyncLLM.from_engine_args(arguments)
 
 

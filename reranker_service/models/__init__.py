@@ -1,7 +1,8 @@
-"""Models: what a model is, read from its own files, and how texts become its input.
+"""Models: the description of a model, read from its own files, and the making of its input from texts.
 
-This room knows no other room of the server. `spec` and `reading` describe a model, `hub` finds its files, `fingerprint`
-names everything that its scores depend on. `tokens`, `tokenizer` and one layout a kind of model make token sequences.
+This room knows no other room of the server. `spec` and `reading` describe a model, `hub` finds its files, and
+`fingerprint` hashes everything that its scores depend on. `tokens` and `tokenizer` turn texts into token ids; each kind
+of model has a layout that makes inputs of them.
 """
 
 from .fingerprint import fingerprint

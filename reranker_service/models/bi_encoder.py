@@ -33,7 +33,8 @@ class BiEncoderLayout:
         self._special = len(self._before) + len(self._after)
         if not self._special:
             raise UnsupportedModelError(
-                f"{spec.name}: its tokenizer adds no special token, so an empty text is no input"
+                f"{spec.name}: its tokenizer adds no special token, so an empty text would be an empty input; "
+                "a tokenizer that adds one is needed"
             )
         self._tokenizer = tokenizer
         self._query_prompt, self._document_prompt = spec.query_prompt, spec.document_prompt

@@ -1,7 +1,7 @@
 """Layout of causal rerankers: the template of Qwen3-Reranker around instruction, query and document.
 
-The template puts ":" and a space before query and document. Byte-level tokenizers never let a token span the colon and
-the space, so the text from each space on can be tokenized by itself. A tokenizer that does otherwise is refused.
+The template puts ":" and a space before query and document. Byte-level tokenizers never make one token of the colon and
+the space, so that the text from each space on can be tokenized by itself. Other tokenizers are refused.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ _AWKWARD = (*_SPACES, *_SPACED, *_SIGNS, *_COMBINING, *_TEMPLATE)
 class CausalLayout:
     """Implements ``PairLayout``.
 
-    The document is truncated at its end, as the model card does. Only where the query leaves no room for a document is
-    the query truncated at its end as well; "<Document>:" stays.
+    The document is truncated at its end, as the model card does. The query is truncated at its end only if it leaves no
+    room for a document; "<Document>:" is kept.
     """
 
     default_instruction = templates.DEFAULT_INSTRUCTION
@@ -58,7 +58,7 @@ class CausalLayout:
         """Tokenize the template.
 
         Raises:
-            UnsupportedModelError: The tokenizer lets tokens span the colon before a text.
+            UnsupportedModelError: The tokenizer makes one token of the colon and the text after it.
         """
         self._tokenizer = tokenizer
         prefix, suffix, self._mark = tokenize(tokenizer, [templates.PREFIX, templates.SUFFIX, templates.DOCUMENT_MARK])
@@ -67,8 +67,8 @@ class CausalLayout:
         self._overhead = len(self._prefix) + len(self._suffix)
         if not self._parts_are_exact():
             raise UnsupportedModelError(
-                f"{spec.name}: its tokenizer joins the template's colon with the text after it, as no tokenizer of a "
-                "Qwen3-Reranker does; a byte-level tokenizer is needed"
+                f"{spec.name}: its tokenizer makes one token of the template's colon and the text after it, which a "
+                "tokenizer of Qwen3-Reranker never does; a byte-level tokenizer is needed"
             )
 
     def smallest_length(self, instruction: str | None) -> int:
@@ -120,7 +120,7 @@ class CausalLayout:
                 f"instruction; the least is {self._overhead + template + 2}"
             )
         text, kept = query_and_document(len(query.ids) - template, len(document.ids), room - template)
-        # A newline may share its token with the query's last character: the mark is put back from its own ids.
+        # The mark's newline may share a token with the query's last character, so the mark's own ids are appended.
         return np.concatenate((query.ids[: query.head + text], self._mark)), document.ids[:kept]
 
     def _head(self, instruction: str | None) -> Ids:
@@ -128,7 +128,7 @@ class CausalLayout:
         return tokenize(self._tokenizer, [opening])[0]
 
     def _parts_are_exact(self) -> bool:
-        """Whether query and document tokenized by themselves equal the whole, tried on awkward texts."""
+        """Whether texts tokenized by themselves give the tokens of the whole template; tried on awkward texts."""
         pairs = [(text, "a b") for text in _AWKWARD] + [("a b", text) for text in _AWKWARD]
         queries = self.encode_queries([query for query, _ in pairs], None)
         documents = self.encode_documents([document for _, document in pairs])

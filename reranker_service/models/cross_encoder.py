@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class CrossEncoderLayout:
-    """Implements ``PairLayout``. The longer text is truncated first, as tokenizers' "longest_first" does it."""
+    """Implements ``PairLayout``. The longer text is truncated first: the strategy "longest_first" of tokenizers."""
 
     default_instruction = None
 
@@ -28,7 +28,7 @@ class CrossEncoderLayout:
         """Find out which special tokens the tokenizer puts around and between two texts.
 
         Raises:
-            UnsupportedModelError: It puts none between them, or its token types are not zeros followed by ones.
+            UnsupportedModelError: There is none between the texts, or the token types are not zeros followed by ones.
         """
         probe = tokenizer.encode("a", "b")
         owner = probe.sequence_ids
@@ -43,7 +43,9 @@ class CrossEncoderLayout:
             raise UnsupportedModelError(f"{spec.name}: its tokenizer puts no special token between query and document")
         types = probe.type_ids if "token_type_ids" in hub.model_input_names else [0] * len(ids)
         if types != sorted(types) or set(types) - {0, 1}:
-            raise UnsupportedModelError(f"{spec.name}: token types {types} are not some zeros, then some ones")
+            raise UnsupportedModelError(
+                f"{spec.name}: its tokenizer gives token types {types}; needed are zeros followed by ones"
+            )
         # Number of separator tokens that belong to the first segment; None where there is only one segment.
         self._first_between = types[first.stop : second.start].count(0) if any(types) else None
         self._tokenizer = tokenizer

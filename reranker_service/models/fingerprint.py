@@ -2,7 +2,7 @@
 
 Weights are sampled: of each file the hash covers its size, its header (in safetensors the names, shapes and types of
 all tensors) and blocks of 4 KiB at even distances. Training changes every block; a change of a few bytes between two
-blocks can go unseen. The directory's place, the files' dates and the names that a cache gives to files do not count.
+blocks can go unseen. The path of the directory and the dates of the files do not count.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Files of a model: a local directory or a download from the hub, and the settings that its JSON files hold.
+"""Files of a model: finds them in a directory or downloads them from the hub, and reads their settings.
 
 No weights are loaded here.
 """
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 from .spec import UnsupportedModelError
 from .tokenizer import load_tokenizer
 
-# The import of transformers takes seconds. The server answers probes, and finds most of what is wrong, before it.
+# Imported late, because the import of transformers takes seconds: the server answers probes and finds a wrong path
+# before it.
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -46,7 +47,7 @@ class ModelFiles:
 
     @classmethod
     def read(cls, model: str) -> ModelFiles:
-        """Read a directory, or fetch a model of this name from the hub and read that.
+        """Read a directory, or a model that is downloaded from the hub.
 
         Raises:
             UnsupportedModelError: There is no such model, or one of its files can't be used.
@@ -81,7 +82,7 @@ def _directory(model: str) -> Path:
     if path.is_dir():
         return path
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
-        raise UnsupportedModelError(f"{model!r} is neither a directory nor a hub's name of the form 'owner/model'")
+        raise UnsupportedModelError(f"{model!r} is neither a directory nor a hub name of the form 'owner/model'")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -89,8 +90,8 @@ def _directory(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise UnsupportedModelError(
-            f"{model!r} is no directory here, and fetching it from the hub failed ({type(error).__name__}: {error}); "
-            "give the directory of a downloaded model where there is no hub"
+            f"{model!r} is no directory, and its download from the hub failed ({type(error).__name__}: {error}); if "
+            "the hub cannot be reached, give the directory of a downloaded model"
         ) from error
 
 
@@ -119,13 +120,15 @@ def _modules(root: Path) -> list[tuple[str, str]]:
         raise UnsupportedModelError(f"modules.json can't be read: {error!r}") from error
     if not modules or modules[0][0] != "Transformer":
         first = modules[0][0] if modules else "nothing"
-        raise UnsupportedModelError(f"modules.json begins with {first}; only models that begin with Transformer work")
+        raise UnsupportedModelError(f"modules.json begins with {first}; the first module must be Transformer")
     return modules
 
 
 def _config(path: Path) -> PreTrainedConfig:
     if not (path / "config.json").is_file():
-        raise UnsupportedModelError(f"{path.name} holds no config.json: not a model of transformers")
+        raise UnsupportedModelError(
+            f"{path.name} holds no config.json; give the directory of a model that transformers saved"
+        )
     from transformers import AutoConfig
 
     try:

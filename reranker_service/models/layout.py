@@ -1,7 +1,7 @@
-"""Layouts: how one kind of model wants its input, as two protocols.
+"""Layouts: the protocols that make the input of a model, one for pairs and one for single texts.
 
-Texts are tokenized once each, without special tokens. A layout then joins a query and a document by copying token ids,
-or puts special tokens around a single text. The result is exactly what the model's own tokenizer gives for the whole.
+Each text is tokenized once, without special tokens. A layout then joins a query and a document by copying token ids, or
+puts special tokens around a single text. The result equals the ids that the model's own tokenizer gives for the whole.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class NoRoomError(ValueError):
 
 
 class Layout(Protocol):
-    """What all layouts have in common. Any number of threads may use one at once.
+    """Methods of all layouts. Any number of threads may use a layout at once.
 
     Attributes:
         default_instruction: The instruction of requests that give none; ``None`` for models that take no instruction.

@@ -1,6 +1,6 @@
-"""Reading of a model: its own files say what it is, or the server refuses it.
+"""Reading: makes the description of a model from the model's own files, or refuses the model.
 
-Nothing is configured by hand. A refusal says what was found and what would be right. No weights are loaded here.
+A refusal says what was found and what would be right. No weights are loaded here.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ _LEGACY_POOLINGS = {
 
 
 def read_model(model: str, kind: str | None = None) -> ModelSpec:
-    """Find out what a model is.
+    """Read the description of a model.
 
     Args:
-        model: A directory, or the name of a model on the hub, which is then fetched.
-        kind: One of ``ModelKind``, where the model's own files should not decide.
+        model: A directory, or the name of a model on the hub, which is then downloaded.
+        kind: One of ``ModelKind``; ``None`` if the model's own files decide.
 
     Raises:
         UnsupportedModelError: There is no such model, or it can't be served.
@@ -99,8 +99,8 @@ def _find_kind(files: ModelFiles) -> ModelKind:
         )
     raise files.refuse(
         f"{files.architecture} without modules.json says neither that it reads pairs nor how it embeds texts; needed "
-        "is a *ForSequenceClassification with one label, Qwen3-Reranker, or a model that sentence-transformers saved "
-        "(the kind 'bi-encoder', if set, takes the mean of the token vectors)"
+        "is a *ForSequenceClassification with one label, Qwen3-Reranker, or a model that sentence-transformers saved; "
+        "--kind bi-encoder serves it with the mean of its token vectors"
     )
 
 
@@ -114,7 +114,7 @@ def _positions(config: PreTrainedConfig) -> int:
 def _cross_encoder(files: ModelFiles, spec: ModelSpec) -> ModelSpec:
     if spec.model_type not in ENCODERS or not spec.architecture.endswith("ForSequenceClassification"):
         raise files.refuse(
-            f"{spec.architecture} is no cross-encoder that is known here; known are *ForSequenceClassification of "
+            f"{spec.architecture} is no cross-encoder that can be served; supported are *ForSequenceClassification of "
             f"{', '.join(sorted(ENCODERS))}"
         )
     files.need_one_label()
@@ -131,32 +131,32 @@ def _causal_reranker(files: ModelFiles, spec: ModelSpec) -> ModelSpec:
         return spec
     if spec.architecture != "Qwen3ForCausalLM":
         raise files.refuse(
-            f"{spec.architecture} is no causal reranker that is known here; known is Qwen3-Reranker "
+            f"{spec.architecture} is no causal reranker that can be served; supported is Qwen3-Reranker "
             "(Qwen3ForCausalLM, or Qwen3ForSequenceClassification with one label)"
         )
     files.need_modules({"Transformer", "LogitScore"})
     vocabulary = files.tokenizer.get_vocab()
     if "yes" not in vocabulary or "no" not in vocabulary:
-        raise files.refuse("its vocabulary lacks 'yes' or 'no', the answers of Qwen3-Reranker")
+        raise files.refuse("its vocabulary lacks 'yes' or 'no'; a causal reranker needs both as tokens")
     answers = (vocabulary["yes"], vocabulary["no"])
     for name, folder in files.modules:
         if name == "LogitScore":
             score = read_json(files.root / folder / "config.json")
             if (score.get("true_token_id"), score.get("false_token_id")) != answers:
-                raise files.refuse("its LogitScore compares other tokens than 'yes' and 'no'")
+                raise files.refuse("its LogitScore compares other tokens than 'yes' and 'no'; only these are supported")
     return replace(spec, answers=answers)
 
 
 def _bi_encoder(files: ModelFiles, spec: ModelSpec) -> ModelSpec:
     if spec.model_type not in ENCODERS | {"qwen3"} or spec.architecture.endswith("ForSequenceClassification"):
         raise files.refuse(
-            f"{spec.architecture} is no bi-encoder that is known here; known are models of "
+            f"{spec.architecture} is no bi-encoder that can be served; supported are models of "
             f"{', '.join(sorted(ENCODERS | {'qwen3'}))} without a classification head"
         )
     files.need_modules({"Transformer", "Pooling", "Normalize"})
     folders = dict(files.modules)
     if folders and "Pooling" not in folders:
-        raise files.refuse("modules.json names no Pooling, so a text has no one vector")
+        raise files.refuse("modules.json names no Pooling, which a bi-encoder needs to make one vector of a text")
     saved = sorted(files.path.glob("sentence_*_config.json")) if files.modules else []
     transformer = read_json(saved[0]) if saved else {}
     for key in ("query_expansion", "query_length", "document_length", "processing_kwargs"):

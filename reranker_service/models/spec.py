@@ -21,7 +21,7 @@ class ModelSpec:
     Attributes:
         name: The hub's name, or the last part of the directory.
         path: Directory with the configuration, the weights and the tokenizer.
-        kind: How the model turns texts into a score.
+        kind: The way in which the model turns texts into a score.
         model_type: The ``model_type`` of its configuration, such as ``"bert"``.
         architecture: The class that its weights were saved from, such as ``"BertForSequenceClassification"``.
         max_length: Longest input that the model can take, in tokens, special and template tokens included.
@@ -29,8 +29,8 @@ class ModelSpec:
             ``max_length``.
         answers: Token ids of "yes" and "no" for a causal reranker in its original layout, whose score is
             ``logit(yes) - logit(no)``; ``None`` for all others, whose score comes from a head of one label.
-        pooling: How a bi-encoder makes one vector from its token vectors; ``None`` for all others.
-        query_prompt: What the model was trained to see in front of every query (not for causal rerankers).
+        pooling: The way in which a bi-encoder makes one vector of its token vectors; ``None`` for all others.
+        query_prompt: Text that the model was trained to see before every query; empty for causal rerankers.
         document_prompt: The same for documents of a bi-encoder.
         dimensions: Leading dimensions of the embedding that are used, or ``None`` for all.
         lower_case: Whether texts are lower-cased before the tokenizer's own normalization.

@@ -15,14 +15,14 @@ SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 """Asks for the answer; tokenized by itself. The model's logits after its last token are the score."""
 
 DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
-"""The instruction where none is given."""
+"""The instruction of requests that set none."""
 
 DOCUMENT_MARK = "\n<Document>:"
 """Stands between the query and a space with the document."""
 
 
 def query_head(instruction: str) -> str:
-    """What stands before a space and the query."""
+    """The part of the template before a space and the query."""
     return f"<Instruct>: {instruction}\n<Query>:"
 
 

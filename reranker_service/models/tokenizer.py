@@ -1,4 +1,4 @@
-"""Tokenizers: a model's own fast tokenizer, loaded, and made safe to share between threads."""
+"""Tokenizers: loads a model's own fast tokenizer and makes it safe to share between threads."""
 
 from __future__ import annotations
 

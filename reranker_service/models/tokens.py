@@ -16,9 +16,9 @@ class EncodedText:
     """A text as token ids.
 
     Attributes:
-        ids: Token ids without special tokens, int32, shape ``(tokens,)``; with the prompt or the part of the template
-            that belongs to the text, if there is one.
-        head: Number of leading tokens that belong to the template and are never cut.
+        ids: Token ids without special tokens, int32, shape ``(tokens,)``. The text's prompt, or its part of the
+            template, is included.
+        head: Number of leading tokens that belong to the template and are never truncated.
     """
 
     ids: Ids

@@ -1,4 +1,4 @@
-"""How many tokens of each text are kept where not all fit."""
+"""Truncation: the number of tokens of each text that are kept if not all of them fit."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Side = Literal["left", "right"]
 
 
 def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
-    """Lengths to keep of a pair, as fast tokenizers' strategy "longest_first" has it.
+    """Lengths of both texts of a pair after truncation by the strategy "longest_first" of fast tokenizers.
 
-    The longer text is cut until both are equally long, then both are, the second keeping the odd token. (Slow
-    tokenizers take tokens away one by one, which can end one token apart.)
+    The longer text is truncated until both are equally long, then both of them are; the longer one keeps the odd token.
+    (Slow tokenizers remove tokens one by one; their lengths can differ from these by one token.)
 
     Args:
         first: Tokens of the first text, special tokens not counted.
@@ -31,14 +31,14 @@ def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
         # The shorter text stays whole.
         return (first, room - first) if first <= second else (room - second, second)
     half = room // 2
-    # Which of the two counts as the shorter decides who gets the odd token.
+    # The longer text keeps the odd token; of equally long ones, the second.
     return (half, room - half) if first <= second else (room - half, half)
 
 
 def query_and_document(query: int, document: int, room: int) -> tuple[int, int]:
-    """Lengths to keep where a query is so long that it leaves no room for its document.
+    """Lengths of both texts after truncation of a query so long that it leaves no room for its document.
 
-    The document gets half of the room (the odd token is its own), or less if it is shorter; the query gets the rest.
+    The document gets half of the room, rounded up, or less if it is shorter; the query gets the rest.
 
     Args:
         query: Tokens of the query, at least ``room``.
@@ -53,5 +53,5 @@ def query_and_document(query: int, document: int, room: int) -> tuple[int, int]:
 
 
 def keep(ids: NDArray[np.int32], count: int, side: Side) -> NDArray[np.int32]:
-    """The ``count`` tokens that are left after cutting at ``side``."""
+    """The ``count`` tokens that are left after truncation at ``side``."""
     return ids[:count] if side == "right" else ids[len(ids) - count :]

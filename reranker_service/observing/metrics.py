@@ -1,7 +1,7 @@
 """Metrics: the events that the server's rooms report, in plain numbers and strings.
 
-A room calls a method of ``Metrics`` where it knows a fact. ``Metrics`` itself discards everything;
-``PrometheusMetrics`` counts. The cost is one call for each reply or batch, never one for each pair.
+A room calls a method of ``Metrics`` where it knows a fact. ``Metrics`` itself discards all events;
+``PrometheusMetrics`` counts them. The cost is one call for each reply or batch, never one for each pair.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Metrics for Prometheus: names, units and buckets, and the HTTP port that serves them.
+"""Metrics for Prometheus: their names, units and buckets, and the HTTP server that serves them.
 
 Names follow Prometheus' conventions (https://prometheus.io/docs/practices/naming/): one prefix, base units, ``_total``
-for counters. The same page has the metrics of other libraries of the process (vLLM, the process collector).
+for counters. The page also has the metrics that other libraries of the process register (vLLM, the process collector).
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class PrometheusMetrics(Metrics):
         self._load = _LoadCollector()
         registry.register(self._load)
         registry.register(REGISTRY)
-        # rate() misses the first count of a series that appears with it.
+        # Makes the series with 0: rate() misses the first count of a series that appears together with it.
         for rpc in rpcs:
             self._requests.labels(rpc, "OK")
             self._duration.labels(rpc)

@@ -1,6 +1,6 @@
-"""Tracing: one OpenTelemetry span a call, exported as the standard OTEL_* variables say.
+"""Tracing: one OpenTelemetry span for each call, exported as the standard OTEL_* variables say.
 
-``start_tracing`` imports OpenTelemetry; without it nothing is imported. Spans come from the ``grpc.aio`` interceptor of
+``start_tracing`` imports OpenTelemetry; importing this file does not. Spans come from the ``grpc.aio`` interceptor of
 ``opentelemetry-instrumentation-grpc``. A call that carries a ``traceparent`` joins its caller's trace.
 """
 
@@ -69,7 +69,7 @@ def start_tracing(service: str) -> Tracing:
     for name in _exporters():
         found = list(entry_points(group="opentelemetry_traces_exporter", name=name))
         if not found:
-            raise TracingError(f"OTEL_TRACES_EXPORTER asks for {name!r}, and no such exporter is installed")
+            raise TracingError(f"OTEL_TRACES_EXPORTER names {name!r}, but no exporter of this name is installed")
         provider.add_span_processor(BatchSpanProcessor(found[0].load()()))
 
     def ours(details: HandlerCallDetails) -> bool:

@@ -1,1 +1,1 @@
-"""RPCs: messages of reranker.v1 in, replies and statuses out; the only room that knows the stubs."""
+"""RPCs: answers the calls of reranker.v1; the only room that knows the stubs, statuses and field names."""

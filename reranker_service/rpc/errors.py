@@ -1,4 +1,4 @@
-"""Errors of requests, and the one translation of every error into a ``google.rpc.Status``.
+"""Errors of requests, and the translation of every error to a ``google.rpc.Status``.
 
 Each error is raised where the fact is known. The servicer and the stream turn it into the status of a call, of one
 request of a batch, or of one chunk. Status codes are decided here and nowhere else.
@@ -53,7 +53,7 @@ class RerankError(Exception):
 
 
 class InvalidRequestError(RerankError):
-    """The request breaks the contract; sending it again is of no use.
+    """The request breaks the contract; the same request would fail again.
 
     Attributes:
         violations: The broken rules, as many as a status has room for.
@@ -93,12 +93,15 @@ def invalid(field: str, description: str) -> InvalidRequestError:
 
 
 def not_ready() -> RerankError:
-    """Make the error for calls that come while the model is loading; another try may succeed."""
+    """Make the error for calls that arrive while the model is loading; a later call may succeed."""
     return RerankError("the model is still loading; try again soon", StatusCode.UNAVAILABLE)
 
 
 def as_rerank_error(error: Exception) -> RerankError:
-    """Translate any error. An unforeseen one is logged in full and hidden behind a general message."""
+    """Translate any error to one with a status.
+
+    An unforeseen error is logged with its traceback; the client sees only that there was one.
+    """
     match error:
         case RerankError():
             return error

@@ -1,4 +1,4 @@
-"""Messages: plain values of the other rooms, expressed as messages of the contract."""
+"""Messages: converts plain values of the other rooms to messages of the contract."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def model_info(
 
 
 def usage_message(usage: Usage) -> pb.Usage:
-    """Express what a reply cost as the contract does."""
+    """Express the counts and times of a reply as a message of the contract."""
     return pb.Usage(
         pairs=usage.pairs,
         cached_pairs=usage.cached_pairs,

@@ -1,7 +1,7 @@
-"""Servicer: the four RPCs. Requests are validated, scored by the scorer, and translated back.
+"""Servicer: the four RPCs. It validates requests, has the scorer score them, and makes the replies.
 
-The handlers are registered by hand rather than by the generated ``add_..._to_server``: a message that cannot be
-parsed (invalid UTF-8, cut short) is answered with INVALID_ARGUMENT here, and with INTERNAL by gRPC itself.
+The handlers are registered by hand rather than by the generated ``add_..._to_server``, so that a message that cannot be
+parsed (invalid UTF-8, cut short) fails with INVALID_ARGUMENT. gRPC itself would answer INTERNAL.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class RerankerServicer:
         self._info = pb.GetModelInfoResponse()
 
     def open(self, scorer: Scorer, validator: Validator, info: pb.GetModelInfoResponse) -> None:
-        """Begin to score."""
+        """Answer calls from now on with these."""
         self._scorer, self._validator, self._info = scorer, validator, info
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -140,7 +140,7 @@ class RerankerServicer:
         return await self._rank("Rerank", request, Ticket(object(), interactive=True))
 
     async def rerank_batch(self, request: pb.RerankBatchRequest) -> pb.RerankBatchResponse:
-        """Rank for many requests at once; each fails alone. Raises ``RerankError`` if the batch itself is invalid."""
+        """Answer each request with a response or an error. Raises ``RerankError`` if the batch itself is invalid."""
         _, validator = self._ready()
         validator.batch(request)
         # One ticket for all requests: the engine is shared fairly between calls, whatever their size.
@@ -218,7 +218,7 @@ class RerankerServicer:
     @staticmethod
     async def _score(scorer: Scorer, ranking: Ranking, ticket: Ticket) -> Scored:
         count = len(ranking.documents)
-        # Text 0 is the query.
+        # The query is text 0, the documents are texts 1 to count.
         table = TextTable(ranking.options, ticket, [ranking.query, *ranking.documents])
         pairs = Pairs(np.zeros(1, dtype=np.int64), np.arange(1, count + 1), grid=True)
         try:

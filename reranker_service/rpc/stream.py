@@ -2,8 +2,8 @@
 
 A reader takes messages in and starts one task a chunk; replies of finished chunks queue up for the writer. Pairs are in
 flight from the reading of their chunk until gRPC has taken its reply. At the limit of pairs in flight the reader stops,
-so that HTTP/2 flow control slows the client. A client that does not read its replies is therefore not read from either,
-and the server holds a bounded part of its work.
+and HTTP/2 flow control slows the client. So the server also stops reading from a client that does not read its replies,
+and holds a bounded part of that client's work.
 """
 
 from __future__ import annotations

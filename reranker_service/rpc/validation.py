@@ -1,4 +1,4 @@
-"""Validation: messages in, plain validated values out. All rules of the contract that a request can break are here."""
+"""Validation: checks requests against all rules of the contract, and makes plain values of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Job: sequences that a client wants to have computed, and what the engine made of them."""
+"""Job: sequences that a client wants to have computed, and their results."""
 
 from __future__ import annotations
 

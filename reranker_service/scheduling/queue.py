@@ -12,7 +12,7 @@ class FairQueue:
     """Jobs of one priority. The stream that has been given the fewest tokens so far is next.
 
     Attributes:
-        window: Sequences drawn for an engine that pads which have not entered it.
+        window: Sequences that were drawn for an engine that pads and have not entered it.
     """
 
     def __init__(self) -> None:

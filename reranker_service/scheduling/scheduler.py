@@ -1,13 +1,13 @@
 """Scheduler: admits the work of many clients into one engine.
 
-The engine is given batches of sequences, and no more of them at a time than keep it busy: work that has not entered it
-can still be overtaken or withdrawn. Interactive work goes first, and overtakes inside an engine that supports it. Among
-streams of one priority the stream that has been given the fewest tokens so far is next, so that a stream with many
-waiting chunks cannot starve another.
+The scheduler gives the engine batches of sequences, at any time only as many as keep it busy: work that has not entered
+the engine can still be overtaken or withdrawn. Interactive work goes first, and also overtakes inside an engine that
+supports it. Among streams of one priority, the stream that has been given the fewest tokens so far is next, so that a
+stream with many waiting chunks cannot starve another one.
 
-An engine that takes sequences one by one is given sequences that stand together in one job. An engine that pads is
-given batches of sequences of like length, taken from a window over all waiting jobs. It holds two batches: the one that
-runs and the next one.
+A batch for an engine without padding is a run of sequences of one job. A batch for an engine that pads has sequences of
+similar length, taken from a window over all waiting jobs. Such an engine holds two batches, the running one and the
+next one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .queue import FairQueue
 from .window import Pace
 
 _PADDED_BATCHES = 2
-# Steps of an engine that takes sequences one by one: one that runs, and enough work until the next batches come.
+# Steps of work inside an engine without padding: the running one, and enough until the next batches come.
 _STEPS = 4
 # Sequences that a stream puts into a window before the next stream's turn.
 _TURN = 32
@@ -112,8 +112,8 @@ class Scheduler:
     async def run(self, job: Job) -> JobResult:
         """Run a job to its end.
 
-        A cancelled call withdraws the sequences that have not entered the engine, and cancels batches that no other
-        job waits for.
+        Cancelling the call withdraws the sequences that have not entered the engine, and cancels batches that no
+        other job waits for.
 
         Raises:
             EngineDeadError: The engine is gone.
@@ -162,7 +162,7 @@ class Scheduler:
         return [queue.draw(entry, count)]
 
     def _next_padded(self, budget: int) -> list[Part]:
-        """Take the next batch of sequences of like length, within ``budget`` tokens; empty as ``_next``."""
+        """Take the next batch of sequences of similar length, within ``budget`` tokens; empty as ``_next``."""
         if self._in_flight.batches >= _PADDED_BATCHES:
             return []
         for queue in (self._interactive, self._bulk):
@@ -190,8 +190,8 @@ class Scheduler:
             try:
                 sequences = entry.job.make(positions)
                 if len(parts) > 1:
-                    # Made here, so that an error in one job's sequences does not fail the other jobs of the batch. The
-                    # sequences of a job that is alone are made when the engine reads them.
+                    # Made now, so that an error in one job's sequences does not fail the other jobs of the batch. The
+                    # sequences of a batch of one job are made when the engine reads them.
                     sequences = list(sequences)
             except Exception as error:
                 self._fail(entry, error)

@@ -1,7 +1,7 @@
-"""Padding windows: sequences of many jobs, sorted by length and cut into batches by tokens, for an engine that pads.
+"""Window: sequences of many jobs, sorted by length and cut into batches by tokens, for an engine that pads.
 
-A larger window pads less, and keeps its first job waiting longer. A window therefore holds about half a second's work
-of the engine.
+A larger window needs less padding, but its first job waits longer. A window therefore holds about half a second of the
+engine's work.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Pace:
         Args:
             sequences: Number of sequences.
             tokens: Their tokens together.
-            least: Sequences of a window however slow the engine is.
+            least: Fewest sequences of a window, even if the engine is slow.
         """
         if sequences < least:
             return False
-        # Before the first measurement the least is enough.
+        # Before the first measurement both sides are 0: the fewest sequences fill a window.
         return sequences >= _MOST_SEQUENCES or tokens * self._seconds >= _WINDOW_SECONDS * self._tokens
 
 

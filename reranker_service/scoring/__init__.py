@@ -1,7 +1,7 @@
-"""Scoring: pairs of texts in, scores out, each distinct text encoded once and each distinct pair scored once.
+"""Scoring: scores pairs of texts; each distinct text is encoded once, and each distinct pair is scored once.
 
-`scorer` is the entrance. `pairwise` and `embedding` score with the two sorts of model, over the texts in `texts`;
-`cache` and `disk` keep what is known.
+`scorer` is the entrance. `pairwise` scores with models that read both texts together, `embedding` with bi-encoders.
+`texts` holds the texts, `encoding` tokenizes them, `cache` and `disk` keep earlier scores and embeddings.
 """
 
 from ..scheduling import Ticket

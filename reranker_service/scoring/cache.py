@@ -1,10 +1,11 @@
-"""Caches in memory: raw scores or embeddings that are known, and pairs that are being scored.
+"""Caches in memory: known raw scores or embeddings, and pairs that are being scored.
 
-Raw scores are kept in rows, one a query, with a score for each of its documents. The least recently used row is dropped
-first: training meets an anchor again with many of the same documents. A look-up of a pair costs one dictionary access.
+Raw scores are kept in rows, one for each query, with a score for each of its documents. The least recently used row is
+dropped first: training meets an anchor again with many of the same documents. A look-up of a pair costs one dictionary
+access.
 
-A key is made of three digests: the scope (everything beside the two texts that a score depends on), the query and the
-document. Each part is hashed on its own, so that moving text from one part to another changes the key.
+A key is made of three digests: the scope (all that a score depends on except the two texts), the query, the document.
+Each part is hashed on its own, so that moving text from one part to another changes the key.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ RowKey = tuple[bytes, bytes]
 
 
 def scope_of(*parts: str | int | bool | None) -> bytes:
-    """Digest of everything beside the texts that a score depends on; types and lengths are part of it."""
+    """Digest of all that a score depends on except the texts; the type and length of each part count."""
     framed = (f"{type(part).__name__}:{part}".encode() for part in parts)
     return _digest(b"".join(len(data).to_bytes(8, "little") + data for data in framed))
 
@@ -104,7 +105,7 @@ class ScoreCache:
             digests: Digests of texts, by text id.
             query_ids: Text id of each pair's query, shape ``(n,)``.
             document_ids: Text id of each pair's document, shape ``(n,)``.
-            share: Whether to wait for pairs that another caller scores; else this caller scores them as well.
+            share: Whether to wait for pairs that another caller is scoring; if false, this caller scores them as well.
         """
         scores = np.full(len(query_ids), np.nan, dtype=np.float32)
         claim = Claim(scores, *(np.empty(0, dtype=np.intp),) * 3, set(), asyncio.Future(), [])

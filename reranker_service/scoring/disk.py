@@ -1,7 +1,8 @@
 """Cache on disk: scores or embeddings in one LMDB store, shared by restarts and by all servers of a machine.
 
-Look-ups go to the cache in memory first, then here, then to the engine. Writes are skipped when the store is full or
-too many are waiting; a skipped write only costs repeated work. Reading and writing happen off the event loop.
+Look-ups go to the cache in memory first, then to this one, then to the engine. Writes are skipped when the store is
+full or too many writes wait; the cost of a skipped write is that the score is computed again. Reads and writes run on
+threads, not on the event loop.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class DiskCache:
     """Bytes by key, for one model."""
 
     def __init__(self, directory: Path, max_bytes: int, fingerprint: str) -> None:
-        """Open the store; make it if there is none.
+        """Open the store, or make a new one.
 
         Args:
             directory: Directory of the store; made if it does not exist. Several servers may use it, with any models.
@@ -94,7 +95,7 @@ class DiskCache:
                     transaction.put(self._model + key, value)
         except lmdb.MapFullError:
             self._full = True
-            log.warning("disk cache full", rule="nothing more is written; raise --cache-dir-bytes or clear it")
+            log.warning("disk cache full", rule="no more is written; raise --cache-dir-bytes or empty the directory")
         except lmdb.Error as error:
             log.warning("disk cache not written", reason=str(error))
         finally:

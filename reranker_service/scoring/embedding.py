@@ -35,8 +35,8 @@ class EmbeddingScorer:
             layout: Adds special tokens.
             texts: Encodes texts.
             scheduler: Runs sequences.
-            cache: Embeddings already known; ``None`` to look up every text on disk or embed it.
-            disk: Embeddings from earlier runs; ``None`` if none are kept.
+            cache: Known embeddings; without it, every text is looked up on disk or embedded.
+            disk: Embeddings of earlier runs; ``None`` if there is no cache on disk.
         """
         self._layout = layout
         self._texts = texts
@@ -96,7 +96,7 @@ class EmbeddingScorer:
         return table.scope + role.encode()
 
     async def _recall(self, table: TextTable, role: Role, ids: list[int], cost: Cost) -> list[Embedding]:
-        """Embeddings of texts, from disk or else from the model."""
+        """Embeddings of texts: those on disk, and from the model those that are not."""
         if self._disk is None or not ids:
             return await self._compute(table, role, ids, cost)
         digests = table.digests()

@@ -21,7 +21,7 @@ _SLICE_CHARACTERS = 1 << 17
 
 
 class _Turns:
-    """A lock: interactive callers get it before all others, otherwise in order of arrival."""
+    """A lock that interactive callers get before all others; callers of one priority get it in order of arrival."""
 
     def __init__(self) -> None:
         self._taken = False
@@ -57,8 +57,8 @@ class _Turns:
 class TextEncoder:
     """Encodes texts of any number of tables on a thread of its own.
 
-    Texts are encoded a slice at a time, so that a large group neither delays an interactive call for long nor goes on
-    after its client has disconnected.
+    Texts are encoded a slice at a time, so that a large group does not delay an interactive call for long, and its work
+    ends soon after its client has disconnected.
     """
 
     def __init__(self, layout: Layout, metrics: Metrics) -> None:

@@ -1,7 +1,7 @@
 """Raw scores of cross-encoders and causal rerankers, which read both texts of a pair together.
 
-A pair's score comes from the cache, or from another request that is scoring the same pair, or from the engine. Token
-sequences, one a pair, are joined from the encoded texts when the engine reads them.
+A pair's score comes from the cache, from another request that is scoring the same pair, or from the engine. A pair's
+token sequence is joined from the encoded texts when the engine reads it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _UNKNOWN = np.array(np.nan, dtype=_STORED).tobytes()
 
 
 class _Joined(Sequence[TokenSequence]):
-    """Inputs of some pairs, all joined when they are read: pairs that never reach the engine are never joined."""
+    """Inputs of some pairs, joined when the engine reads them: pairs that never reach the engine are never joined."""
 
     def __init__(
         self,
@@ -87,8 +87,8 @@ class PairScorer:
             layout: Joins pairs.
             texts: Encodes texts.
             scheduler: Runs sequences.
-            cache: Scores already known; ``None`` to look up every pair on disk or score it.
-            disk: Scores from earlier runs; ``None`` if none are kept.
+            cache: Known scores; without it, every pair is looked up on disk or scored.
+            disk: Scores of earlier runs; ``None`` if there is no cache on disk.
         """
         self._layout = layout
         self._texts = texts
@@ -127,7 +127,7 @@ class PairScorer:
     async def _recall(
         self, table: TextTable, query_ids: NDArray[np.int64], document_ids: NDArray[np.int64], cost: Cost
     ) -> NDArray[np.float32]:
-        """Raw scores of listed pairs, from disk or else from the model."""
+        """Raw scores of listed pairs: those on disk, and from the model those that are not."""
         if self._disk is None:
             return await self._compute(table, query_ids, document_ids, cost)
         digests = table.digests()

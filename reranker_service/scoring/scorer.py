@@ -1,4 +1,4 @@
-"""Scorer: pairs over a text table in, scores out, as raw numbers or probabilities."""
+"""Scorer: scores pairs over a text table, as raw numbers or probabilities."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Scorer:
 
     Attributes:
         scheduler: Feeds the engine.
-        cache: Scores or embeddings known already; ``None`` if none are kept.
+        cache: Known scores or embeddings; ``None`` if none are kept in memory.
         ranges: Options that the model supports.
     """
 
@@ -47,8 +47,8 @@ class Scorer:
             spec: The model.
             layout: Makes the model's inputs.
             scheduler: Runs them on the engine.
-            cache_bytes: Size of the cache in memory; with 0 nothing is kept, and equal pairs are scored again.
-            disk: Scores or embeddings from earlier runs; closed with the scorer.
+            cache_bytes: Size of the cache in memory; 0 for no cache, so that equal pairs are scored again.
+            disk: Scores or embeddings of earlier runs; closed with the scorer. ``None`` for none.
         """
         self.scheduler = scheduler
         self.cache: ScoreCache | EmbeddingCache | None = None
@@ -77,7 +77,7 @@ class Scorer:
             OverLongError: A pair is over-long, and the options say to reject such pairs.
             TooShortLimitError: The length limit leaves no room for the texts beside the template.
             EngineFailedError: The engine is dead.
-            ScoringError: The engine failed, or gave something that is no score.
+            ScoringError: The engine failed, or gave a score that is not finite.
         """
         cost = Cost()
         try:

@@ -100,10 +100,10 @@ class TextTable:
 
     @cached_property
     def scope(self) -> bytes:
-        """Digest of everything beside the model and the two texts that a cached score depends on.
+        """Digest of all that a cached score depends on except the model and the two texts.
 
-        The score type is no part of it, because raw scores are cached. The over-long option is part of it, because the
-        score of a truncated pair must not answer a request that rejects over-long pairs.
+        It leaves out the score type, because raw scores are cached. It includes the over-long option, because the score
+        of a truncated pair must not answer a request that rejects over-long pairs.
         """
         options = self.options
         return scope_of(options.instruction, options.max_length, options.reject_over_long)

@@ -1,4 +1,4 @@
-"""Types of scoring: pairs, the options under which they are scored, their scores and what these cost."""
+"""Types of scoring: pairs, options, scores, and the counts and times of a reply."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class ScoringOptions:
     Attributes:
         instruction: The task in words; ``None`` for models that take no instruction.
         max_length: Length limit in tokens: of a pair, or for a bi-encoder of each text.
-        raw: Whether scores are the model's own numbers; else probabilities in [0, 1].
-        reject_over_long: Whether over-long input is an error; else it is truncated.
+        raw: Whether scores are the model's own numbers; if false, they are probabilities in [0, 1].
+        reject_over_long: Whether over-long input is an error; if false, it is truncated.
     """
 
     instruction: str | None
@@ -63,7 +63,7 @@ class Pairs:
     Attributes:
         query_ids: Text ids, int64; shape ``(Q,)`` for a grid, ``(n,)`` for a list.
         document_ids: Text ids, int64; shape ``(D,)`` for a grid, ``(n,)`` for a list.
-        grid: Whether every query is paired with every document, row-major; else position i is paired with position i.
+        grid: Whether every query is paired with every document, row-major; if false, position i with position i.
     """
 
     query_ids: NDArray[np.int64]
@@ -91,7 +91,7 @@ class Usage:
         truncated_pairs: Pairs with a truncated text, among those scored for this reply.
         tokens: Tokens given to the model.
         queue_seconds: Time from the arrival of the pairs until the first of them entered the engine.
-        engine_seconds: Time from then until the last score.
+        engine_seconds: Time from the first pair's entering the engine until the last score.
     """
 
     pairs: int
@@ -105,7 +105,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Scores of some pairs and what they cost.
+    """Scores of some pairs, with their counts and times.
 
     Attributes:
         scores: float32, finite, shape ``(len(pairs),)``; a grid's are row-major.
