@@ -160,7 +160,7 @@ CROSS, CAUSAL, BI = models.build_bert_cross_encoder, models.build_qwen3_reranker
     [
         (CROSS, change_config(id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1}), "2 labels.*one"),
         (CROSS, change_config(model_type="nonsense"), r"config\.json can't be used"),
-        (CROSS, change_config(model_type="gpt2", architectures=["GPT2ForSequenceClassification"]), "known are"),
+        (CROSS, change_config(model_type="gpt2", architectures=["GPT2ForSequenceClassification"]), "supported are"),
         (CROSS, change_config(architectures=["BertForMaskedLM"]), r"without modules\.json"),
         (CROSS, change_config(architectures=None), "unknown architecture"),
         (CROSS, lambda model: (model / "config.json").unlink(), r"no config\.json"),
