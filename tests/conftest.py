@@ -1,4 +1,4 @@
-"""Models and servers that many tests share; each is made once, when first asked for."""
+"""Models and servers that many tests share; each is made once, when a test first uses it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Models of the tests are too small to share between threads, and processes that spin for work slow each other down.
+# Models of the tests are too small for several threads, and processes with spinning threads slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -21,7 +21,7 @@ from reranker.v1 import reranker_pb2_grpc as rpc
 from . import models
 from .servers import ServerProcess
 
-# Two workers are done at about the same time if the files that take longest begin first.
+# Two workers finish at about the same time if the longest files begin first.
 _LONGEST = ("test_vllm_engine", "test_lifecycle", "test_demo", "test_quality", "test_default_server", "test_dashboard")
 
 

@@ -1,4 +1,4 @@
-"""Our server around an engine that holds long sequences back: run with ``python -m tests.holding``."""
+"""The real server with an engine that holds long sequences back: run with ``python -m tests.holding``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DIE = signal.SIGUSR2
 
 
 class HoldingEngine(InstantEngine):
-    """Implements ``Engine``: sequences of ``LONG_TOKENS`` and more are answered after a signal, others at once."""
+    """Implements ``Engine``: answers sequences of at least ``LONG_TOKENS`` after a signal, and shorter ones at once."""
 
     name = "holding"
 

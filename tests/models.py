@@ -1,4 +1,4 @@
-"""Tiny models with random weights and tokenizers trained on the spot: every kind that the server knows, without a hub.
+"""Tiny models of every kind that the server knows, with random weights and freshly trained tokenizers, without a hub.
 
 Each builder writes one model into a directory and returns that directory; equal seeds give equal models. Weights are
 drawn with a large deviation, so that scores spread and a wrong input shows.
@@ -84,7 +84,7 @@ def _randomize(model: PreTrainedModel, seed: int) -> None:
             if "norm" in name.lower() and name.endswith("weight"):
                 parameter.copy_(1 + 0.1 * noise)
             else:
-                # Words outweigh positions, so that texts differ.
+                # Word embeddings are larger than position embeddings, so that scores of different texts differ.
                 parameter.copy_((1.0 if "word_embeddings" in name else 0.05 if name.endswith("bias") else 0.2) * noise)
 
 
@@ -101,7 +101,7 @@ def wordpiece_vocabulary() -> dict[str, int]:
 
 
 def wordpiece_tokenizer() -> PreTrainedTokenizerBase:
-    """As BERT's: lower-casing WordPiece, ``[CLS] A [SEP] B [SEP]`` with token types 0 and 1."""
+    """Like BERT's: lower-casing WordPiece, ``[CLS] A [SEP] B [SEP]`` with token types 0 and 1."""
     return BertTokenizer(vocab=dict(wordpiece_vocabulary()), model_max_length=POSITIONS)
 
 
@@ -118,7 +118,7 @@ def unigram_vocabulary() -> list[tuple[str, float]]:
 
 
 def unigram_tokenizer() -> PreTrainedTokenizerBase:
-    """As XLM-RoBERTa's: Unigram with "▁" for spaces, ``<s> A </s></s> B </s>``, no token types."""
+    """Like XLM-RoBERTa's: Unigram with "▁" for spaces, ``<s> A </s></s> B </s>``, no token types."""
     tokenizer = XLMRobertaTokenizer(vocab=list(unigram_vocabulary()), model_max_length=POSITIONS)
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFKC(), normalizers.Replace(" {2,}", " ")]
@@ -143,13 +143,13 @@ def byte_level_vocabulary(special: tuple[str, ...]) -> tuple[dict[str, int], lis
 
 
 def roberta_tokenizer() -> PreTrainedTokenizerBase:
-    """As RoBERTa's: byte-level BPE, ``<s> A </s></s> B </s>``, no token types."""
+    """Like RoBERTa's: byte-level BPE, ``<s> A </s></s> B </s>``, no token types."""
     vocabulary, merges = byte_level_vocabulary(("<s>", "<pad>", "</s>", "<unk>", "<mask>"))
     return RobertaTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=POSITIONS)
 
 
 def qwen_tokenizer() -> PreTrainedTokenizerBase:
-    """As Qwen3's: byte-level BPE after NFC and Qwen's own splitting; "yes" and "no" are one token each."""
+    """Like Qwen3's: byte-level BPE after NFC and Qwen's own splitting; "yes" and "no" are one token each."""
     vocabulary, merges = byte_level_vocabulary(tuple(QWEN_SPECIAL))
     tokenizer = Qwen2Tokenizer(
         vocab=dict(vocabulary),

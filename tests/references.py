@@ -1,4 +1,4 @@
-"""Scores as others compute them: sentence-transformers, and transformers as the model card of Qwen3-Reranker has it."""
+"""Reference scores: from sentence-transformers, and from transformers with the code of Qwen3-Reranker's model card."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ ODD_PAIRS = [
 
 
 def pairs(count: int = 24) -> list[tuple[str, str]]:
-    """Real pairs, the odd ones among them."""
+    """Real pairs, followed by the odd ones."""
     real = list(models.summary_and_body())
     return random.Random(0).sample(real, count) + ODD_PAIRS
 
 
 def short_queries() -> list[tuple[str, str]]:
-    """Pairs whose query leaves room for a document: beyond that the model card would cut its own template."""
+    """Pairs whose query leaves room for a document: with longer ones the model card's code would cut its template."""
     return [(query, document) for query, document in pairs() if len(query) < 200]
 
 

@@ -15,7 +15,7 @@ Key = tuple[str, tuple[tuple[str, str], ...]]
 
 
 class Scrape:
-    """The samples of one look at a page, or the difference between two looks.
+    """The samples of one scrape of a page, or the difference between two scrapes.
 
     ``scrape["name"]`` or ``scrape["name", "value of a label", ...]`` is the sum of all samples with that name and those
     values among their labels.
@@ -69,5 +69,5 @@ def scrape_text(server: ServerProcess, accept: str = "text/plain") -> str:
 
 
 def scrape(server: ServerProcess) -> Scrape:
-    """Look at a server's page."""
+    """Scrape a server's page."""
     return scraped(scrape_text(server))

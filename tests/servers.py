@@ -108,7 +108,7 @@ class ServerProcess:
 
 
 class ControlledEngine:
-    """An engine whose numbers are the lengths of its sequences, and which waits where a test says so."""
+    """An engine whose scores are the lengths of its sequences; it answers only while its gate is open."""
 
     name = "torch"
     dtype = "float32"
@@ -165,7 +165,7 @@ class ControlledEngine:
 async def serve_in_process(
     model: Path, engine: ControlledEngine, limits: Limits | None = None, *, cache_bytes: int = 0
 ) -> AsyncIterator[aio.Channel]:
-    """The real servicer, scorer and layout around ``engine``, over a real socket; gives a channel to it."""
+    """Serve ``engine`` with the real servicer, scorer and layout over a real socket; gives a channel to it."""
     spec = read_model(str(model))
     limits = limits or Limits()
     scorer = Scorer(spec, make_layout(spec), Scheduler(engine), cache_bytes=cache_bytes)

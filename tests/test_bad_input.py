@@ -1,4 +1,4 @@
-"""Bad input gets the status that says whose fault it is, and a message that names field, value and rule."""
+"""Bad input fails with the right status, and with a message that names field, value and rule."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LONG = "word " * 500
 
 @pytest.fixture(scope="module")
 def small_limits(cross_encoder: object) -> Iterator[rpc.RerankerServiceStub]:
-    """A server with limits small enough to run into."""
+    """A server with small limits, so that tests can exceed them."""
     flags = [
         f"--limits.{name}={value}"
         for name, value in {
@@ -43,7 +43,7 @@ def small_limits(cross_encoder: object) -> Iterator[rpc.RerankerServiceStub]:
 
 
 def refused(call: object, *arguments: object) -> dict[str, str]:
-    """Violations of a call that must fail with INVALID_ARGUMENT; the message must hold every one of them."""
+    """Violations of a call that must fail with INVALID_ARGUMENT; its message must contain all of them."""
 
     def make_the_call() -> None:
         result = call(*arguments, timeout=30)
@@ -59,7 +59,7 @@ def refused(call: object, *arguments: object) -> dict[str, str]:
     return found
 
 
-def test_of_many_violations_as_many_are_told_as_headers_have_room_for(cross_encoder_server: ServerProcess) -> None:
+def test_a_status_names_as_many_violations_as_headers_have_room_for(cross_encoder_server: ServerProcess) -> None:
     most = Limits().max_text_bytes
     documents = ["a document", *["x" * (most + 1)] * 50]
     with grpc.insecure_channel(cross_encoder_server.address) as channel:
@@ -121,7 +121,7 @@ def test_a_wrong_rerank_request(
     assert words in found[field]
 
 
-def test_all_broken_rules_are_told_at_once(stub: rpc.RerankerServiceStub) -> None:
+def test_an_error_names_all_broken_rules(stub: rpc.RerankerServiceStub) -> None:
     request = rerank(documents=[], top_n=0, options=pb.RerankOptions(score_type=9, instruction="x"))
     assert set(refused(stub.Rerank, request)) == {"documents", "top_n", "options.score_type", "options.instruction"}
 
@@ -142,7 +142,7 @@ def test_limits_of_a_request(
     assert words in found[field]
 
 
-def test_what_lies_at_a_limit_is_accepted(small_limits: rpc.RerankerServiceStub) -> None:
+def test_values_at_a_limit_are_accepted(small_limits: rpc.RerankerServiceStub) -> None:
     assert len(small_limits.Rerank(rerank(query="é" * 50, documents=["b", "c", "x" * 100])).results) == 3
 
 
@@ -173,7 +173,7 @@ def test_one_wrong_request_of_a_batch_fails_alone(stub: rpc.RerankerServiceStub)
 def test_bytes_that_are_no_message(cross_encoder_server: ServerProcess, method: str) -> None:
     with grpc.insecure_channel(cross_encoder_server.address) as channel:
         call = channel.unary_unary(f"/reranker.v1.RerankerService/{method}")
-        # Field 1, a string of two bytes that are no UTF-8; for GetModelInfo, which has no fields, a cut-off one.
+        # Field 1 is a string of two bytes that are not UTF-8. GetModelInfo has no fields: its message is cut short.
         data = b"\x0a" if method == "GetModelInfo" else b"\x0a\x02\xc3\x28"
         found = refused(call, data)
     assert "UTF-8" in found["message"]
@@ -275,7 +275,7 @@ def test_a_wrong_chunk_fails_alone(
     assert words in found[field]
 
 
-def test_an_over_long_pair_fails_its_chunk_alone_where_asked_to(stub: rpc.RerankerServiceStub) -> None:
+def test_an_over_long_pair_fails_only_its_chunk_if_the_options_reject_it(stub: rpc.RerankerServiceStub) -> None:
     reject = pb.RerankOptions(over_long=pb.OVER_LONG_REJECT)
     messages = [
         pb.RerankStreamRequest(open=pb.StreamOpen(options=reject)),
@@ -288,14 +288,14 @@ def test_an_over_long_pair_fails_its_chunk_alone_where_asked_to(stub: rpc.Rerank
     assert "too long" in violations_of(replies[2].error)["options.over_long"]
 
 
-def test_an_over_long_text_of_a_bi_encoder_is_rejected_where_asked_to(bi_encoder_server: ServerProcess) -> None:
+def test_an_over_long_text_of_a_bi_encoder_fails_if_the_options_reject_it(bi_encoder_server: ServerProcess) -> None:
     request = rerank(documents=[LONG], options=pb.RerankOptions(over_long=pb.OVER_LONG_REJECT))
     with grpc.insecure_channel(bi_encoder_server.address) as channel:
         assert "too long" in refused(rpc.RerankerServiceStub(channel).Rerank, request)["options.over_long"]
 
 
 def test_the_server_still_answers(stub: rpc.RerankerServiceStub) -> None:
-    """After everything above."""
+    """Runs after all bad input above."""
     assert len(stub.Rerank(rerank()).results) == 1
 
 

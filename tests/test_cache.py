@@ -1,4 +1,4 @@
-"""The cache answers what it was told, only where every part of the key is equal; pairs in flight are scored once."""
+"""The cache answers a pair only if every part of its key is equal; pairs in flight are scored once."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_near_miss_is_no_hit(causal_reranker: Path) -> None:
             stub = rpc.RerankerServiceStub(channel)
             await stub.Rerank(request())
             assert (await stub.Rerank(request())).usage.cached_pairs == 2
-            # No two of them are equal, either.
+            # The near misses also differ from each other.
             return {name: (await stub.Rerank(near)).usage.cached_pairs for name, near in NEAR_MISSES.items()}
 
     assert asyncio.run(scenario()) == dict.fromkeys(NEAR_MISSES, 0)
@@ -133,7 +133,7 @@ def test_identical_pairs_in_flight_are_scored_once(cross_encoder: Path) -> None:
     assert all(one == found[0] for one in found)
 
 
-def test_the_failure_of_one_scorer_does_not_fail_who_waits_for_it() -> None:
+def test_a_failed_caller_does_not_fail_the_callers_that_wait_for_it() -> None:
     async def scenario() -> tuple[int, int]:
         cache = ScoreCache(MEBIBYTE)
         digests = [digest_of(text) for text in "qd"]
@@ -151,7 +151,7 @@ def test_the_failure_of_one_scorer_does_not_fail_who_waits_for_it() -> None:
     assert asyncio.run(scenario()) == (1, 1)
 
 
-def test_who_does_not_share_waits_for_nobody() -> None:
+def test_a_caller_that_does_not_share_does_not_wait() -> None:
     async def scenario() -> tuple[list[int], list[int], list[int]]:
         cache = ScoreCache(MEBIBYTE)
         digests = [digest_of(text) for text in "qd"]
@@ -159,7 +159,7 @@ def test_who_does_not_share_waits_for_nobody() -> None:
         bulk = cache.claim(b"s", digests, *ids, share=True)
         urgent = cache.claim(b"s", digests, *ids, share=False)
         cache.settle(urgent, np.float32([0.25]))
-        # The slower one is still the one that others wait for.
+        # The score is cached, though the bulk caller has not settled yet.
         third = cache.claim(b"s", digests, *ids, share=True)
         cache.settle(bulk, np.float32([0.25]))
         return bulk.mine.tolist(), urgent.mine.tolist(), third.known.tolist()
@@ -167,7 +167,7 @@ def test_who_does_not_share_waits_for_nobody() -> None:
     assert asyncio.run(scenario()) == ([0], [0], [0])
 
 
-def test_the_cache_stays_within_its_bytes_and_forgets_the_least_recent() -> None:
+def test_the_cache_stays_within_its_bytes_and_drops_the_least_recently_used() -> None:
     async def scenario() -> tuple[bool, bool, int]:
         cache = ScoreCache(200_000)
         documents = [digest_of(f"document {i}") for i in range(100)]

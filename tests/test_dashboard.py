@@ -1,4 +1,4 @@
-"""The Grafana dashboard asks only for what there is: every name and label is on the page of a server with vLLM."""
+"""The Grafana dashboard: every metric and label that it queries is on the page of a server with vLLM."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .servers import ServerProcess
 
 DASHBOARD = json.loads((Path(__file__).parent.parent / "docs" / "grafana-dashboard.json").read_text())
 KEYWORDS = {"by", "without", "on", "ignoring", "and", "or", "unless", "bool", "offset", "group_left", "group_right"}
-# Prometheus adds this one to whatever it reads.
+# Prometheus adds this label to all metrics.
 ADDED = {"instance"}
 SELECTOR = re.compile(r"([a-zA-Z_:][\w:]*)\s*\{([^}]*)\}")
 
@@ -29,7 +29,7 @@ SELECTOR = re.compile(r"([a-zA-Z_:][\w:]*)\s*\{([^}]*)\}")
 def page(causal_reranker: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Scrape, Scrape]]:
     """The page of a vLLM server while it loads, and after some calls.
 
-    It has the model in the layout that ``test_vllm_engine`` does not have, so its scores are compared here.
+    Its model has the layout that ``test_vllm_engine`` does not run, so the scores are compared here.
     """
     converted = models.build_qwen3_reranker_converted(tmp_path_factory.mktemp("converted"))
     flags = ["--model", str(converted), "--engine", "vllm", "--metrics-port", "0"]
@@ -101,7 +101,7 @@ def test_every_name_and_label_exists(page: tuple[Scrape, Scrape]) -> None:
             assert label in live.labels(name) | ADDED, expression
 
 
-def test_variables_ask_for_what_exists(page: tuple[Scrape, Scrape]) -> None:
+def test_variables_query_existing_metrics_and_labels(page: tuple[Scrape, Scrape]) -> None:
     variables = {one["name"]: one for one in DASHBOARD["templating"]["list"]}
     assert [one["type"] for one in variables.values()].count("datasource") == 1
     used = set(re.findall(r"\$\{?(\w+)", json.dumps(DASHBOARD))) - {"__rate_interval", "__all"}
@@ -111,7 +111,7 @@ def test_variables_ask_for_what_exists(page: tuple[Scrape, Scrape]) -> None:
     assert asked[2] in ADDED
 
 
-def test_everything_of_ours_is_shown(page: tuple[Scrape, Scrape]) -> None:
+def test_every_metric_of_the_server_is_shown(page: tuple[Scrape, Scrape]) -> None:
     shown = {re.sub(r"_(bucket|sum|count)$", "", name) for expression in expressions() for name in names(expression)}
     ours = {name for name in page[1].names() if name.startswith("reranker_")}
     assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in ours} <= shown
@@ -137,8 +137,8 @@ def test_panels_are_whole_and_do_not_overlap() -> None:
             assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
 
 
-def test_vllms_own_counts_are_on_the_page(page: tuple[Scrape, Scrape]) -> None:
-    """Every pair is a request to vLLM; the third is the server's own, with which it warmed up."""
+def test_vllms_own_metrics_are_on_the_page(page: tuple[Scrape, Scrape]) -> None:
+    """Every pair is a request to vLLM; the third is the server's warm-up."""
     loading, live = page
     assert not any(name.startswith("vllm:") for name in loading.names())
     assert live["vllm:request_success_total"] == 3

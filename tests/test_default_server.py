@@ -1,4 +1,4 @@
-"""What ``make serve`` starts, the embedded all-MiniLM-L6-v2 on vLLM, and the README's examples against it."""
+"""The server that ``make serve`` starts, with the embedded all-MiniLM-L6-v2 on vLLM; the README's examples use it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_readmes_examples_run_as_they_stand(default_server: ServerProcess, tmp_path: Path) -> None:
-    """Only the address is exchanged, for that of a server that runs already."""
+    """Only the address is replaced by that of a running server."""
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "grpcurl").symlink_to(GRPCURL)
     call = next(block for block in blocks("sh") if "grpcurl" in block)
@@ -81,7 +81,7 @@ def test_the_readmes_examples_run_as_they_stand(default_server: ServerProcess, t
     assert "train_loss" in printed[2]
 
 
-def test_ctrl_c_reaches_vllm_too_and_calls_in_flight_finish_all_the_same(default_server: ServerProcess) -> None:
+def test_calls_in_flight_finish_after_ctrl_c_which_also_reaches_vllm(default_server: ServerProcess) -> None:
     """A terminal sends the signal to the whole process group. It is the last of these tests: the server ends."""
     children = psutil.Process(default_server.process.pid).children(recursive=True)
     assert children
@@ -93,6 +93,6 @@ def test_ctrl_c_reaches_vllm_too_and_calls_in_flight_finish_all_the_same(default
         os.killpg(default_server.process.pid, signal.SIGINT)
         assert len(call.result().results) == 1000
         assert default_server.wait() == 0
-    # On a busy machine the last of them takes a moment longer than its parent.
+    # On a busy machine vLLM's last process ends a moment after its parent.
     _, alive = psutil.wait_procs(children, timeout=60)
     assert [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []

@@ -1,4 +1,4 @@
-"""Scores outlive the server: over the same directory the same model computes nothing again, another one all."""
+"""Scores on disk outlive the server: the same model reuses them after a restart, another model does not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REQUEST = pb.RerankRequest(query="parse a date", documents=[f"document {i}" for 
 
 
 def ask(model: Path, directory: Path, *flags: str) -> pb.RerankResponse:
-    """One call to a server of its own."""
+    """One call to a new server, which ends afterwards."""
     flags = ("--model", str(model), "--engine", "torch", "--threads", "1", "--cache-dir", str(directory), *flags)
     with ServerProcess(*flags) as server, grpc.insecure_channel(server.address) as channel:
         return rpc.RerankerServiceStub(channel).Rerank(REQUEST)
@@ -36,7 +36,7 @@ def test_a_restarted_server_computes_nothing_again(cross_encoder: Path, tmp_path
     assert scores(first) == scores(second)
 
 
-def test_another_model_finds_nothing(tmp_path: Path) -> None:
+def test_another_model_reuses_no_scores(tmp_path: Path) -> None:
     def get(fingerprint: str) -> list[bytes | None]:
         store = DiskCache(tmp_path, 1 << 20, fingerprint)
         found = asyncio.run(store.get([b"key"]))
@@ -76,7 +76,7 @@ def test_a_full_store_keeps_what_it_has_and_grows_no_further(tmp_path: Path) -> 
         store = DiskCache(tmp_path, 1 << 20, "model")
         for number in range(40):
             store.put([b"key %d %d" % (number, i) for i in range(100)], [b"x" * 1000] * 100)
-        store.close()  # waits for what is being written
+        store.close()  # waits for pending writes
         store = DiskCache(tmp_path, 1 << 20, "model")
         found = await store.get([b"key 0 0", b"key 39 0"])
         store.close()

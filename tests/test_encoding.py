@@ -1,4 +1,4 @@
-"""Token ids joined from parts are the ids that the model's own tokenizer gives for the whole."""
+"""Token ids joined from parts equal the ids that the model's own tokenizer gives for the whole."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ TEXTS = st.one_of(
     st.lists(st.sampled_from(PIECES), max_size=12).map(" ".join),
     st.text(max_size=40),
 )
-# Each example gives up to 16 pairs: about 2,500 pairs a tokenizer, each with and without a cut.
+# Each example gives up to 16 pairs: about 2,500 pairs for each tokenizer, each with and without truncation.
 FEW = st.lists(TEXTS, min_size=1, max_size=4)
 PROPERTY = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -82,7 +82,7 @@ def causal_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def spm_causal_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A causal reranker whose tokenizer prepends "▁" to every text and lets tokens span words, as Llama's does."""
+    """A causal reranker whose tokenizer prepends "▁" to every text and lets tokens span words, like Llama's."""
     directory = models.build_qwen3_reranker(tmp_path_factory.mktemp("spm"))
     tokenizer = Tokenizer(BPE(unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -125,7 +125,7 @@ def join(
     return layout.join([encoded_query], layout.encode_documents([document]), max_length)[0]
 
 
-def test_joined_pairs_are_the_tokenizers_own(pair_model: Path) -> None:
+def test_joined_pairs_equal_those_of_the_tokenizer(pair_model: Path) -> None:
     layout = pair_layout(pair_model)
     tokenizer = AutoTokenizer.from_pretrained(pair_model)
 
@@ -136,7 +136,7 @@ def test_joined_pairs_are_the_tokenizers_own(pair_model: Path) -> None:
             for document, encoded_document in zip(documents, layout.encode_documents(documents), strict=True):
                 for limit in (10**6, max_length):
                     sequence = layout.join([encoded_query], [encoded_document], limit)[0]
-                    # A list of one pair: given alone, an empty document would count as none.
+                    # A list of one pair: without the list, the tokenizer would take an empty document for no document.
                     whole = tokenizer([(query, document)], truncation="longest_first", max_length=limit)
                     assert sequence.ids.tolist() == whole["input_ids"][0]
                     types = whole.get("token_type_ids", [[0] * len(sequence.ids)])[0]
@@ -147,7 +147,7 @@ def test_joined_pairs_are_the_tokenizers_own(pair_model: Path) -> None:
     check()
 
 
-def test_pairs_joined_together_are_pairs_joined_one_by_one(pair_model: Path, causal_model: Path) -> None:
+def test_pairs_joined_together_equal_pairs_joined_one_by_one(pair_model: Path, causal_model: Path) -> None:
     for model in (pair_model, causal_model):
         check_joined_together(pair_layout(model))
 
@@ -168,7 +168,7 @@ def check_joined_together(layout: PairLayout) -> None:
         layout.join(*zip(*pairs, strict=True), 1)
 
 
-def test_joined_causal_pairs_are_the_model_cards(causal_model: Path) -> None:
+def test_joined_causal_pairs_equal_those_of_the_model_card(causal_model: Path) -> None:
     layout = pair_layout(causal_model)
     tokenizer = AutoTokenizer.from_pretrained(causal_model)
 
@@ -182,7 +182,7 @@ def test_joined_causal_pairs_are_the_model_cards(causal_model: Path) -> None:
                 sequence = layout.join([encoded_query], [encoded_document], 10**6)[0]
                 assert sequence.ids.tolist() == whole
                 assert sequence.first_segment == len(whole) == length_of(layout, encoded_query, encoded_document)
-                # The least that leaves room for a token of the document beside the whole query.
+                # The smallest limit that leaves room for the whole query and one token of the document.
                 limit = layout.smallest_length(instruction) - layout.smallest_length("") + spare
                 limit += len(causal_ids(tokenizer, query, "", "", 10**6))
                 if limit > len(encoded_query.ids) + overhead(tokenizer):
@@ -201,7 +201,7 @@ def test_a_tokenizer_that_joins_the_template_with_a_text_is_refused(spm_causal_m
         make_layout(read_model(str(spm_causal_model)))
 
 
-def test_cutting_a_causal_pair_spares_the_template(causal_model: Path) -> None:
+def test_truncation_of_a_causal_pair_keeps_the_template(causal_model: Path) -> None:
     layout = pair_layout(causal_model)
     tokenizer = AutoTokenizer.from_pretrained(causal_model)
     prefix = tokenizer.encode(CARD_PREFIX, add_special_tokens=False)
@@ -222,7 +222,7 @@ def test_cutting_a_causal_pair_spares_the_template(causal_model: Path) -> None:
         assert ids[len(ids) - len(suffix) :] == suffix
         body = ids[len(prefix) : len(ids) - len(suffix)]
         if cut and len(encoded_query.ids) >= limit - len(prefix) - len(suffix):
-            # The query gives way: the document has at least half of the room, or all of its own tokens.
+            # The query is truncated: the document keeps at least half of the room, or all of its tokens.
             room = limit - len(prefix) - len(suffix) - len(head) - len(mark)
             kept = min(len(encoded_document.ids), room - room // 2)
             text = room - kept
@@ -235,7 +235,7 @@ def test_cutting_a_causal_pair_spares_the_template(causal_model: Path) -> None:
     check()
 
 
-def test_the_cut_of_an_over_long_query_keeps_only_its_own_words(causal_model: Path) -> None:
+def test_truncation_of_an_over_long_query_keeps_only_its_own_words(causal_model: Path) -> None:
     layout = pair_layout(causal_model)
     tokenizer = AutoTokenizer.from_pretrained(causal_model)
     for query in ("word " * 300 + "end", "word " * 300 + "end?", "word? " * 300):
@@ -248,7 +248,7 @@ def test_the_cut_of_an_over_long_query_keeps_only_its_own_words(causal_model: Pa
             assert text.count("<Document>:") == 1
 
 
-def test_room_is_demanded_for_the_instruction(causal_model: Path) -> None:
+def test_a_limit_without_room_for_the_instruction_is_an_error(causal_model: Path) -> None:
     layout = pair_layout(causal_model)
     long = "Find what is asked for. " * 20
     need = layout.smallest_length(long)
@@ -258,7 +258,7 @@ def test_room_is_demanded_for_the_instruction(causal_model: Path) -> None:
         join(layout, "word " * 300, "word " * 300, need - 1, long)
 
 
-def test_single_texts_are_the_tokenizers_own(tmp_path: Path) -> None:
+def test_single_texts_equal_those_of_the_tokenizer(tmp_path: Path) -> None:
     prompts = {"query": "Represent this: ", "document": ""}
     model = models.build_bi_encoder(tmp_path, prompts=prompts)
     layout = text_layout(model)
@@ -282,7 +282,7 @@ def test_single_texts_are_the_tokenizers_own(tmp_path: Path) -> None:
     check()
 
 
-def test_left_truncation_is_the_tokenizers_own(tmp_path: Path) -> None:
+def test_left_truncation_equals_that_of_the_tokenizer(tmp_path: Path) -> None:
     model = models.build_bert_cross_encoder(tmp_path)
     settings_file = model / "tokenizer_config.json"
     settings_file.write_text(json.dumps({**json.loads(settings_file.read_text()), "truncation_side": "left"}))
@@ -333,7 +333,7 @@ def test_smallest_lengths(pair_model: Path, causal_model: Path) -> None:
             join(layout, "word " * 200, "word " * 200, least - 1)
 
 
-def test_threads_share_a_layout(causal_model: Path) -> None:
+def test_threads_can_share_a_layout(causal_model: Path) -> None:
     layout = pair_layout(causal_model)
     texts = [text[:200] for text in models.docstrings()[:100]]
     alone = [one.ids for one in layout.encode_queries(texts, None)]

@@ -1,4 +1,4 @@
-"""The torch engine's numbers are those of transformers and sentence-transformers; what vLLM lacks is refused."""
+"""The torch engine computes the numbers of transformers and sentence-transformers; vLLM refuses what it lacks."""
 
 from __future__ import annotations
 
@@ -138,13 +138,13 @@ def test_batches_do_not_change_scores(cross_encoder: Path, causal_reranker: Path
         spec = read_model(str(model))
         sequences = inputs(spec, references.pairs())
         whole = compute(spec, sequences)
-        # Alone, a sequence is not padded.
+        # A sequence in a batch of its own is not padded.
         alone = np.concatenate([compute(spec, [sequence]) for sequence in sequences[-9:]])
         assert np.abs(alone - whole[-9:]).max() < TOLERANCE
         assert np.abs(compute(spec, sequences[::-1])[::-1] - whole).max() < TOLERANCE
 
 
-def test_nothing_to_do(cross_encoder: Path) -> None:
+def test_no_sequences_give_no_scores(cross_encoder: Path) -> None:
     assert compute(read_model(str(cross_encoder)), []).shape == (0,)
 
 
@@ -170,7 +170,7 @@ def test_a_batch_that_is_cancelled_before_it_begins_never_runs(
         sequences = inputs(spec, references.pairs())
         runs = [asyncio.create_task(engine.run(sequences[:count])) for count in (1, 2, 3, 4)]
         await asyncio.to_thread(began.wait, 60)
-        runs[0].cancel()  # it has begun
+        runs[0].cancel()  # its batch is running
         runs[2].cancel()
         go_on.set()
         found = await asyncio.gather(*runs, return_exceptions=True)
@@ -183,7 +183,7 @@ def test_a_batch_that_is_cancelled_before_it_begins_never_runs(
     assert batches == [1, 2, 4]
 
 
-def test_a_dead_device_is_known_though_nobody_waited_for_the_batch_that_found_it_out(cross_encoder: Path) -> None:
+def test_a_dead_device_is_reported_even_if_the_batch_that_found_it_was_cancelled(cross_encoder: Path) -> None:
     async def work() -> None:
         spec = read_model(str(cross_encoder))
         engine = TorchEngine(spec)
@@ -197,7 +197,7 @@ def test_a_dead_device_is_known_though_nobody_waited_for_the_batch_that_found_it
     asyncio.run(work())
 
 
-def test_weights_that_give_no_number_are_reported(cross_encoder: Path, tmp_path: Path) -> None:
+def test_scores_that_are_not_finite_are_reported(cross_encoder: Path, tmp_path: Path) -> None:
     spec = replace(read_model(str(copy(cross_encoder, tmp_path))), name="broken")
     weights = load_file(tmp_path / "model.safetensors")
     weights["classifier.bias"][:] = float("nan")
@@ -257,7 +257,7 @@ def test_a_device_that_fails_for_good_is_the_engines_death(
     asyncio.run(work())
 
 
-def test_what_vllm_cannot_run_is_refused_before_it_starts(tmp_path: Path, cross_encoder: Path) -> None:
+def test_models_that_vllm_cannot_run_are_refused_before_it_starts(tmp_path: Path, cross_encoder: Path) -> None:
     spec = read_model(str(cross_encoder))
     with pytest.raises(UnsupportedModelError, match=r"vLLM has no BertForSequenceClassification.*torch engine"):
         VllmEngine(replace(spec, model_type="deberta-v2"))
@@ -266,7 +266,7 @@ def test_what_vllm_cannot_run_is_refused_before_it_starts(tmp_path: Path, cross_
         VllmEngine(bi_encoder)
 
 
-def test_both_engines_keep_the_protocol(cross_encoder: Path) -> None:
+def test_both_engines_implement_the_protocol(cross_encoder: Path) -> None:
     spec = read_model(str(cross_encoder))
     engines: list[Engine] = [TorchEngine(spec), VllmEngine(spec)]
     assert [engine.name for engine in engines] == ["torch", "vllm"]

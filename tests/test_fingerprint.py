@@ -1,4 +1,4 @@
-"""A fingerprint changes with what changes scores, and with nothing else."""
+"""A fingerprint changes with everything that changes scores, and only with that."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def model(tmp_path: Path) -> Path:
     return models.build_bert_cross_encoder(tmp_path / "model")
 
 
-def test_it_is_printable_and_short(model: Path) -> None:
+def test_the_fingerprint_is_printable_and_short(model: Path) -> None:
     text = of(model)
     assert len(text) <= 64
     assert all(character in "0123456789abcdef" for character in text)
@@ -70,7 +70,7 @@ def test_it_is_printable_and_short(model: Path) -> None:
         edit("config.json", hidden_act="relu"),
     ],
 )
-def test_files_that_change_scores_change_it(change: Callable[[Path], None], model: Path) -> None:
+def test_files_that_change_scores_change_the_fingerprint(change: Callable[[Path], None], model: Path) -> None:
     before = of(model)
     change(model)
     assert of(model) != before
@@ -86,7 +86,7 @@ def test_files_that_change_scores_change_it(change: Callable[[Path], None], mode
         {"arguments": {"quantization": "fp8"}},
     ],
 )
-def test_the_engine_changes_it(engine: dict[str, object], model: Path) -> None:
+def test_the_engine_changes_the_fingerprint(engine: dict[str, object], model: Path) -> None:
     assert of(model, **engine) != of(model)
 
 
@@ -101,13 +101,13 @@ def test_the_engine_changes_it(engine: dict[str, object], model: Path) -> None:
         {"answers": (1, 2)},
     ],
 )
-def test_the_use_of_the_model_changes_it(change: dict[str, object], model: Path) -> None:
+def test_the_models_description_changes_the_fingerprint(change: dict[str, object], model: Path) -> None:
     spec = read_model(str(model))
     other = replace(spec, **change)  # type: ignore[arg-type]
     assert fingerprint(other, ENGINE) != of(model)
 
 
-def test_both_layouts_differ(tmp_path: Path) -> None:
+def test_the_original_and_the_converted_causal_reranker_differ(tmp_path: Path) -> None:
     original = models.build_qwen3_reranker(tmp_path / "original")
     converted = models.build_qwen3_reranker_converted(tmp_path / "converted")
     assert of(original) != of(converted)
@@ -124,24 +124,24 @@ def test_both_layouts_differ(tmp_path: Path) -> None:
         lambda model: (model / "model.safetensors").touch(),
     ],
 )
-def test_what_changes_no_score_does_not_change_it(change: Callable[[Path], None], model: Path) -> None:
+def test_changes_without_effect_on_scores_keep_the_fingerprint(change: Callable[[Path], None], model: Path) -> None:
     before = of(model)
     change(model)
     assert of(model) == before
 
 
-def test_the_place_does_not_change_it(model: Path, tmp_path: Path) -> None:
+def test_the_models_directory_does_not_change_the_fingerprint(model: Path, tmp_path: Path) -> None:
     copy = tmp_path / "elsewhere" / "copy"
     shutil.copytree(model, copy)
     assert of(copy) == of(model)
 
 
 def test_large_weights_are_sampled(model: Path) -> None:
-    """A block in the middle of a file larger than the sample counts, the file as a whole is not read."""
+    """A change in the middle of a large file changes the fingerprint, though the file is not read as a whole."""
     weights = load_file(model / "model.safetensors")
     large = torch.arange(16_000_000, dtype=torch.float32)
     save_file({**weights, "large": large}, model / "model.safetensors")
     before = of(model)
-    # As training does: every number moves a little.
+    # Like training, this changes every number a little.
     save_file({**weights, "large": large + torch.randn_like(large)}, model / "model.safetensors")
     assert of(model) != before

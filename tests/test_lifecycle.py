@@ -1,4 +1,4 @@
-"""The program from start to end: readiness, health, reflection, signals, a dead engine, wrong settings."""
+"""The server process from start-up to shutdown: health, reflection, signals, a dead engine, wrong settings."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_ready_line_names_address_and_model(cross_encoder_server: ServerProc
 
 @contextmanager
 def holding(model: Path, *flags: str) -> Iterator[tuple[ServerProcess, grpc.Future]]:
-    """A server, and a call that the engine has and does not answer before ``RELEASE``."""
+    """A server, and a call inside the engine that is answered only after ``RELEASE``."""
     flags = ("--model", str(model), "--metrics-port", "0", *flags)
     with ServerProcess(*flags, module="tests.holding") as server, grpc.insecure_channel(server.address) as channel:
         request = pb.RerankRequest(query="a query", documents=["word " * LONG_TOKENS])

@@ -1,4 +1,4 @@
-"""Many clients at once: every score right, streams share, a waiting person is served first."""
+"""Many clients at once: every score is right, streams share the engine, interactive calls come first."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_32_clients_with_mixed_calls_get_every_score_right(
 
 
 def test_a_client_that_never_reads_does_not_grow_the_server(cross_encoder: Path) -> None:
-    """It asks for a gigabyte of scores, of pairs that the server knows after the first chunk."""
+    """The client requests a gigabyte of scores; the cache knows all of them after the first chunk."""
     flags = ["--model", str(cross_encoder), "--engine", "torch", "--threads", "1"]
     pairs = pb.PairList(query_ids=[0] * 8192, document_ids=[1] * 8192)  # 32 kB of scores, 16 kB of ids
     chunks = 32_768
@@ -84,7 +84,7 @@ def test_a_client_that_never_reads_does_not_grow_the_server(cross_encoder: Path)
 
             writer = asyncio.create_task(write_all())
             before = -1
-            while written != before:  # it stands still once every buffer on the way is full
+            while written != before:  # the writer stops when every buffer on the way is full
                 before = written
                 await asyncio.wait({writer}, timeout=2)
             grown = process.memory_info().rss - rss
@@ -99,7 +99,7 @@ def test_a_client_that_never_reads_does_not_grow_the_server(cross_encoder: Path)
         rss = process.memory_info().rss
         written = asyncio.run(write(server.address))
         assert 0 < written < chunks
-        client.score_pairs([("c", "d")])  # and it serves others
+        client.score_pairs([("c", "d")])  # other clients are still served
 
 
 def _grid(number: int) -> pb.RerankStreamRequest:
@@ -132,7 +132,7 @@ class Submissions:
 def test_two_streams_share_the_engine_and_a_small_call_overtakes_both(
     cross_encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The engine is fed one batch at a time, and each batch's owner is told by the length of its sequences."""
+    """The engine gets one batch at a time; the length of its sequences tells whose batch it is."""
 
     class Recording(ControlledEngine):
         async def run(self, sequences: object, urgent: bool = False) -> np.ndarray:
@@ -166,9 +166,9 @@ def test_two_streams_share_the_engine_and_a_small_call_overtakes_both(
 
     owners = asyncio.run(scenario())
     short, long, small = min(owners), max(owners), sorted(set(owners))[1]
-    # Only what was in the engine before it came was done before it.
+    # Only the batch that was in the engine before the small call arrived comes first.
     assert owners.index(small) == 1
-    # While both have work, each gets its share of tokens.
+    # While both streams have work, both get the same number of tokens.
     last = min(len(owners) - owners[::-1].index(length) for length in (short, long))
     both = owners[2:last]
     tokens = {length: both.count(length) * length for length in (short, long)}
@@ -192,5 +192,5 @@ def test_a_large_batch_does_not_starve_a_single_call(cross_encoder: Path, monkey
 
     lengths = asyncio.run(scenario())
     assert len(lengths) == 64 + 4
-    # Calls share, whatever number of requests one of them holds: the short ones are through at once.
+    # Calls share the engine, whatever their number of requests: the single call's pairs come among the first.
     assert [place for place, length in enumerate(lengths) if length == min(lengths)][-1] < 8

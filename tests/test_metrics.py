@@ -1,4 +1,4 @@
-"""What Prometheus reads: the counts are those of the calls that were made, in a form that its parsers accept."""
+"""Metrics for Prometheus: counts equal the calls that were made, in a form that its parsers accept."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def ended(server: ServerProcess, before: Scrape, streams: int) -> dict[tuple[str
             return change
 
 
-def test_the_counts_are_those_of_the_calls(server: ServerProcess, stub: rpc.RerankerServiceStub) -> None:
+def test_counts_equal_the_calls_and_their_usage(server: ServerProcess, stub: rpc.RerankerServiceStub) -> None:
     before = scrape(server)
     invalid = grpc.StatusCode.INVALID_ARGUMENT
     usages: list[tuple[str, pb.Usage]] = []
@@ -116,7 +116,7 @@ def test_the_counts_are_those_of_the_calls(server: ServerProcess, stub: rpc.Rera
         ("RerankStream",): 2,
         ("GetModelInfo",): 1,
     }
-    # What could not be read as a request, or is no valid batch, has no reply of its own.
+    # A message that cannot be parsed and an invalid batch have no replies.
     assert change.by("reranker_replies_total", "rpc", "code") == {
         ("Rerank", "OK"): 2,
         ("Rerank", "INVALID_ARGUMENT"): 1,
@@ -183,7 +183,7 @@ def test_streams_that_their_client_cancels_count_as_cancelled(
 
 
 class Cancelled:
-    """A handler's context whose client has cancelled: gRPC reports it before it finishes a read or sends a status."""
+    """The context of a call that its client has cancelled: ``read`` reports the cancellation, ``abort`` fails."""
 
     def __init__(self) -> None:
         self.codes: list[grpc.StatusCode] = []
@@ -201,7 +201,7 @@ class Cancelled:
 
 
 def handled(rpc: str, request: object) -> tuple[BaseException, dict[tuple[str, ...], float], list[grpc.StatusCode]]:
-    """How a call of a client that has gone ends: the handler's exception, the counts, and the codes of the context."""
+    """End of a call whose client has gone: the handler's exception, the counts, and the codes set in the context."""
     metrics, context = PrometheusMetrics(RPCS, SCORING_RPCS), Cancelled()
     name = f"/reranker.v1.RerankerService/{rpc}"
     details = SimpleNamespace(method=name, invocation_metadata=())
@@ -223,7 +223,7 @@ def handled(rpc: str, request: object) -> tuple[BaseException, dict[tuple[str, .
     return caught.value, counts, context.codes
 
 
-def test_requests_that_end_by_a_cancellation_are_no_half_close() -> None:
+def test_a_cancelled_stream_that_looks_half_closed_counts_as_cancelled() -> None:
     async def no_requests() -> AsyncIterator[pb.RerankStreamRequest]:
         return
         yield
@@ -235,7 +235,7 @@ def test_requests_that_end_by_a_cancellation_are_no_half_close() -> None:
 
 
 def test_an_error_that_cannot_be_sent_counts_as_cancelled() -> None:
-    error, counts, codes = handled("GetModelInfo", pb.GetModelInfoRequest())  # of a server that is not ready
+    error, counts, codes = handled("GetModelInfo", pb.GetModelInfoRequest())  # UNAVAILABLE: it is not open
     assert isinstance(error, aio.InternalError)
     assert counts == {("GetModelInfo", "CANCELLED"): 1}
     assert codes[-1] == grpc.StatusCode.CANCELLED
@@ -263,7 +263,7 @@ def test_the_engine_is_up_from_the_first_score_to_its_death() -> None:
     assert [*states, up()] == [0, 1, 0]
 
 
-def test_the_load_is_read_when_somebody_looks() -> None:
+def test_the_load_is_read_at_each_scrape() -> None:
     metrics = PrometheusMetrics(RPCS, SCORING_RPCS)
     loads = iter([Load(waiting=7, oldest_seconds=1.5, running=64, cache_bytes=4096), Load()])
     metrics.watch(lambda: next(loads))

@@ -1,4 +1,4 @@
-"""What is counted around the engine: tokenizer runs, batches, what waits and what runs, the cache."""
+"""Metrics around the engine: runs of the tokenizer, batches, waiting and running sequences, the cache."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .servers import ControlledEngine, ServerProcess
 
 
 def test_texts_are_tokenized_once_and_batches_hold_what_the_replies_count(cross_encoder: Path) -> None:
-    """A grid of 3 x 5 in two chunks, then all of it again."""
+    """A grid of 3 x 5 in two chunks, then the same grid again."""
     flags = ["--model", str(cross_encoder), "--engine", "torch", "--threads", "1", "--metrics-port", "0"]
     chunks = [([0, 1], range(3, 8)), ([2], range(3, 8)), ([0, 1, 2], range(3, 8))]
     messages = [
@@ -55,7 +55,7 @@ def test_texts_are_tokenized_once_and_batches_hold_what_the_replies_count(cross_
     assert bytes_kept > 0
 
 
-def test_what_waits_and_what_runs_is_seen_while_it_does(cross_encoder: Path) -> None:
+def test_waiting_and_running_sequences_are_on_the_page(cross_encoder: Path) -> None:
     async def scenario() -> list[Scrape]:
         metrics = PrometheusMetrics(RPCS, SCORING_RPCS)
         engine = ControlledEngine(max_in_flight=4, max_batch=4, open_gate=False)
@@ -70,7 +70,7 @@ def test_what_waits_and_what_runs_is_seen_while_it_does(cross_encoder: Path) -> 
         await server.start()
 
         async def look() -> Scrape:
-            # Where Prometheus asks, too: not on the event loop's thread.
+            # On another thread than the event loop's, as the real metrics server does.
             return scraped((await asyncio.to_thread(generate_latest, metrics.registry)).decode())
 
         async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -95,6 +95,6 @@ def test_what_waits_and_what_runs_is_seen_while_it_does(cross_encoder: Path) -> 
     assert (done["reranker_queue_sequences"], done["reranker_engine_sequences"]) == (0, 0)
     assert done["reranker_queue_age_seconds"] == 0
     assert done["reranker_requests_in_progress", "Rerank"] == 0
-    # 4, 4 and 2 of the ten.
+    # The ten sequences entered as batches of 4, 4 and 2.
     assert done["reranker_batch_sequences_count"] == 3
     assert done["reranker_batch_sequences_sum"] == 10

@@ -1,4 +1,4 @@
-"""What a model is, is read from its own files; what can't be served is refused with a reason."""
+"""Models are described from their own files; a model that cannot be served is refused with the reason."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def edit(path: Path, **changes: object) -> None:
     ("build", "kind", "max_length", "default_length"),
     [
         (models.build_bert_cross_encoder, "cross-encoder", 128, 128),
-        # 130 positions, of which the first two go to the padding.
+        # 130 positions, two of which are reserved for padding.
         (models.build_roberta_cross_encoder, "cross-encoder", 128, 128),
         (models.build_xlm_roberta_cross_encoder, "cross-encoder", 128, 128),
         (models.build_qwen3_reranker, "causal-reranker", 1024, 1024),
@@ -179,7 +179,7 @@ CROSS, CAUSAL, BI = models.build_bert_cross_encoder, models.build_qwen3_reranker
         (BI, lambda model: (model / "modules.json").write_text("{]"), r"modules\.json can't be read"),
     ],
 )
-def test_what_cannot_be_served_is_refused(build, change, message: str, tmp_path: Path) -> None:
+def test_models_that_cannot_be_served_are_refused(build, change, message: str, tmp_path: Path) -> None:
     model = build(tmp_path)
     read_model(str(model))
     change(model)
@@ -200,7 +200,7 @@ def test_a_prompt_that_pooling_leaves_out_is_refused(tmp_path: Path) -> None:
         ("./nowhere", "neither a directory nor"),
         ("nowhere", "neither a directory nor"),
         ("some/where/else", "neither a directory nor"),
-        # The tests forbid to ask a hub.
+        # Tests run with HF_HUB_OFFLINE.
         ("owner/model", "is no directory, and its download from the hub failed"),
     ],
 )
@@ -213,7 +213,7 @@ def test_models_that_are_not_there(name: str, message: str) -> None:
     ("module", "absent"),
     [("reranker_service.engines.base", "torch"), ("reranker_service.engines.vllm_engine", "vllm")],
 )
-def test_what_imports_leave_out(module: str, absent: str) -> None:
+def test_imports_leave_out_torch_and_vllm(module: str, absent: str) -> None:
     code = f"import sys, {module}; assert {absent!r} not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 

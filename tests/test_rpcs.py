@@ -1,4 +1,4 @@
-"""Every RPC on every kind of model gives the scores that the libraries' own implementations give."""
+"""Every RPC gives the scores of transformers and sentence-transformers, for every kind of model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAIRS = [(query, document) for query in QUERIES for document in DOCUMENTS]
 
 
 def stream(stub: rpc.RerankerServiceStub, chunks: list[pb.StreamChunk], **options: object) -> dict[int, list[float]]:
-    """Send all texts and ``chunks``; gives the scores by chunk id."""
+    """Send all texts and ``chunks`` on one stream; returns the scores by chunk id."""
     messages = [
         pb.RerankStreamRequest(open=pb.StreamOpen(options=pb.RerankOptions(**options))),
         pb.RerankStreamRequest(texts=pb.StreamTexts(texts=[*QUERIES, *DOCUMENTS])),
@@ -34,7 +34,7 @@ def stream(stub: rpc.RerankerServiceStub, chunks: list[pb.StreamChunk], **option
 
 
 def through_every_rpc(stub: rpc.RerankerServiceStub, **options: object) -> dict[str, np.ndarray]:
-    """Scores of ``PAIRS`` by each way there is to ask for them."""
+    """Scores of ``PAIRS`` from every RPC."""
     requests = [
         pb.RerankRequest(query=query, documents=DOCUMENTS, options=pb.RerankOptions(**options)) for query in QUERIES
     ]
@@ -118,7 +118,7 @@ def test_equal_documents_keep_their_order(stub: rpc.RerankerServiceStub) -> None
     assert [one.index for one in response.results] == [0, 1, 2, 3, 4]
 
 
-def test_usage_counts_pairs_tokens_and_cuts(stub: rpc.RerankerServiceStub, cross_encoder: Path) -> None:
+def test_usage_counts_pairs_tokens_and_truncated_pairs(stub: rpc.RerankerServiceStub, cross_encoder: Path) -> None:
     tokenizer = CrossEncoder(str(cross_encoder), device="cpu").tokenizer
     usage = stub.Rerank(pb.RerankRequest(query="count", documents=["a date", "word " * 400])).usage
     length = len(tokenizer("count", "a date")["input_ids"])
@@ -128,7 +128,7 @@ def test_usage_counts_pairs_tokens_and_cuts(stub: rpc.RerankerServiceStub, cross
 
 
 @pytest.mark.parametrize("kind", ["cross_encoder", "bi_encoder"])
-def test_a_pair_from_the_cache_counts_as_cached_and_not_as_cut(kind: str, request: pytest.FixtureRequest) -> None:
+def test_a_pair_from_the_cache_counts_as_cached_and_not_as_truncated(kind: str, request: pytest.FixtureRequest) -> None:
     server: ServerProcess = request.getfixturevalue(f"{kind}_server")
     question = pb.RerankRequest(query=f"what is cut by the {kind}?", documents=["a date", "word " * 400])
     with grpc.insecure_channel(server.address) as channel:

@@ -1,4 +1,4 @@
-"""Who comes next, seen from the order in which an engine under the test's control is given work."""
+"""Scheduling: the order in which a controlled engine is given batches."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_results_come_in_the_order_of_the_job() -> None:
     assert asyncio.run(scenario()).tolist() == list(range(1, 12))
 
 
-def test_the_engine_never_holds_more_than_it_wants() -> None:
+def test_the_engine_never_holds_more_than_max_in_flight() -> None:
     async def scenario() -> int:
         engine = ControlledEngine(max_in_flight=7, max_batch=3, open_gate=False)
         scheduler = Scheduler(engine)
@@ -83,8 +83,8 @@ def test_the_engine_is_given_a_few_steps_of_tokens_at_a_time() -> None:
 
     batches, held = asyncio.run(scenario([3] * 40))
     assert batches == [[3] * 3] * 13 + [[3]]
-    assert held == 4 * 3  # a fifth batch would make it 45 tokens
-    # What is longer than a step goes alone, and what is longer than all of them when nothing else is there.
+    assert held == 4 * 3  # batches of 9 tokens: a fifth one would exceed four steps of 10
+    # A sequence longer than a step is a batch of its own; one longer than four steps enters only an idle engine.
     batches, held = asyncio.run(scenario([4, 4, 4, 25, 8, 50, 1]))
     assert batches == [[4, 4], [4], [25], [8], [50], [1]]
     assert held == 4
@@ -100,14 +100,14 @@ def test_interactive_work_overtakes_bulk_work() -> None:
         async def open_gate() -> None:
             engine.gate.set()
 
-        # Tasks begin in the order of their making: the gate opens when the interactive job is in the queue.
+        # Tasks begin in the order of their creation: the gate opens after the interactive job has entered the queue.
         await asyncio.gather(bulk, values(scheduler, job("quick", 4, interactive=True)), open_gate())
         return order(engine)
 
     assert asyncio.run(scenario()) == "bqqbbb"
 
 
-def test_interactive_work_enters_an_engine_that_lets_it_overtake_at_once() -> None:
+def test_interactive_work_enters_at_once_if_the_engine_lets_it_overtake() -> None:
     async def scenario() -> tuple[str, list[bool], tuple[int, int]]:
         engine = ControlledEngine(max_in_flight=4, max_batch=2, open_gate=False)
         engine.overtakes = True
@@ -116,7 +116,7 @@ def test_interactive_work_enters_an_engine_that_lets_it_overtake_at_once() -> No
         await engine.wait_for_sequences(4)
         quick = asyncio.create_task(values(scheduler, job("quick", 6, interactive=True)))
         await engine.wait_for_sequences(8)
-        held = order(engine)  # as much again as it holds, and no more
+        held = order(engine)  # interactive work has room for max_in_flight of its own
         engine.gate.set()
         await asyncio.gather(bulk, quick)
         return held, engine.urgent, (scheduler.waiting, scheduler.running)
@@ -138,7 +138,7 @@ def test_two_streams_take_turns_however_many_jobs_one_has() -> None:
         await asyncio.gather(*runs)
         return order(engine)
 
-    # The first batch was admitted before "few" came.
+    # The first batch was admitted before "few" arrived.
     assert asyncio.run(scenario()) == "m" + "mf" * 4 + "m"
 
 
@@ -155,7 +155,7 @@ def test_streams_share_by_tokens_not_by_pairs() -> None:
         await asyncio.gather(*runs)
         return order(engine)
 
-    # A batch of "long" is 60 tokens, one of "short" 20; the first batch was admitted before "short" came.
+    # A batch of "long" is 60 tokens, one of "short" 20; the first batch was admitted before "short" arrived.
     assert asyncio.run(scenario()) == "l" + "lsss" + "lsl"
 
 
@@ -205,8 +205,8 @@ def test_sequences_that_cannot_be_made_fail_their_own_job_only() -> None:
     assert asyncio.run(scenario()).tolist() == [3]
 
 
-def test_work_that_is_cancelled_before_it_begins_gives_its_place_back() -> None:
-    """The last batch of one job ends; the next job is admitted and cancelled before the engine was called for it."""
+def test_a_batch_that_is_cancelled_before_it_begins_leaves_the_engine() -> None:
+    """The last batch of a job ends; the next job is admitted, and cancelled before the engine is called for it."""
 
     async def scenario() -> tuple[np.ndarray, int]:
         engine = one_at_a_time()
@@ -225,7 +225,7 @@ def test_work_that_is_cancelled_before_it_begins_gives_its_place_back() -> None:
     assert running == 0
 
 
-def test_what_waits_and_runs_is_counted() -> None:
+def test_waiting_and_running_sequences_are_counted() -> None:
     async def scenario() -> list[tuple[int, int, bool]]:
         engine = one_at_a_time()
         scheduler = Scheduler(engine)
@@ -260,14 +260,14 @@ def lengths_of(batch: Sequence[TokenSequence]) -> list[int]:
 
 
 async def hold(scheduler: Scheduler, engine: ControlledEngine) -> list[asyncio.Task[np.ndarray]]:
-    """Fill the engine with two batches, so that what comes next gathers until the gate opens."""
+    """Fill the engine with two batches, so that later jobs wait until the gate opens."""
     runs = [asyncio.create_task(values(scheduler, job("hold", 1))) for _ in range(2)]
     await engine.wait_for_sequences(2)
     return runs
 
 
 def test_an_engine_that_pads_gets_full_batches_from_many_small_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
-    # How long the engine is seen to take for its first batch is not part of this.
+    # An endless window: its size must not depend on the measured time of the first batch.
     monkeypatch.setattr("reranker_service.scheduling.window._WINDOW_SECONDS", 1e9)
 
     async def scenario() -> tuple[list[int], list[list[float]]]:
@@ -280,12 +280,12 @@ def test_an_engine_that_pads_gets_full_batches_from_many_small_jobs(monkeypatch:
         return [len(batch) for batch in engine.batches], found
 
     sizes, found = asyncio.run(scenario())
-    # One runs, one is next, and what comes meanwhile shares batches.
+    # One job runs and one is next; the jobs that arrive meanwhile share batches.
     assert sizes == [3, 3, 8, 8, 2]
     assert found == [[i + 1] * 3 for i in range(8)]
 
 
-def test_a_shared_batch_goes_on_for_those_who_still_want_it_and_ends_with_the_last() -> None:
+def test_a_shared_batch_is_cancelled_only_with_the_last_of_its_jobs() -> None:
     async def scenario() -> tuple[int, list[float], int]:
         engine = padding()
         scheduler = Scheduler(engine)
@@ -319,7 +319,7 @@ def test_a_window_sorts_sequences_of_many_jobs_and_cuts_them_by_tokens() -> None
         scheduler = Scheduler(engine)
         held = await hold(scheduler, engine)
         runs = [asyncio.create_task(values(scheduler, mixed(f"{i}", lengths))) for i, lengths in enumerate(jobs)]
-        # Each of them pushes its job before the gate opens.
+        # Every task pushes its job before the gate opens.
         await asyncio.sleep(0)
         engine.gate.set()
         found = await asyncio.gather(*runs)
@@ -327,10 +327,10 @@ def test_a_window_sorts_sequences_of_many_jobs_and_cuts_them_by_tokens() -> None
         return [lengths_of(batch) for batch in engine.batches[2:]], [one.tolist() for one in found]
 
     batches, found = asyncio.run(scenario())
-    # The longest of all first: no batch holds one that is longer than any of the batch before it.
+    # Longest first: no batch has a sequence longer than any sequence of the batch before it.
     assert all(min(before) >= max(after) for before, after in itertools.pairwise(batches))
     assert all(len(batch) * max(batch) <= 200 for batch in batches)
-    # And none could have taken in the next one.
+    # Batches are full: no batch has room for the next sequence.
     assert all((len(one) + 1) * max(one) > 200 for one in batches[:-1])
     assert found == jobs
 
@@ -347,7 +347,7 @@ def test_results_of_a_job_larger_than_a_window_land_in_their_places() -> None:
 
     longest, found = asyncio.run(scenario())
     assert found == lengths
-    # Sorted as a whole, not window by window.
+    # The job is sorted as a whole, not window by window.
     assert longest == sorted(longest, reverse=True)
 
 
@@ -361,11 +361,11 @@ def test_a_sequence_longer_than_the_budget_goes_alone() -> None:
     assert asyncio.run(scenario()) == [[30], [20], [5, 3], [3]]
 
 
-def test_interactive_work_overtakes_a_window_that_is_composed() -> None:
+def test_interactive_work_overtakes_a_filled_window() -> None:
     async def scenario() -> str:
         engine = padding(batch_tokens=6)
         scheduler = Scheduler(engine)
-        # All 8 share a window, two sequences to a batch; two batches are in the engine.
+        # All 8 sequences are in one window, two to a batch; two batches are in the engine.
         bulk = asyncio.create_task(values(scheduler, job("bulk", 8)))
         await engine.wait_for_sequences(4)
         quick = asyncio.create_task(values(scheduler, job("quick", 4, interactive=True)))
@@ -385,7 +385,7 @@ def test_a_cancelled_jobs_share_of_a_window_never_reaches_the_engine() -> None:
         gone = asyncio.create_task(values(scheduler, mixed("gone", [3] * 6)))
         stays = asyncio.create_task(values(scheduler, mixed("stays", [4, 3, 2, 3, 1])))
         await asyncio.sleep(0)
-        # One batch ends: the window is drawn, and its first batch of 4, 3 and 3 enters.
+        # One batch ends: the window is filled, and its first batch, of lengths 4, 3 and 3, enters.
         held[0].cancel()
         await engine.wait_for_sequences(5)
         seen = [(scheduler.waiting, scheduler.running)]
@@ -399,14 +399,14 @@ def test_a_cancelled_jobs_share_of_a_window_never_reaches_the_engine() -> None:
         return entered, seen, found.tolist()
 
     entered, seen, found = asyncio.run(scenario())
-    # Also after the window was drawn, what has not entered the engine waits.
+    # Sequences in the window count as waiting.
     assert seen == [(8, 4), (4, 4)]
     assert entered == "ssss"
     assert found == [4, 3, 2, 3, 1]
 
 
 def test_streams_share_a_padding_engine_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    # However fast the engine seems to be.
+    # A fixed window size: it must not depend on the measured speed of the engine.
     monkeypatch.setattr("reranker_service.scheduling.window._MOST_SEQUENCES", 256)
 
     async def scenario() -> list[tuple[str, int]]:
@@ -422,7 +422,7 @@ def test_streams_share_a_padding_engine_by_tokens(monkeypatch: pytest.MonkeyPatc
 
     entered = asyncio.run(scenario())
     assert len(entered) == 2 * 40 * 64
-    # While both have work; within a window, which begins with the long ones, they are apart.
+    # Counted while both streams have work. Within a window the long sequences come first, so single batches differ.
     middle = [at for at, (name, _) in enumerate(entered) if name == "s"][20 * 64]
     tokens = {name: sum(length for owner, length in entered[:middle] if owner == name) for name in "ls"}
     assert abs(tokens["l"] - tokens["s"]) <= 0.2 * max(tokens.values())
@@ -453,12 +453,12 @@ def test_an_error_in_one_batch_fails_only_the_jobs_in_it() -> None:
     found, last, left = asyncio.run(scenario())
     assert [str(one) for one in found[:2]] == ["out of memory"] * 2
     assert np.array_equal(found[2], [30, 20])
-    # b's second may share the batch that entered before the error was known.
+    # The second sequence of b may share the batch that entered before the error was known.
     assert last in ("bcc", "cc")
     assert left == (0, 0)
 
 
-def test_a_score_that_is_no_number_fails_only_the_job_it_belongs_to() -> None:
+def test_a_score_that_is_not_finite_fails_only_its_own_job() -> None:
     class Overflowing(ControlledEngine):
         async def run(self, sequences: Sequence[TokenSequence], urgent: bool = False) -> np.ndarray:
             found = await super().run(sequences, urgent)
@@ -482,7 +482,7 @@ def test_a_score_that_is_no_number_fails_only_the_job_it_belongs_to() -> None:
     assert isinstance(bad, NonFiniteScoreError)
 
 
-def test_what_cannot_be_made_fails_its_own_job_in_a_shared_batch() -> None:
+def test_sequences_that_cannot_be_made_fail_only_their_job_in_a_shared_batch() -> None:
     class Broken(Sequence[TokenSequence]):
         def __len__(self) -> int:
             return 2
@@ -508,20 +508,20 @@ def test_what_cannot_be_made_fails_its_own_job_in_a_shared_batch() -> None:
 
 def test_a_window_is_half_a_second_of_the_engines_recent_work() -> None:
     pace = Pace()
-    # Nothing known: the least.
+    # Before a measurement: the fewest sequences.
     assert not pace.fills_window(255, 25_500, 256)
     assert pace.fills_window(256, 25_600, 256)
     pace.add(100_000, 1.0)
     assert not pace.fills_window(499, 49_900, 256)
     assert pace.fills_window(500, 50_000, 256)
-    # A slow engine's window is the least all the same, a fast one's has an end.
+    # The fewest sequences also bound the window of a slow engine, and 4,096 the window of a fast one.
     assert not pace.fills_window(255, 90_000, 256)
     pace.add(10_000_000, 1.0)
     assert not pace.fills_window(4095, 409_500, 256)
     assert pace.fills_window(4096, 409_600, 256)
 
 
-def test_what_the_engine_did_long_ago_counts_little() -> None:
+def test_old_work_counts_little_for_the_pace() -> None:
     pace = Pace()
     pace.add(1_000, 10.0)
     for _ in range(100):

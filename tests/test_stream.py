@@ -1,4 +1,4 @@
-"""A stream's life: backpressure, cancellation, failures; with an engine that the test holds by a gate."""
+"""Streams: backpressure, cancellation and failures, with an engine that waits at a gate of the test."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ async def send(*messages: pb.RerankStreamRequest) -> AsyncIterator[pb.RerankStre
 
 
 def test_a_client_that_does_not_read_is_not_read_from(cross_encoder: Path) -> None:
-    """With replies unread the server takes in a bounded number of pairs, and all of them once reading begins."""
+    """Without reads, the server takes in a bounded number of pairs; once the client reads, it answers all."""
 
     async def scenario() -> tuple[int, int]:
         engine = ControlledEngine(max_in_flight=1000)
         limits = Limits(max_pairs_in_flight=64)
         async with serve_in_process(cross_encoder, engine, limits) as channel:
             written = 0
-            # Wide id lists make a message large, so that flow control, not a buffer, holds the client.
+            # Large messages, so that flow control stops the client before buffers have taken in all chunks.
             wide = pb.PairList(query_ids=[0] * 64, document_ids=[1] * 64)
             call = rpc.RerankerServiceStub(channel).RerankStream()
             await call.write(OPEN)
@@ -54,7 +54,7 @@ def test_a_client_that_does_not_read_is_not_read_from(cross_encoder: Path) -> No
                 await call.done_writing()
 
             writer = asyncio.create_task(write_all())
-            # The writer stands still once every buffer on the way is full.
+            # The writer stops when every buffer on the way is full.
             before = -1
             while written != before:
                 before = written
@@ -75,7 +75,7 @@ def test_pairs_in_flight_stay_under_the_limit(cross_encoder: Path) -> None:
         async with serve_in_process(cross_encoder, engine, Limits(max_pairs_in_flight=20)) as channel:
             call = rpc.RerankerServiceStub(channel).RerankStream(send(OPEN, TEXTS, *map(chunk, range(10))))
             await engine.wait_for_sequences(16)
-            # A later call is served completely meanwhile: the stream's third chunk had its chance to come in.
+            # Another call is answered, so the server had time to read the stream's third chunk.
             info = await rpc.RerankerServiceStub(channel).GetModelInfo(pb.GetModelInfoRequest())
             assert info.fingerprint == "f"
             held = sum(map(len, engine.batches))
@@ -95,7 +95,7 @@ def test_a_cancelled_stream_withdraws_its_pairs(cross_encoder: Path) -> None:
             call = stub.RerankStream(send(OPEN, TEXTS, *map(chunk, range(20))))
             await engine.wait_for_sequences(16)
             call.cancel()
-            # Only the withdrawal of the stream's pairs makes room for this one.
+            # This pair enters the engine only if the stream's pairs are withdrawn.
             other = asyncio.ensure_future(stub.Rerank(pb.RerankRequest(query="a", documents=["b"])))
             await engine.wait_for_sequences(17)
             engine.gate.set()
@@ -105,7 +105,7 @@ def test_a_cancelled_stream_withdraws_its_pairs(cross_encoder: Path) -> None:
     assert asyncio.run(scenario()) == (16, 17)
 
 
-def test_a_client_that_goes_away_withdraws_its_call(cross_encoder: Path) -> None:
+def test_a_cancelled_call_withdraws_its_pairs(cross_encoder: Path) -> None:
     async def scenario() -> int:
         engine = ControlledEngine(max_in_flight=2, max_batch=2, open_gate=False)
         async with serve_in_process(cross_encoder, engine) as channel:
@@ -122,13 +122,13 @@ def test_a_client_that_goes_away_withdraws_its_call(cross_encoder: Path) -> None
     assert asyncio.run(scenario()) == 2
 
 
-def test_the_servers_work_ends_with_a_deadline(cross_encoder: Path) -> None:
+def test_a_deadline_ends_the_servers_work(cross_encoder: Path) -> None:
     async def scenario() -> int:
         engine = ControlledEngine(max_in_flight=2, max_batch=2, open_gate=False)
         async with serve_in_process(cross_encoder, engine) as channel:
             stub = rpc.RerankerServiceStub(channel)
             seconds = 0.5
-            while not engine.batches:  # a slow machine needs longer to get there
+            while not engine.batches:  # on a slow machine the call may need longer to reach the engine
                 with pytest.raises(aio.AioRpcError) as caught:
                     await stub.Rerank(pb.RerankRequest(query="a", documents=["b"] * 100), timeout=seconds)
                 assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED

@@ -19,7 +19,7 @@ LONG = "x" * 100_000
 
 
 class SlowLayout:
-    """Encodes once it is let; notes what it was given."""
+    """Waits for ``go`` before it encodes; records the texts of each call."""
 
     def __init__(self) -> None:
         self.go = threading.Event()
@@ -37,7 +37,7 @@ def table(texts: list[str], *, interactive: bool) -> TextTable:
 
 async def begin(encoder: TextEncoder, texts: TextTable) -> asyncio.Task[Any]:
     task = asyncio.create_task(encoder.encode(texts, "document", np.arange(len(texts.texts))))
-    for _ in range(5):  # until it waits for its turn
+    for _ in range(5):  # until the task waits for its turn
         await asyncio.sleep(0)
     return task
 

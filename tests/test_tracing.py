@@ -1,4 +1,4 @@
-"""Spans of calls, as an OpenTelemetry collector on a real socket receives them; and streams that still stream."""
+"""Traces: the spans that an OpenTelemetry collector receives over a real socket; streams still stream."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_missing_package_is_an_error_that_says_what_to_install(monkeypatch: py
 def test_a_server_without_the_package_says_so_and_ends(
     cross_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A module that cannot be imported stands before the real one, should that be installed.
+    # A module that cannot be imported hides the real one, if it is installed.
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['opentelemetry.instrumentation'] = None\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     with ServerProcess("--model", str(cross_encoder), "--engine", "torch", "--tracing", ready=False) as server:
@@ -46,7 +46,7 @@ def test_a_server_without_the_package_says_so_and_ends(
 
 
 class Collector:
-    """An OpenTelemetry collector that keeps spans, and lets a test wait for them."""
+    """An OpenTelemetry collector that keeps spans, so that a test can wait for them."""
 
     def __init__(self) -> None:
         from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as messages
@@ -125,14 +125,14 @@ def test_a_call_is_a_span_of_its_callers_trace(stub: rpc.RerankerServiceStub, co
 def test_a_refused_call_has_its_status(stub: rpc.RerankerServiceStub, collector: Collector) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         stub.Rerank(pb.RerankRequest(query="a query"))
-    # The interceptor leaves the details alone.
+    # The interceptor does not change the status details.
     assert "documents" in caught.value.details()
     assert any(key == "grpc-status-details-bin" for key, _ in caught.value.trailing_metadata())
     collector.wait_for(lambda span: attributes(span).get("rpc.grpc.status_code") == 3)
 
 
 def test_a_stream_still_streams_and_is_one_span(stub: rpc.RerankerServiceStub, collector: Collector) -> None:
-    """Each reply is there before the next message is sent; the span comes with the stream's end."""
+    """Each reply arrives before the next message is sent; the span is exported after the end of the stream."""
     outgoing: queue.SimpleQueue[pb.RerankStreamRequest | None] = queue.SimpleQueue()
     trace = "1" * 32
     call = stub.RerankStream(
@@ -180,7 +180,7 @@ def test_probes_leave_no_spans(server: ServerProcess, stub: rpc.RerankerServiceS
     assert {attributes(span)["rpc.service"] for span in collector.spans} == {"reranker.v1.RerankerService"}
 
 
-def test_the_last_spans_go_out_before_the_end(
+def test_the_last_spans_are_exported_at_shutdown(
     cross_encoder: Path, collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{collector.address}")
@@ -199,7 +199,7 @@ def test_the_last_spans_go_out_before_the_end(
 @pytest.mark.parametrize(
     ("variable", "value"), [("OTEL_TRACES_EXPORTER", "carrier-pigeon"), ("OTEL_EXPORTER_OTLP_PROTOCOL", "smoke")]
 )
-def test_an_unknown_way_out_is_named(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_exporter_or_protocol_is_named(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("opentelemetry.instrumentation.grpc")
     monkeypatch.setenv(variable, value)
     with pytest.raises(TracingError, match=rf"{variable}.*{value}"):

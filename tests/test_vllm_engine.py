@@ -1,6 +1,6 @@
-"""The vLLM engine, really running: the same numbers as transformers and sentence-transformers, and a clean end.
+"""The vLLM engine, running vLLM: the same numbers as transformers and sentence-transformers, and a clean end.
 
-Starting vLLM takes a while, so that each model is started once and answers everything that is asked of it.
+Starting vLLM takes long, so each model is started once for all tests.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BUILDERS = {
 
 
 class Running:
-    """A started engine with the event loop that it lives on."""
+    """A started engine with its event loop."""
 
     def __init__(self, name: str, model: Path) -> None:
         self.name, self.model, self.spec = name, model, read_model(str(model))
@@ -54,7 +54,7 @@ class Running:
 
 
 def processes() -> set[int]:
-    """Our child processes; servers of other tests may be among them."""
+    """Child processes of this process; servers of other tests may be among them."""
     found = set()
     for child in psutil.Process().children(recursive=True):
         try:
@@ -66,7 +66,7 @@ def processes() -> set[int]:
 
 
 def assert_ended(pids: Iterable[int]) -> None:
-    """What was killed takes a moment to end."""
+    """Wait until the processes have ended; fails if one is still alive after a minute."""
     found = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
     _, alive = psutil.wait_procs(found, timeout=60)
     assert [one for one in alive if one.status() != psutil.STATUS_ZOMBIE] == []
@@ -74,7 +74,7 @@ def assert_ended(pids: Iterable[int]) -> None:
 
 @contextlib.contextmanager
 def stopped(pids: Iterable[int]) -> Iterator[None]:
-    """The processes do nothing until the end of the block."""
+    """Stop the processes until the end of the block."""
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     try:
@@ -164,7 +164,7 @@ def test_a_cancelled_run_is_aborted_and_the_engine_goes_on(running: Running) -> 
     assert len(running.run(sequences[:3])) == 3
 
 
-def test_urgent_sequences_overtake_what_waits_inside(running: Running) -> None:
+def test_urgent_sequences_overtake_others_inside_vllm(running: Running) -> None:
     sequences = sequences_of(running.spec, [("word " * 10, "word " * 2000)] * 200, min(running.spec.max_length, 512))
 
     async def work() -> list[bool]:
@@ -177,7 +177,7 @@ def test_urgent_sequences_overtake_what_waits_inside(running: Running) -> None:
             await engine.run([sequence], urgent)
             done.append(urgent)
 
-        # The urgent one is the last to arrive; nothing is scored before it is there.
+        # The urgent sequence arrives last; no sequence is scored before its arrival.
         with stopped(running.processes):
             runs = [asyncio.create_task(one(sequence, False)) for sequence in sequences]
             while engine._engine.get_num_unfinished_requests() < len(sequences):
@@ -190,7 +190,7 @@ def test_urgent_sequences_overtake_what_waits_inside(running: Running) -> None:
 
     done = running.runner.run(work())
     assert len(done) == 201
-    # In the order of arrival it would be the last; it has to wait for a step or two.
+    # In order of arrival it would be the last; with priority it waits only for the running steps.
     assert done.index(True) < 150
 
 
@@ -212,7 +212,7 @@ def test_a_killed_engine_is_reported(running: Running) -> None:
 
     async def work() -> None:
         watch = asyncio.create_task(running.engine.wait_dead())
-        with stopped(running.processes):  # nothing is answered before
+        with stopped(running.processes):  # no result comes before the kill
             run = asyncio.create_task(running.engine.run(sequences))
             await asyncio.sleep(0)
             for pid in running.processes:
