@@ -1,7 +1,7 @@
-"""What a service is measured against: the engine alone, on ready token ids, and ``CrossEncoder.predict``.
+"""Worker process for the baselines: an engine without a server, or ``CrossEncoder.predict``.
 
-A worker process that holds one of them and scores grids on request, over a loopback connection: it says how long the
-scoring took by its own clock, so neither tokenizing (for an engine) nor the connection counts.
+The worker scores grids on request over a loopback connection and returns the scoring time that it measured itself. So
+the time excludes the connection and, for an engine, tokenizing.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from reranker_service.engines import Engine
 from reranker_service.models import ModelSpec, PairLayout, TokenSequence, make_layout, read_model
 
 Score = Callable[[list[str], list[str]], tuple[float, NDArray[np.float32]]]
-"""Queries and documents to seconds and raw scores of the grid, row-major."""
+"""Maps queries and documents to the scoring time in seconds and the raw scores of their grid, row-major."""
 
 
 def make_engine(spec: ModelSpec, name: str, dtype: str, engine_args: dict[str, Any]) -> Engine:
-    """The engine as the server makes it where nothing is configured."""
+    """Make an engine with the server's default settings."""
     if name == "torch":
         from reranker_service.engines.torch_engine import TorchEngine
 
@@ -37,21 +37,25 @@ def make_engine(spec: ModelSpec, name: str, dtype: str, engine_args: dict[str, A
 
 
 def pair_layout(spec: ModelSpec) -> PairLayout:
-    """The layout of a model that reads pairs."""
+    """Return the input layout of a model that reads query and document together."""
     layout = make_layout(spec)
     assert isinstance(layout, PairLayout)
     return layout
 
 
 def encode_grid(layout: PairLayout, queries: list[str], documents: list[str], max_length: int) -> list[TokenSequence]:
-    """The model's inputs for a grid, row-major."""
+    """Return the model's token sequences for a grid, row-major."""
     left, right = layout.encode_queries(queries, None), layout.encode_documents(documents)
     pairs = [(query, document) for query in left for document in right]
     return layout.join([query for query, _ in pairs], [document for _, document in pairs], max_length)
 
 
 async def run_sorted(engine: Engine, sequences: list[TokenSequence]) -> NDArray[np.float32]:
-    """Run an engine by hand: where it pads, in batches of like length within its limits, the longest first."""
+    """Run an engine on sequences; an engine that pads gets batches sorted by length, longest first, within its limits.
+
+    Returns:
+        The scores in the order of ``sequences``.
+    """
     if engine.batch_tokens is None:
         return await engine.run(sequences)
     order = sorted(range(len(sequences)), key=lambda position: -len(sequences[position].ids))
@@ -65,9 +69,9 @@ async def run_sorted(engine: Engine, sequences: list[TokenSequence]) -> NDArray[
 
 
 def serve(listener: Listener, score: Score) -> None:
-    """Answer requests of one client until it hangs up."""
+    """Answer the requests of one client until the client disconnects."""
     host, port = listener.address[:2]
-    # In one piece: other processes may write to the same pipe.
+    # One write for the whole line, because other processes may write to the same pipe.
     print(f"event=ready address={host}:{port}\n", end="", flush=True)
     with listener.accept() as connection:
         while True:
@@ -120,12 +124,12 @@ def _with_cross_encoder(arguments: argparse.Namespace, listener: Listener) -> No
 
 
 def main() -> None:
-    """Run the worker until its client hangs up."""
+    """Run the worker until its client disconnects."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="directory of the model")
-    parser.add_argument("--side", choices=("torch", "vllm", "predict"), required=True, help="what scores")
-    parser.add_argument("--dtype", default="auto", help="number format")
-    parser.add_argument("--engine-args", default="{}", help="arguments for vLLM, as JSON")
+    parser.add_argument("--side", choices=("torch", "vllm", "predict"), required=True, help="scorer to run")
+    parser.add_argument("--dtype", default="auto", help="number format of the engine")
+    parser.add_argument("--engine-args", default="{}", help="arguments of vLLM, as a JSON object")
     arguments = parser.parse_args()
     with Listener(("127.0.0.1", 0)) as listener:
         (_with_cross_encoder if arguments.side == "predict" else _with_engine)(arguments, listener)

@@ -1,4 +1,7 @@
-"""The plain way to serve a reranker: HTTP and JSON, both texts of every pair in each request, one after the other."""
+"""Baseline service: ``CrossEncoder.predict`` behind HTTP and JSON, with both texts of every pair in each request.
+
+Requests are scored one after the other.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ _MOST_BYTES = 64 << 20
 
 
 def make_app(model: CrossEncoder) -> web.Application:
-    """``POST /score`` with ``{"pairs": [[query, document], ...]}`` gives ``{"scores": [...]}``, raw."""
+    """Make the app: ``POST /score`` with ``{"pairs": [[query, document], ...]}`` returns raw ``{"scores": [...]}``."""
     one_at_a_time = ThreadPoolExecutor(max_workers=1)
 
     def predict(pairs: list[tuple[str, str]]) -> list[float]:
@@ -34,7 +37,7 @@ def make_app(model: CrossEncoder) -> web.Application:
 
 
 def main() -> None:
-    """Serve a cross-encoder on a free loopback port until the process is told to end."""
+    """Serve a cross-encoder on a free loopback port until the process receives a signal to end."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="directory of the cross-encoder")
     model = CrossEncoder(str(parser.parse_args().model), local_files_only=True)
@@ -42,7 +45,7 @@ def main() -> None:
         model.bfloat16()
     with socket.create_server(("127.0.0.1", 0)) as listening:
         host, port = listening.getsockname()
-        # In one piece: other processes may write to the same pipe.
+        # One write for the whole line, because other processes may write to the same pipe.
         print(f"event=ready address={host}:{port}\n", end="", flush=True)
         web.run_app(make_app(model), sock=listening, print=lambda _: None)
 

@@ -1,4 +1,4 @@
-"""What every part of the benchmark is given."""
+"""Bench: the launcher, texts, models and sizes of one benchmark run."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Bench:
     """One run of the benchmark.
 
     Attributes:
-        launcher: Starts processes.
-        corpus: Gives texts.
-        models: Directory of the models, by name.
-        rounds: Rounds of every figure.
-        scale: 1 for a full run; smaller runs take that share of the time.
-        say: Is told what is going on.
+        launcher: Starts the servers and workers.
+        corpus: Supplies queries and documents.
+        models: Directory of each model, by name.
+        rounds: Number of rounds behind every figure.
+        scale: Share of a full run's time to spend, in (0, 1].
+        say: Prints one line of progress.
     """
 
     launcher: Launcher

@@ -1,4 +1,4 @@
-"""The causal reranker: how much of its prompts comes from the prefix cache, and what that is worth."""
+"""Prefix cache of the causal reranker: share of prompt tokens that it supplies, and speed gained by it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _PREFIX_TOKENS = 300
 _SECONDS = 15.0
 
 
-class WholeBlocks:
-    """A prefix cache without limits: what a sequence has in common with earlier ones, in whole blocks.
+class IdealPrefixCache:
+    """Prefix cache of unlimited size, which counts the tokens that a sequence shares with earlier ones.
 
-    vLLM computes at least one token of every prompt, so a prompt's last token is never taken from the cache.
+    As in vLLM, prefixes are shared in whole blocks, and the last token of a prompt is always computed.
 
     Args:
-        block: Tokens of a block.
+        block: Tokens in a block.
     """
 
     def __init__(self, block: int) -> None:
@@ -38,7 +38,7 @@ class WholeBlocks:
         self._known: set[tuple[int, ...]] = set()
 
     def take(self, ids: tuple[int, ...]) -> int:
-        """How many tokens of a sequence are known; from now on, all of its whole blocks are."""
+        """Return the number of tokens of a sequence that are cached, then add the sequence's whole blocks."""
         shared = 0
         for end in range(self._block, len(ids) + 1, self._block):
             if ids[:end] in self._known:
@@ -49,11 +49,11 @@ class WholeBlocks:
 
 
 class CachingSide(StreamSide):
-    """Our stream to a server with prefix caching, which notes what share of the prompt tokens was cached.
+    """``RerankStream`` to a server with prefix caching; records the share of prompt tokens that were cached.
 
     Attributes:
-        shares: For each grid so far, cached tokens / prompt tokens.
-        possible: The same if every whole block that was there before had been found.
+        shares: Cached tokens / prompt tokens, one value a grid.
+        possible: The same shares for an ideal prefix cache.
     """
 
     def __init__(self, name: str, process: Child, client: RerankerClient, model: Path) -> None:
@@ -62,7 +62,7 @@ class CachingSide(StreamSide):
         self._layout, self._length = pair_layout(spec), spec.default_length
         self._counts = scrape.read(process)
         self.block = int(self._counts.labels["vllm:cache_config_info"]["block_size"])
-        self._blocks = WholeBlocks(self.block)
+        self._ideal = IdealPrefixCache(self.block)
         self.shares: list[float] = []
         self.possible: list[float] = []
 
@@ -74,12 +74,12 @@ class CachingSide(StreamSide):
         self.shares.append(found["vllm:prefix_cache_hits_total"] / found["vllm:prefix_cache_queries_total"])
         sequences = encode_grid(self._layout, list(grid.queries), list(grid.documents), self._length)
         prompts = [tuple(sequence.ids.tolist()) for sequence in sequences]
-        self.possible.append(sum(self._blocks.take(ids) for ids in prompts) / sum(map(len, prompts)))
+        self.possible.append(sum(self._ideal.take(ids) for ids in prompts) / sum(map(len, prompts)))
         return seconds, scores
 
 
 def prefix_cache(bench: Bench) -> list[Figure]:
-    """Our server with prefix caching against the same without; 16 documents a query, a prefix of 300 tokens."""
+    """Compare our server with and without prefix caching: 16 documents a query, a shared prefix of 300 tokens."""
     model = bench.models["causal"]
     characters = _characters(bench, model)
 
@@ -100,12 +100,12 @@ def prefix_cache(bench: Bench) -> list[Figure]:
                 tolerance=tolerance,
                 say=bench.say,
             )
-    # The first grid was to warm up.
+    # The first grid belongs to the warm-up round.
     shares, possible = caching.shares[1:], caching.possible[1:]
     of_possible = [share / most for share, most in zip(shares, possible, strict=True)]
     bench.say(
-        f"blocks of {caching.block} tokens; cached {Spread.of(shares).value:.3f} of the prompt tokens, "
-        f"possible {Spread.of(possible).value:.3f}"
+        f"blocks of {caching.block} tokens; share of prompt tokens cached: {Spread.of(shares).value:.3f}, "
+        f"with an ideal cache: {Spread.of(possible).value:.3f}"
     )
     return [
         Figure("vllm, causal: prefix cache on / off", found.ratio("prefix cache", "without"), "x", 2.0),
@@ -116,7 +116,7 @@ def prefix_cache(bench: Bench) -> list[Figure]:
 
 
 def _characters(bench: Bench, model: Path) -> int:
-    """Characters of a query that make a shared prefix of about 300 tokens, template included."""
+    """Length of a query, in characters, for which template and query are a shared prefix of about 300 tokens."""
     layout = pair_layout(read_model(str(model)))
 
     def tokens(characters: int) -> float:

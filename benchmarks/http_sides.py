@@ -1,4 +1,4 @@
-"""The sides over HTTP: vLLM's own ``/score`` and ``/rerank``, and the plain service; a request a query, 8 at a time."""
+"""Sides over HTTP: vLLM's ``/score`` and ``/rerank``, and the baseline service; one request a query, 8 in flight."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _TIMEOUT = aiohttp.ClientTimeout(total=600)
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """How a service is asked.
+    """Request and response format of a service.
 
     Attributes:
-        path: Of the URL.
-        ask: Query and documents to the request's JSON.
-        read: The reply's JSON to raw scores in the order of the documents.
+        path: Path of the URL.
+        ask: Makes the request's JSON from a query and its documents.
+        read: Takes raw scores, in the order of the documents, from the response's JSON.
     """
 
     path: str
@@ -43,29 +43,29 @@ VLLM_SCORE = Dialect(
     lambda query, documents: {"model": "model", "text_1": query, "text_2": documents, "use_activation": False},
     lambda reply: _in_order(reply["data"], "score"),
 )
-"""vLLM's ``/score``."""
+"""Format of vLLM's ``/score``."""
 VLLM_RERANK = Dialect(
     "/rerank",
     lambda query, documents: {"model": "model", "query": query, "documents": documents, "use_activation": False},
     lambda reply: _in_order(reply["results"], "relevance_score"),
 )
-"""vLLM's ``/rerank``."""
+"""Format of vLLM's ``/rerank``."""
 BASELINE = Dialect(
     "/score",
     lambda query, documents: {"pairs": [[query, document] for document in documents]},
     lambda reply: [float(score) for score in reply["scores"]],
 )
-"""The plain service of ``benchmarks.baseline``."""
+"""Format of the service in ``benchmarks.baseline``."""
 
 
 class HttpSide:
-    """A service over HTTP, one request a query.
+    """Side that sends one HTTP request a query.
 
     Args:
-        name: What the table calls it.
-        process: The service.
-        address: ``HOST:PORT`` of it.
-        dialect: How it is asked.
+        name: Name in the table.
+        process: Process of the service.
+        address: ``HOST:PORT`` of the service.
+        dialect: Request and response format of the service.
     """
 
     def __init__(self, name: str, process: Child, address: str, dialect: Dialect) -> None:
@@ -81,16 +81,16 @@ class HttpSide:
         return time.perf_counter() - began, scores
 
     def pause(self) -> None:
-        """Hold the service still."""
+        """Stop the service's processes (SIGSTOP)."""
         self._process.pause()
 
     def resume(self) -> None:
-        """Let the service run on."""
+        """Continue the service's processes (SIGCONT)."""
         self._process.resume()
 
     async def _score(self, grid: Grid) -> NDArray[np.float32]:
         free = asyncio.Semaphore(IN_FLIGHT)
-        # Connections of its own for each grid: a service closes idle ones, and it was idle while others had their turn.
+        # New connections for each grid: services close connections that were idle during the other sides' turns.
         async with aiohttp.ClientSession(timeout=_TIMEOUT) as session:
 
             async def one(query: str) -> list[float]:

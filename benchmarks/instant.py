@@ -1,4 +1,4 @@
-"""Our server around an engine that answers at once: what remains is the cost of everything but the engine."""
+"""Our server with an engine that returns at once, to measure the cost of everything except the engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from reranker_service.settings import Settings
 
 
 class InstantEngine:
-    """Implements ``Engine``: every score is 0, and no input is looked at."""
+    """Implements ``Engine``: every score is 0, whatever the input."""
 
     name = "instant"
     dtype = "float32"
@@ -31,23 +31,23 @@ class InstantEngine:
         self.scoring_args: dict[str, object] = {}
 
     async def start(self) -> None:
-        """Nothing to load."""
+        """Do nothing: there is no model to load."""
 
     def choices(self) -> dict[str, object]:
-        """Nothing to choose."""
+        """Return no choices."""
         return {}
 
     async def run(self, sequences: Sequence[TokenSequence], urgent: bool = False) -> NDArray[np.float32]:
-        """Zeros, shape ``(n,)``."""
+        """Return zeros, shape ``(n,)``."""
         return np.zeros(len(sequences), dtype=np.float32)
 
     async def wait_dead(self) -> EngineDeadError:
-        """Never returns."""
+        """Wait forever: this engine cannot die."""
         await asyncio.Event().wait()
-        raise AssertionError("nobody sets the event")
+        raise AssertionError("the event is never set")
 
     async def close(self) -> None:
-        """Nothing to free."""
+        """Do nothing: there is nothing to free."""
 
 
 def _make_engine(settings: Settings, spec: ModelSpec) -> InstantEngine:
@@ -55,7 +55,7 @@ def _make_engine(settings: Settings, spec: ModelSpec) -> InstantEngine:
 
 
 def main() -> None:
-    """Run the server; its flags are those of ``python -m reranker_service``."""
+    """Run the server with the flags of ``python -m reranker_service``."""
     with mock.patch.object(loading, "make_engine", _make_engine):
         __main__.main()
 

@@ -1,4 +1,4 @@
-"""A small interactive request while a stream keeps the engine full: how long it takes, with and without priority."""
+"""Latency of a small interactive request beside a stream that keeps the engine full, with and without priority."""
 
 from __future__ import annotations
 
@@ -29,9 +29,14 @@ _SEEN_BETWEEN_PROBES = 1
 
 
 class Saturation:
-    """A bulk stream that always has a 64 x 64 grid's worth of pairs waiting, no pair twice.
+    """Bulk stream that keeps 4,096 pairs in flight and sends a new chunk for every reply.
 
-    Probes may be put at the end of its own queue, where they are served in the order of arrival.
+    Probes are small chunks on the same stream. The server scores them in the order of arrival, after the pairs that the
+    stream sent before.
+
+    Args:
+        stub: Stub of the service.
+        table: Queries and documents of the stream's pairs.
     """
 
     def __init__(self, stub: Any, table: Grid) -> None:
@@ -51,7 +56,11 @@ class Saturation:
         self._writing = asyncio.Lock()
 
     async def run(self) -> None:
-        """Keep the engine full until cancelled."""
+        """Keep the engine full until the task is cancelled.
+
+        Raises:
+            RuntimeError: A chunk failed.
+        """
         self._call = self._stub.RerankStream()
         await self._write(pb.RerankStreamRequest(open=pb.StreamOpen(priority=pb.PRIORITY_BULK)))
         await self._send_texts([*self._table.queries, *self._table.documents])
@@ -74,13 +83,13 @@ class Saturation:
             self._call.cancel()
 
     async def replies(self, count: int) -> None:
-        """Wait for so many more of its chunks to be answered."""
+        """Wait until ``count`` more chunks have been answered."""
         async with self._replied:
             enough = self._replies + count
             await self._replied.wait_for(lambda: self._replies >= enough)
 
     async def probe(self, query: str, documents: tuple[str, ...]) -> float:
-        """Seconds that a few pairs take that are sent as one more chunk of this stream."""
+        """Send a few pairs as one more chunk of this stream and return the seconds until their reply."""
         began = time.perf_counter()
         first = self._texts
         await self._send_texts([query, *documents])
@@ -102,35 +111,35 @@ class Saturation:
         await self._write(pb.RerankStreamRequest(chunk=pb.StreamChunk(id=next(self._ids), grid=grid)))
 
     async def _write(self, message: pb.RerankStreamRequest) -> None:
-        # A call takes one message at a time; probes and blocks come from different tasks.
+        # gRPC allows one write at a time on a call, and probes and blocks are written by different tasks.
         async with self._writing:
             await self._call.write(message)
 
 
 def with_torch(bench: Bench) -> list[Figure]:
-    """``beside_a_stream`` on a server with the tiny model and the torch engine."""
+    """Run ``interactive_latency`` on a server with the tiny model and the torch engine."""
     with bench.launcher.server(bench.models["tiny"], "torch") as server:
-        return beside_a_stream(bench, server, "torch, tiny")
+        return interactive_latency(bench, server, "torch, tiny")
 
 
-def beside_a_stream(bench: Bench, server: Child, title: str) -> list[Figure]:
-    """p95 of ``Rerank`` with 8 documents beside a saturating stream, as a share of the same without priority.
+def interactive_latency(bench: Bench, server: Child, title: str) -> list[Figure]:
+    """Measure p95 of ``Rerank`` with 8 documents beside a saturating stream, as a share of p95 without priority.
 
-    Without priority means: in the order of arrival, behind what the stream has sent. A bulk stream of its own for the
-    8 pairs is measured, too: it has no priority, but its fair share.
+    "Without priority" means scoring in the order of arrival: the 8 pairs are sent at the end of the saturating stream.
+    "Fair share" means a second bulk stream for the 8 pairs, which shares the engine with the saturating one.
 
     Args:
         bench: The run.
-        server: Serves a model that scores about 2,000 pairs a second or more.
-        title: What the figures' names begin with.
+        server: Server with a model that scores about 2,000 pairs a second or more.
+        title: First words of the figures' names.
     """
     probes = max(5, int(_PROBES * bench.scale))
     rounds = _runner().run(_measure(bench, address_of(server), probes))
     labels = {
         "alone": "unary, idle server",
         "interactive": "unary beside a stream",
-        "fair": "bulk stream of its own beside a stream",
-        "queued": "at the end of the stream",
+        "fair": "second bulk stream beside a stream",
+        "queued": "chunk at the end of the stream",
     }
     for name, label in labels.items():
         bench.say(f"{label}: p95 {1000 * Spread.of([one[name] for one in rounds]).value:,.0f} ms")
@@ -152,7 +161,7 @@ def beside_a_stream(bench: Bench, server: Child, title: str) -> list[Figure]:
 
 @functools.cache
 def _runner() -> asyncio.Runner:
-    """One loop for as long as the program runs: gRPC wakes any loop for late news of clients of another."""
+    """Return the program's one event loop: with several, gRPC wakes a loop for events of another loop's channels."""
     return asyncio.Runner()
 
 
@@ -190,7 +199,7 @@ async def _measure(bench: Bench, address: str, probes: int) -> list[dict[str, fl
 
 
 async def _queued(bench: Bench, saturation: Saturation, probes: int) -> float:
-    """p95 of probes at the end of the stream's queue; many are under way at a time, for each takes long."""
+    """p95 of probes at the end of the stream, in seconds; many are in flight at a time, because each takes long."""
     tasks: list[asyncio.Task[float]] = []
     for _ in range(probes):
         tasks.append(asyncio.create_task(saturation.probe(*_pairs(bench))))
@@ -216,7 +225,7 @@ async def _own_stream(stub: Any, query: str, documents: tuple[str, ...]) -> floa
 
 
 async def _unless_failed(running: asyncio.Task[None], work: Awaitable[Any]) -> Any:
-    """Wait for ``work``, or raise what ended the saturating stream."""
+    """Return the result of ``work``; if the saturating stream fails first, raise its error."""
     task = asyncio.ensure_future(work)
     await asyncio.wait({running, task}, return_when=asyncio.FIRST_COMPLETED)
     if not task.done():

@@ -1,4 +1,4 @@
-"""How every process of the benchmark is started: same model, number format and cores for all that are compared."""
+"""Launcher: starts servers and workers with the same model, number format and cores for all compared sides."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Launcher:
         return self._start("benchmarks.baseline", "--model", str(model))
 
     def vllm_http(self, model: Path) -> AbstractContextManager[Child]:
-        """vLLM's own HTTP server, told the same as our engine tells vLLM."""
+        """Start vLLM's HTTP server with the settings that our vLLM engine passes to vLLM."""
         flags = ["--enforce-eager", "--kv-cache-memory-bytes", str(1 << 30)]
         if self.machine.cuda:
             flags = ["--gpu-memory-utilization", str(self.machine.engine_args["gpu_memory_utilization"])]
@@ -119,10 +119,12 @@ def address_of(process: Child) -> str:
 
 
 def http_address_of(process: Child) -> str:
-    """``HOST:PORT`` of vLLM's HTTP server, once it is ready; it says no port, so the kernel is asked.
+    """Wait until vLLM's HTTP server is ready and return its ``HOST:PORT``.
+
+    vLLM does not log the port that it chose, so the port is read from the operating system's list of sockets.
 
     Raises:
-        ProcessError: It ended, or listens nowhere.
+        ProcessError: The server ended, or does not listen on any port.
     """
     process.wait_for("Application startup complete")
     deadline = time.monotonic() + 10
@@ -130,4 +132,4 @@ def http_address_of(process: Child) -> str:
         for connection in psutil.Process(process.pid).net_connections("tcp4"):
             if connection.status == psutil.CONN_LISTEN:
                 return f"{connection.laddr.ip}:{connection.laddr.port}"
-    raise ProcessError("vLLM's HTTP server listens nowhere")
+    raise ProcessError("vLLM's HTTP server reported that it had started, but listens on no port")

@@ -1,4 +1,4 @@
-"""The loss's benchmark: what a training step costs beside a reranker, as a table, plots and a file of records.
+"""Benchmark of the loss: cost of a training step with a reranker, as a table, plots and a JSON file.
 
 python -m benchmarks.loss [--quick] [--only PART ...] [--output DIRECTORY]
 """
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
     from benchmarks.report import Figure
 
 PARTS = ("prefetch", "candidates", "mining")
-"""What can be measured alone."""
+"""Parts that can be measured alone."""
 
 
 def run(
     names: Sequence[str], *, output: Path, rounds: int = 3, scale: float = 1.0, console: Console | None = None
 ) -> list[Figure]:
-    """Measure the named parts and write ``loss.json`` and plots into ``output`` as they come in.
+    """Measure the named parts; write ``loss.json`` and the plots into ``output`` after each part.
 
     Args:
-        names: Of ``PARTS``.
-        output: Directory for results and logs; made where it is missing.
-        rounds: Rounds of every figure.
-        scale: 1 for a full run, under ten minutes on two cores; less for a look at small sizes.
-        console: Where progress and the table go.
+        names: Names from ``PARTS``.
+        output: Directory for results and logs; created if it is missing.
+        rounds: Number of rounds behind every figure.
+        scale: 1 for a full run (ten to twelve minutes on two cores); anything below 1 for a quick run at small sizes.
+        console: Console for progress and the table.
     """
-    # Libraries read the environment as they are imported: prepare_process comes first.
+    # Imported late: libraries read the variables that prepare_process sets when they are imported.
     from transformers.utils import logging
 
     from benchmarks import loss_candidates, loss_prefetch, mining, report
@@ -48,7 +48,7 @@ def run(
     from benchmarks.texts import Corpus
 
     parts: dict[str, Callable[[Bench], list[Figure]]] = {
-        "prefetch": lambda bench: loss_prefetch.never_waiting(bench, output / "loss-prefetch.svg"),
+        "prefetch": lambda bench: loss_prefetch.prefetch_figures(bench, output / "loss-prefetch.svg"),
         "candidates": lambda bench: loss_candidates.selection(bench, output / "loss-candidates.svg"),
         "mining": mining.mining_figures,
     }
@@ -74,17 +74,17 @@ def run(
             report.write(output / "loss.json", figures)
     console.print(report.table(figures))
     where = "a GPU" if machine.cuda else f"{len(machine.cores)} cores"
-    console.print(f"{time.monotonic() - began:.0f} s on {where}; {rounds} rounds; records and plots in {output}")
+    console.print(f"{time.monotonic() - began:.0f} s on {where}; {rounds} rounds; loss.json and plots are in {output}")
     return figures
 
 
 def main() -> None:
     """Run the benchmark from the command line."""
-    # Every process that was started ends with this one, also if it is told to end.
+    # As an exception, SIGTERM leaves the with blocks in order, which end the processes that were started.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2 rounds of small sizes: a look, no figures")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="measure these parts")
+    parser.add_argument("--quick", action="store_true", help="2 rounds at small sizes, too few for figures")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure")
     parser.add_argument("--output", type=Path, default=Path("bench-results"), help="directory for results and logs")
     arguments = parser.parse_args()
     prepare_process()

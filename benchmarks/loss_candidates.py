@@ -1,8 +1,9 @@
-"""Only the pairs that can matter: how many these are, and what leaving the others out does to loss and gradient.
+"""Benchmark of ``candidates="mass"``: share of pairs scored, and effect of the unscored pairs on loss and gradient.
 
-Batches of real texts are embedded once, and the loss works on the embeddings; its scores come from a guide in this
-process, so that the figures are about which pairs are chosen, not about a server. The guide is the mean of two cosines,
-all-MiniLM's and that of TF-IDF vectors: it agrees with the model in the main and not in every pair, as a reranker does.
+Batches of real texts are embedded once, and the loss is calculated from the embeddings. Scores come from a guide in
+this process, so the figures depend on the choice of pairs alone and not on a server. The guide's score is the mean of
+two cosines, of all-MiniLM's embeddings and of TF-IDF vectors: like a reranker, it agrees with the model on most pairs,
+but not on all.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ _TOPICS = 256  # dimensions of the TF-IDF vectors
 
 
 class _Scores:
-    """Scores that are all there; implements ``ScoreRows``."""
+    """Scores that are complete from the start; implements ``ScoreRows``."""
 
     def __init__(self, values: NDArray[np.float32]) -> None:
         self._values = values
@@ -63,20 +64,20 @@ class _Scores:
         return self._values[begin:end]
 
     def release(self, begin: int, end: int) -> None:
-        """Nothing is given back."""
+        """Do nothing: the scores stay in memory."""
 
     def cancel(self) -> None:
-        """Nothing is under way."""
+        """Do nothing: no job is in flight."""
 
 
 class Guide:
-    """Scores pairs in this process by the cosine of given embeddings; implements ``ScoringClient``.
+    """Scores pairs in this process by the cosine of given vectors; implements ``ScoringClient``.
 
     Args:
-        vectors: By text, of unit length.
+        vectors: Vector of unit length for each text.
 
     Attributes:
-        seconds: What scoring has taken so far.
+        seconds: Total scoring time so far.
     """
 
     def __init__(self, vectors: dict[str, Tensor]) -> None:
@@ -101,7 +102,7 @@ class Guide:
     ) -> _Scores:
         """See ``ScoringClient``."""
         began = time.perf_counter()
-        grid = self._of(queries) @ self._of(documents).T  # faster than pair by pair
+        grid = self._of(queries) @ self._of(documents).T  # one matrix product is faster than a product for each pair
         scores = _Scores(grid.numpy()[query_ids, document_ids][:, None])
         self.seconds += time.perf_counter() - began
         return scores
@@ -115,10 +116,10 @@ class Calculation:
     """One calculation of the loss from embeddings.
 
     Attributes:
-        loss: The mean loss.
-        gradients: With respect to the embeddings of anchors and positives, shape ``(2, batch, dim)``.
-        seconds: What it took, gradients included, without the scoring.
-        statistics: What the filter did.
+        loss: Mean loss of the batch.
+        gradients: Gradients with respect to the embeddings of anchors and positives, shape ``(2, batch, dim)``.
+        seconds: Time of the calculation with its gradients, without the scoring.
+        statistics: Counts of the filter.
     """
 
     loss: float
@@ -129,14 +130,14 @@ class Calculation:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """``candidates="mass"`` beside ``candidates="all"`` on one batch.
+    """Comparison of ``candidates="mass"`` with ``candidates="all"`` (the full loss) on one batch.
 
     Attributes:
         share: Pairs scored / all pairs.
-        rounds: How often scores were asked for.
+        rounds: Number of times that scores were requested.
         loss: Loss - full loss.
-        gradient: Norm of the gradients' difference / norm of the full gradient.
-        seconds: Time of the calculation / time of the full one.
+        gradient: Norm of (gradient - full gradient) / norm of the full gradient.
+        seconds: Time of the calculation / time of the full calculation.
     """
 
     share: float
@@ -164,10 +165,10 @@ def calculate(
     """Calculate the loss and its gradients from embeddings.
 
     Args:
-        loss: Its client is ``guide``.
-        guide: Scores.
-        columns: The texts: anchors, positives.
-        embeddings: Of the texts, by column, each of shape ``(batch, dim)``.
+        loss: Loss that has ``guide`` as its client.
+        guide: Scores the pairs; its scoring time is subtracted.
+        columns: Anchors and positives.
+        embeddings: Embeddings of each column, each of shape ``(batch, dim)``.
     """
     step = loss.begin(columns)
     step.settle(loss._settings())
@@ -180,12 +181,17 @@ def calculate(
 
 
 def selection(bench: Bench, plot: Path) -> list[Figure]:
-    """Pairs scored, rounds, and differences to the full loss, by model, batch and temperature; drawn into ``plot``."""
+    """Compare candidate selection with the full loss for each model, batch size and temperature.
+
+    Args:
+        bench: The run.
+        plot: File for the plot, SVG.
+    """
     quick = bench.scale < 1
     sizes, temperatures = (_QUICK_BATCHES, _QUICK_TEMPERATURES) if quick else (BATCHES, TEMPERATURES)
     columns = [list(column) for column in zip(*_pairs(max(sizes), _QUICK_PACKAGES if quick else PACKAGES), strict=True)]
     size = len(columns[0])
-    bench.say(f"{size} pairs of different texts")
+    bench.say(f"{size} pairs, no two with a text in common")
     student = load_student()
     embeddings = {name: _embed(model, columns) for name, model in (("minilm", load_minilm()), ("student", student))}
     guide = Guide(_guide_vectors(embeddings["minilm"], columns))
@@ -209,12 +215,12 @@ def selection(bench: Bench, plot: Path) -> list[Figure]:
 
 
 def figures(found: dict[tuple[str, int, float], list[Comparison]]) -> Iterator[Figure]:
-    """The figures of comparisons by model, batch and temperature, each a spread over batches."""
+    """Yield the figures; ``found`` has the comparisons, one a batch, by (model, batch size, temperature)."""
     for key, comparisons in found.items():
         shares = Spread.of([one.share for one in comparisons])
         yield Figure(f"{_title(key)}: pairs scored", shares, "x", _SHARE_TARGET.get(key), False)
     for key, comparisons in found.items():
-        # A bound holds for each batch, not for most of them: the worst one is what counts.
+        # The target is a bound that must hold for every batch, so it is compared with the worst batch.
         yield Figure(f"{_title(key)}: rounds", _worst([one.rounds for one in comparisons]), "", _MOST_ROUNDS, False)
     for key, comparisons in found.items():
         worst = _worst([one.loss for one in comparisons])
@@ -237,11 +243,11 @@ def _worst(values: Sequence[float]) -> Spread:
 
 
 def _pairs(count: int, packages: Sequence[str]) -> list[tuple[str, str]]:
-    """Up to ``count`` docstring pairs without a text in common."""
+    """Read up to ``count`` docstring pairs, no two with a text in common."""
     seen: set[str] = set()
 
     def fresh() -> Iterator[tuple[str, str]]:
-        # About a tenth of all pairs have a text that came before.
+        # A quarter more than needed, because about a tenth of all pairs repeat a text of an earlier pair.
         for pair in collect(count + count // 4, packages):
             keys = {text_key(pair.summary), text_key(pair.body)}
             if not keys & seen:
@@ -249,7 +255,7 @@ def _pairs(count: int, packages: Sequence[str]) -> list[tuple[str, str]]:
                 yield pair.summary, pair.body
 
     pairs = list(islice(fresh(), count))
-    # A batch is a draw from all packages, as in training.
+    # Shuffled, so that a batch has pairs of all packages, as in training.
     random.Random(0).shuffle(pairs)
     return pairs
 
@@ -259,7 +265,7 @@ def _embed(model: SentenceTransformer, columns: Sequence[Sequence[str]]) -> list
 
 
 def _guide_vectors(embeddings: Sequence[Tensor], columns: Sequence[Sequence[str]]) -> dict[str, Tensor]:
-    """Vectors whose cosine is the mean of two: of the embeddings, and of the texts' TF-IDF vectors."""
+    """Make vectors whose cosine is the mean of two cosines: of the embeddings, and of the texts' TF-IDF vectors."""
     texts = [text for column in columns for text in column]
     words = TfidfVectorizer(sublinear_tf=True, min_df=2).fit_transform(texts)
     topics = TruncatedSVD(min(_TOPICS, words.shape[1] - 1), random_state=0).fit_transform(words)
@@ -277,7 +283,7 @@ def _make(
 
 
 def draw(path: Path, found: dict[tuple[str, int, float], list[Comparison]]) -> None:
-    """Draw the share of pairs scored against the batch, a line for each model and temperature; as SVG."""
+    """Plot the share of pairs scored over the batch size as SVG, with a line for each model and temperature."""
     canvas = Canvas(figsize=(7, 4), layout="constrained")
     axes = canvas.subplots()
     axes.set_xscale("log", base=2)
@@ -295,7 +301,7 @@ def draw(path: Path, found: dict[tuple[str, int, float], list[Comparison]]) -> N
     axes.set_xticks(sorted({batch for _, batch, _ in found}))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("batch")
+    axes.set_xlabel("batch size")
     axes.set_ylabel("pairs scored / all pairs")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small")

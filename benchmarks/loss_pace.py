@@ -1,4 +1,4 @@
-"""Our server around an engine of fixed speed, which takes no processor time: it stands for a GPU somewhere else."""
+"""Our server with an engine of fixed speed that uses no processor time, like a GPU on another machine."""
 
 from __future__ import annotations
 
@@ -18,28 +18,29 @@ from reranker_service.models import ModelSpec
 from reranker_service.settings import Settings
 
 RATE_FILE = "rate_file"
-"""The engine argument that says which file holds the rate, in pairs a second."""
+"""Name of the engine argument for the path of the file that holds the rate, in pairs a second."""
 
 
 class FixedSpeedEngine(InstantEngine):
-    """Implements ``Engine``: every score is 0, and pairs are due one after the other at a set rate.
+    """Implements ``Engine``: every score is 0, and pairs are finished one after the other at a fixed rate.
 
     Args:
-        rate_file: Holds the rate in pairs a second; read for each batch, so that it can change while the server runs.
+        rate_file: File with the rate in pairs a second; read for each batch, so that it can change while the server
+            runs.
     """
 
     name = "fixed-speed"
 
     def __init__(self, rate_file: Path) -> None:
         super().__init__()
-        # Enough to be kept busy at the highest rates; little enough that streams take turns.
+        # Large enough to keep the engine busy at the highest rates, small enough that streams take turns.
         self.max_batch = 128
         self.max_in_flight = 512
         self._rate_file = rate_file
-        self._free = 0.0  # when all that it was given will be done, in the event loop's seconds
+        self._free = 0.0  # time at which the last pair in flight is finished, on the event loop's clock
 
     async def run(self, sequences: Sequence[TokenSequence], urgent: bool = False) -> NDArray[np.float32]:
-        """Zeros, shape ``(n,)``, at the time they are due."""
+        """Return zeros, shape ``(n,)``, at the time at which the last sequence is finished."""
         now = asyncio.get_running_loop().time()
         self._free = max(self._free, now) + len(sequences) / float(self._rate_file.read_text(encoding="ascii"))
         await asyncio.sleep(self._free - now)
@@ -48,7 +49,7 @@ class FixedSpeedEngine(InstantEngine):
 
 def write_rate(path: Path, pairs_a_second: float) -> None:
     """Set the rate of the engine that reads ``path``."""
-    # The engine must never see half a number.
+    # Replaced in one step, so that the engine never reads a partly written number.
     draft = path.with_suffix(".new")
     draft.write_text(repr(pairs_a_second), encoding="ascii")
     os.replace(draft, path)
@@ -59,7 +60,7 @@ def _make_engine(settings: Settings, spec: ModelSpec) -> FixedSpeedEngine:
 
 
 def main() -> None:
-    """Run the server; its flags are those of ``python -m reranker_service``."""
+    """Run the server with the flags of ``python -m reranker_service``."""
     with mock.patch.object(loading, "make_engine", _make_engine):
         __main__.main()
 

@@ -1,8 +1,8 @@
-"""Never waiting: how long a training step takes beside the longer of training alone and scoring alone.
+"""Benchmark of prefetch: time of a training step over the longer of training alone and scoring alone.
 
-A server of fixed speed scores what real training asks for, over real gRPC. The rate is set so that scoring a batch
-takes a given multiple of a training step. Training alone is the same training with
-``CachedMultipleNegativesRankingLoss``: what it costs where there is no reranker at all.
+A server with an engine of fixed speed scores the pairs of real training over gRPC. Its rate is set so that scoring a
+batch takes a given multiple (the "ratio") of a training step. "Training alone" is the same training without a reranker,
+with ``CachedMultipleNegativesRankingLoss``.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ Mode = Literal["alone", "prefetch", "no prefetch"]
 RATIOS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
 _QUICK_RATIOS = (0.5, 2.0)
 _TARGET = 1.05
-# The first step has no lead. Even numbers: jobs of two batches may share the server, and steps then come in twos.
+# The first step cannot prefetch. Both numbers are even, because the jobs of two batches can share the server, and then
+# a long step and a short one alternate.
 _SKIPPED_STEPS = 2
 _STEPS = 4
-# Small, so that steps are short: the ratio matters, not the model.
+# Small sizes make steps short; the figures depend on the ratio, not on the model.
 _LAYERS = 1
 _TOKENS = 32
 _MINI_BATCH = 16
@@ -56,11 +57,12 @@ _TIMEOUT = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """A training.
+    """Mean times of the steps of one training.
 
     Attributes:
-        seconds: Of a step, on average.
-        embedding: Of these, in the pass without gradients, which ends before the loss needs the first score.
+        seconds: Seconds of a step.
+        embedding: Seconds of the part of a step that embeds the batch without gradients. The loss needs the first
+            score at its end.
     """
 
     seconds: float
@@ -69,13 +71,13 @@ class Steps:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One ratio in one round: what was measured one right after the other.
+    """Measurements for one ratio in one round, taken one right after the other.
 
     Attributes:
         alone: Training without a reranker.
-        score: Seconds that scoring one batch took, with nothing else going on.
-        prefetch: Seconds of a step, scores asked for a batch ahead.
-        without: Seconds of a step, scores asked for as the step begins.
+        score: Seconds to score one batch while no training runs.
+        prefetch: Seconds of a step with scores requested a batch ahead.
+        without: Seconds of a step with scores requested when the step begins.
     """
 
     alone: Steps
@@ -85,21 +87,21 @@ class Round:
 
     @property
     def bound(self) -> float:
-        """No training that needs all these scores can take less, in seconds a step."""
+        """Lower bound of the mean step time, in seconds, of a training that needs all these scores."""
         return max(self.alone.seconds, self.score)
 
     @property
     def predicted(self) -> float:
-        """Seconds of a step without prefetch: scoring is hidden behind the embedding pass alone."""
+        """Expected seconds of a step without prefetch, in which scoring overlaps with the embedding pass alone."""
         return self.alone.seconds + max(0.0, self.score - self.alone.embedding)
 
 
 class StepClock(TrainerCallback):
-    """Times steps and embedding passes of one training.
+    """Measures the steps and embedding passes of one training.
 
     Args:
-        skipped: Steps at the beginning that do not count.
-        clock: Gives seconds.
+        skipped: Number of first steps to leave out.
+        clock: Returns the time in seconds.
     """
 
     def __init__(self, skipped: int, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -109,7 +111,7 @@ class StepClock(TrainerCallback):
         self._embedding: list[float] = []
 
     def watch(self, loss: nn.Module) -> None:
-        """Note how long each forward pass of a cached loss takes until it has all embeddings."""
+        """Measure, for each forward pass of a cached loss, the time until it has all embeddings."""
         forward, calculate = loss.forward, loss.calculate_loss
         began = 0.0
 
@@ -126,11 +128,11 @@ class StepClock(TrainerCallback):
         loss.calculate_loss = timed_calculate  # type: ignore[assignment]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Note the time."""
+        """Record the end of a step."""
         self._ends.append(self._clock())
 
     def steps(self) -> Steps:
-        """What was measured; at least one step more than are skipped is needed, and one is."""
+        """Return the means over the counted steps. At least one step must have been skipped and one counted."""
         first, last = self._ends[self._skipped - 1], self._ends[-1]
         counted = self._embedding[self._skipped :]
         return Steps((last - first) / (len(self._ends) - self._skipped), sum(counted) / len(counted))
@@ -138,7 +140,7 @@ class StepClock(TrainerCallback):
 
 @dataclass(slots=True)
 class _Training:
-    """Trains one small model over and over, always on the same batches."""
+    """Trains one small model repeatedly on the same batches."""
 
     model: SentenceTransformer
     client: RerankerClient
@@ -148,12 +150,12 @@ class _Training:
     output: Path
 
     def run(self, mode: Mode) -> Steps:
-        """One training from the first batch on."""
+        """Train on all batches once."""
         arguments = SentenceTransformerTrainingArguments(
             str(self.output),
             max_steps=_SKIPPED_STEPS + self.steps,
             per_device_train_batch_size=self.batch,
-            optim="sgd",  # AdamW over the embedding table would take longer than so small a model
+            optim="sgd",  # AdamW's update of the embedding table would take longer than the small model itself
             learning_rate=1e-6,
             logging_strategy="no",
             save_strategy="no",
@@ -182,11 +184,16 @@ class _Training:
         return clock.steps()
 
 
-def never_waiting(bench: Bench, plot: Path) -> list[Figure]:
-    """Step times with and without prefetch over the bound and the prediction, for each ratio; drawn into ``plot``."""
+def prefetch_figures(bench: Bench, plot: Path) -> list[Figure]:
+    """Measure step times with and without prefetch for each ratio, over the bound and the prediction.
+
+    Args:
+        bench: The run.
+        plot: File for the plot, SVG.
+    """
     quick = bench.scale < 1
     batch, steps, ratios = (8, 2, _QUICK_RATIOS) if quick else (24, _STEPS, RATIOS)
-    # One batch more than is trained on, so that there always is one to ask for ahead.
+    # One batch more than the steps need, so that the last step also has a next batch to prefetch.
     rows = batch * (_SKIPPED_STEPS + steps + 1)
     texts = bench.corpus.grid(rows, rows)
     model = load_student(_LAYERS)
@@ -204,7 +211,7 @@ def never_waiting(bench: Bench, plot: Path) -> list[Figure]:
         ):
             dataset = Dataset.from_dict({"anchor": list(texts.queries), "positive": list(texts.documents)})
             training = _Training(model, client, dataset, batch, steps, Path(directory))
-            for mode in ("prefetch", "alone"):  # the first one warms up
+            for mode in ("prefetch", "alone"):  # the first training is a warm-up
                 usual = training.run(mode).seconds
             for number in range(bench.rounds):
                 for ratio in ratios:
@@ -226,7 +233,12 @@ def never_waiting(bench: Bench, plot: Path) -> list[Figure]:
 
 
 def figures(found: Mapping[float, Sequence[Round]], accuracy: Sequence[float]) -> Iterator[Figure]:
-    """The figures of all rounds, by ratio; ``accuracy`` is measured over intended seconds of scoring alone."""
+    """Yield the figures.
+
+    Args:
+        found: All rounds of each ratio.
+        accuracy: Measured / intended seconds of scoring alone, one value a round and ratio.
+    """
     for ratio, rounds in found.items():
         shares = Spread.of([one.prefetch / one.bound for one in rounds])
         yield Figure(f"prefetch, score/train {ratio:g}: step / max(train, score)", shares, "x", _TARGET, False)
@@ -254,7 +266,7 @@ def _score_seconds(client: RerankerClient, queries: Sequence[str], documents: Se
 
 @contextmanager
 def _one_core_left(bench: Bench) -> Iterator[None]:
-    """Leave a core to client and server: the reranker stands for one on a machine of its own."""
+    """Leave one core to client and server, because a reranker on another machine would take none from training."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, min(before, len(bench.launcher.machine.cores) - 1)))
     try:
@@ -264,7 +276,7 @@ def _one_core_left(bench: Bench) -> Iterator[None]:
 
 
 def draw(path: Path, found: Mapping[float, Sequence[Round]]) -> None:
-    """Draw step times over the bound against the ratio, both modes beside what is predicted; as SVG."""
+    """Plot step time / bound over the ratio as SVG, measured and predicted, with and without prefetch."""
     ratios = sorted(found)
     every = [one for rounds in found.values() for one in rounds]
     share = Spread.of([one.alone.embedding / one.alone.seconds for one in every]).value

@@ -1,6 +1,6 @@
-"""Mining hard negatives: ``mine_hard_negatives`` with our service in the place of a local ``CrossEncoder``.
+"""Benchmark of ``mine_hard_negatives`` with our service instead of a local ``CrossEncoder``.
 
-It asks the cross-encoder once a query, and waits for the answer before it asks for the next.
+The miner calls the cross-encoder once a query and waits for the scores before the next call.
 
 python -m benchmarks.mining [--quick] [--output DIRECTORY]
 """
@@ -44,17 +44,18 @@ _TIMEOUT = 600.0
 
 
 class MiningSide:
-    """``mine_hard_negatives`` with one cross-encoder.
+    """Side that runs ``mine_hard_negatives`` with one cross-encoder.
 
-    The queries of a grid are the anchors, as many of its documents their positives, all documents the corpus. What is
-    timed is rescoring, from the first question to the last answer: the rest is the same for every side.
+    A grid's queries are the anchors, its first documents their positives, and all its documents the corpus. The
+    measured time is that of rescoring, from the first call of the cross-encoder to its last return; the rest of mining
+    is the same for every side.
 
     Args:
-        name: What the table calls it.
+        name: Name in the table.
         cross_encoder: Rescores the candidates, 32 a query, one query a call.
         embedder: Finds the candidates.
-        embeddings: Directory for the embeddings.
-        process: The server behind ``cross_encoder``; stands still while another side has its turn.
+        embeddings: Directory for the cached embeddings.
+        process: Server behind ``cross_encoder``, paused while another side has its turn; ``None`` for a local model.
     """
 
     def __init__(
@@ -66,38 +67,38 @@ class MiningSide:
         process: Child | None = None,
     ) -> None:
         self.name = name
-        self._clocked = _Clocked(cross_encoder)
+        self._timed = _Timed(cross_encoder)
         self._embedder = embedder
         self._embeddings = embeddings
         self._process = process
 
     def score(self, grid: Grid) -> tuple[float, NDArray[np.float32]]:
-        """Mine; gives the seconds of rescoring, and for each anchor the scores of its positive and its negatives."""
-        self._clocked.began = None
+        """Mine; return the seconds of rescoring, and for each anchor the scores of its positive and its negatives."""
+        self._timed.began = None
         mined = self._mine(grid)
-        assert self._clocked.began is not None
-        return self._clocked.ended - self._clocked.began, np.array(mined["scores"][:], dtype=np.float32)
+        assert self._timed.began is not None
+        return self._timed.ended - self._timed.began, np.array(mined["scores"][:], dtype=np.float32)
 
     def pause(self) -> None:
-        """Hold the server still."""
+        """Stop the server's processes (SIGSTOP)."""
         if self._process is not None:
             self._process.pause()
 
     def resume(self) -> None:
-        """Let the server run on."""
+        """Continue the server's processes (SIGCONT)."""
         if self._process is not None:
             self._process.resume()
 
     def _mine(self, grid: Grid) -> Dataset:
         pairs = {"anchor": list(grid.queries), "positive": list(grid.documents[: len(grid.queries)])}
-        judge: Any = self._clocked
+        cross_encoder: Any = self._timed
         with contextlib.redirect_stderr(io.StringIO()):  # progress bars
             return mine_hard_negatives(
                 Dataset.from_dict(pairs),
                 self._embedder,
                 corpus=list(grid.documents),
-                cross_encoder=judge,
-                # Every score is below it: sides that agree keep the same negatives.
+                cross_encoder=cross_encoder,
+                # No score is above 1, so nothing is filtered, and sides with equal scores keep the same negatives.
                 max_score=1.0,
                 num_negatives=_NEGATIVES,
                 output_format="n-tuple",
@@ -107,8 +108,8 @@ class MiningSide:
             )
 
 
-class _Clocked:
-    """A cross-encoder that knows when it was first asked since ``began`` was set to None, and when it last answered."""
+class _Timed:
+    """Cross-encoder that records the start of the first call since ``began`` was reset to None, and the last end."""
 
     def __init__(self, cross_encoder: Any) -> None:
         self.began: float | None = None
@@ -124,7 +125,7 @@ class _Clocked:
 
 
 def mining_figures(bench: Bench) -> list[Figure]:
-    """The speed of mining through our service over that with a local ``CrossEncoder`` of the same weights."""
+    """Measure the speed of mining through our service over that with a local ``CrossEncoder`` of the same weights."""
     with tempfile.TemporaryDirectory(prefix="reranker-bench-") as directory:
         embedder = SentenceTransformer(str(bench.models["all-minilm"]), local_files_only=True)
         return [figure for name in _SECONDS for figure in _compare(bench, name, embedder, Path(directory))]
@@ -137,7 +138,7 @@ def _compare(bench: Bench, name: str, embedder: SentenceTransformer, embeddings:
         local.bfloat16()
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(bench.launcher.server(path, "torch"))
-        # A client that remembers scores would have nothing to ask for.
+        # Without remembered scores, because a client that remembers them would not send the pairs again.
         client = stack.enter_context(RerankerClient(address_of(server), timeout=_TIMEOUT, remembered_pairs=0))
         sides = [
             MiningSide("service", RemoteCrossEncoder(client), embedder, embeddings, server),
@@ -151,7 +152,7 @@ def _compare(bench: Bench, name: str, embedder: SentenceTransformer, embeddings:
             tolerance=_TOLERANCE,
             say=bench.say,
         )
-        server.resume()  # to be ended in order
+        server.resume()  # a stopped process could not end in order
     queries = f"{min(found.queries)} to {max(found.queries)}"
     bench.say(f"{queries} queries a round; scores of mined texts differ by at most {found.difference:.1e}")
     title = f"mine_hard_negatives, torch, {name}: service / local CrossEncoder"
@@ -160,10 +161,10 @@ def _compare(bench: Bench, name: str, embedder: SentenceTransformer, embeddings:
 
 def main() -> None:
     """Measure mining alone, from the command line."""
-    # Every process that was started ends with this one, also if it is told to end.
+    # As an exception, SIGTERM leaves the with blocks in order, which end the processes that were started.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="3 rounds of a fifth of the length: a look, no figures")
+    parser.add_argument("--quick", action="store_true", help="3 rounds of a fifth of the time, too short for figures")
     parser.add_argument("--output", type=Path, default=Path("bench-results"), help="directory for results and logs")
     arguments = parser.parse_args()
     rounds, scale = (3, 0.2) if arguments.quick else (5, 1.0)
@@ -177,7 +178,7 @@ def main() -> None:
         figures = mining_figures(Bench(Launcher(machine, logs), corpus, models, rounds, scale, say))
     report.write(arguments.output / "mining.json", figures)
     console.print(report.table(figures))
-    console.print(f"{rounds} rounds; records in {arguments.output / 'mining.json'}")
+    console.print(f"{rounds} rounds; results are in {arguments.output / 'mining.json'}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The models that are served: random weights in the shapes of real ones, built at run time.
+"""Benchmark models: random weights in the shapes of real models, built at run time.
 
-Speed depends on shapes, not on values. Weights of the classification heads are drawn larger than usual, so that scores
-spread and a side that gives wrong ones is noticed.
+Speed depends on shapes, not on values. The weights of the classification heads are larger than usual, so that scores
+differ enough for wrong ones to be noticed.
 """
 
 from __future__ import annotations

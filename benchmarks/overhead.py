@@ -1,4 +1,4 @@
-"""What the service costs where the engine costs nothing: time, bytes on the wire, memory, and work once per text."""
+"""Overhead of the service: time, bytes on the wire and memory with an instant engine, and work done per text."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _SIDE = 1024
 _PAIRS = _SIDE * _SIDE
 _QUERY_BYTES, _DOCUMENT_BYTES = 80, 300  # about 100 tokens a pair
 _CHUNKS = (1024, 128)
-_WIRE_ROUNDS = 2  # bytes depend on little but the number of messages
+_WIRE_ROUNDS = 2  # bytes hardly vary between rounds
 _MIB = 1 << 20
 _TIMEOUT = 600.0
 
 
 def instant_engine(bench: Bench) -> list[Figure]:
-    """Pairs a second, bytes a pair and the server's memory, each over streams of 1,024 x 1,024 pairs."""
+    """Measure pairs a second, bytes a pair and memory growth of the server, for streams of 1,024 x 1,024 pairs."""
     texts = bench.corpus.sized(_SIDE, _QUERY_BYTES), bench.corpus.sized(_SIDE, _DOCUMENT_BYTES)
     large = bench.corpus.sized(2 * _SIDE, 1000)
     rates: dict[int, list[float]] = {chunk: [] for chunk in _CHUNKS}
@@ -73,7 +73,7 @@ def instant_engine(bench: Bench) -> list[Figure]:
 
 
 def once_per_text(bench: Bench) -> list[Figure]:
-    """Texts tokenized and embedded for grids of 48 x 64, as a multiple of the texts that they hold."""
+    """Measure texts tokenized and embedded for grids of 48 x 64, over the number of texts in the grid."""
     queries, documents = 48, 64
     tokenized: dict[str, list[float]] = {"cross-encoder": [], "bi-encoder": []}
     embedded: list[float] = []
@@ -87,7 +87,7 @@ def once_per_text(bench: Bench) -> list[Figure]:
                     after = scrape.read(server)
                     work, before = after.since(before).totals, after
                     if not work["reranker_encoded_texts_total"]:
-                        raise ProcessError("the server scored a grid and counted no text that it tokenized")
+                        raise ProcessError("the server scored a grid, but its metrics count no tokenized text")
                     tokenized[kind].append(work["reranker_encoded_texts_total"] / (queries + documents))
                     if kind == "bi-encoder":
                         embedded.append(work["reranker_batch_sequences_sum"] / (queries + documents))
@@ -108,7 +108,7 @@ def _seconds(client: RerankerClient, queries: tuple[str, ...], documents: tuple[
 
 @contextmanager
 def _peak_memory(server: Child) -> Iterator[list[float]]:
-    """A list of one number that becomes the most bytes that the server had in memory during the block."""
+    """Yield a list with one number: the highest resident memory of the server during the block, in bytes."""
     process, peak, done = psutil.Process(server.pid), [0.0], threading.Event()
 
     def watch() -> None:

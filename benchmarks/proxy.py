@@ -1,4 +1,4 @@
-"""A loopback proxy that counts the bytes of both directions, as they stand on the wire above TCP."""
+"""Loopback proxy that counts the bytes of both directions above TCP."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _BUFFER = 1 << 18
 
 
 class CountingProxy:
-    """Passes connections on to one address while it is open; ``bytes`` is what it has passed on.
+    """Forwards connections to one address for as long as the ``with`` block lasts, and counts their bytes.
 
     Args:
-        address: ``HOST:PORT`` to pass connections on to.
+        address: ``HOST:PORT`` to forward connections to.
     """
 
     def __init__(self, address: str) -> None:
@@ -28,13 +28,13 @@ class CountingProxy:
 
     @property
     def address(self) -> str:
-        """``HOST:PORT`` where it listens."""
+        """``HOST:PORT`` on which the proxy listens."""
         host, port = self._listener.getsockname()
         return f"{host}:{port}"
 
     @property
     def bytes(self) -> int:
-        """Bytes passed on so far, both directions together."""
+        """Bytes forwarded so far, both directions together."""
         with self._lock:
             return self._bytes
 
@@ -44,7 +44,7 @@ class CountingProxy:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # Wakes the threads that wait for them.
+        # shutdown wakes the threads that wait in accept or recv; close alone does not.
         for connection in (self._listener, *self._open):
             try:
                 connection.shutdown(socket.SHUT_RDWR)

@@ -1,4 +1,4 @@
-"""What the benchmark found: records for programs, a table for the screen, a plot."""
+"""Report of a benchmark: figures, written as JSON, as a table and as a plot."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from rich.table import Table
 
 from benchmarks.rounds import Spread
 
-_WIDEST = 8.0  # the greatest multiple of a target that the plot shows
+_WIDEST = 8.0  # largest multiple of a target that the plot shows
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One row of the table.
+    """One measured quantity: a row of the table.
 
     Attributes:
-        name: What it says, with the model.
-        spread: Its median, least and greatest over the rounds.
-        unit: Of value and target; "x" for a ratio of speeds or times.
-        target: What it should reach; ``None`` where nothing is asked of it.
-        higher_is_better: Which way is better.
+        name: Name of the quantity, with the model.
+        spread: Median, least and greatest value over the rounds.
+        unit: Unit of value and target; "x" for a ratio of speeds or times.
+        target: Value to reach; ``None`` for a figure without a target.
+        higher_is_better: Whether a higher value is better.
     """
 
     name: str
@@ -38,13 +38,13 @@ class Figure:
 
     @property
     def reached(self) -> bool | None:
-        """Whether the median reaches the target; ``None`` without one."""
+        """Whether the median reaches the target; ``None`` without a target."""
         if self.target is None:
             return None
         return self.spread.value >= self.target if self.higher_is_better else self.spread.value <= self.target
 
     def record(self) -> dict[str, Any]:
-        """The figure as the result files have it."""
+        """Return the figure as a JSON object of the result files."""
         return {
             "figure": self.name,
             "value": self.spread.value,
@@ -57,12 +57,12 @@ class Figure:
 
 
 def write(path: Path, figures: Sequence[Figure]) -> None:
-    """Write all figures as a JSON list of records."""
+    """Write all figures as a JSON list."""
     path.write_text(json.dumps([figure.record() for figure in figures], indent=2) + "\n", encoding="utf-8")
 
 
 def table(figures: Sequence[Figure]) -> Table:
-    """The figures beside their targets."""
+    """Make a table of the figures and their targets."""
     made = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     made.add_column("figure")
     for heading in ("value", "low", "high", "target", ""):
@@ -78,7 +78,7 @@ def table(figures: Sequence[Figure]) -> Table:
 
 
 def draw(path: Path, figures: Sequence[Figure]) -> None:
-    """Draw every figure that has a target as a multiple of it, as PNG: right of the line is better than asked."""
+    """Plot every figure that has a target as a multiple of the target, as PNG; bars to the right reach the target."""
     aimed = [figure for figure in figures if figure.target]
     canvas = Canvas(figsize=(11, 0.42 * len(aimed) + 1.4), layout="constrained")
     axes = canvas.subplots()
@@ -86,7 +86,7 @@ def draw(path: Path, figures: Sequence[Figure]) -> None:
     for place, figure in enumerate(aimed):
         spread = figure.spread
         low, value, high = (_of_target(figure, one) for one in (spread.low, spread.value, spread.high))
-        # From 1, so that a bar's direction says whether the target is reached.
+        # Bars start at 1, so that their direction shows whether the target is reached.
         axes.barh(place, value - 1, left=1, height=0.6, color="tab:green" if figure.reached else "tab:red", alpha=0.75)
         axes.plot([low, high], [place, place], color="black", linewidth=1.2)
         label = f"{_short(spread.value)} (target {_short(figure.target or 0)} {figure.unit})"
@@ -101,13 +101,13 @@ def draw(path: Path, figures: Sequence[Figure]) -> None:
     axes.xaxis.set_major_locator(LogLocator(base=2))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("as a multiple of the target, right is better; the line is the spread over the rounds")
+    axes.set_xlabel("multiple of the target (right is better); lines show the range over the rounds")
     axes.spines[["top", "right"]].set_visible(False)
     canvas.savefig(path, dpi=120)
 
 
 def _of_target(figure: Figure, value: float) -> float:
-    """How often a value reaches the target, within bounds that a plot can show."""
+    """Value as a multiple of the target, above 1 where it is better, clipped to the range of the plot."""
     assert figure.target
     share = max(value / figure.target, 1 / _WIDEST)
     return min(share, _WIDEST) if figure.higher_is_better else 1 / share

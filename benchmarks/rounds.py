@@ -1,4 +1,4 @@
-"""Sides in turn: each round gives every side the same pairs, one after the other, and a figure is a ratio of rounds."""
+"""Contest: compares the speed of several sides, which score the same pairs in turn, round by round."""
 
 from __future__ import annotations
 
@@ -13,33 +13,43 @@ from numpy.typing import NDArray
 from benchmarks.texts import Grid
 
 DOCUMENTS = 64
-"""Documents of a grid: what HTTP services get in one request."""
+"""Documents of a grid, and of one request to an HTTP service."""
 _MOST_QUERIES = 64
 _LEAST_QUERIES = 1
 
 
 class Side(Protocol):
-    """One way to get scores. ``name`` is what the table calls it."""
+    """One way to score pairs, such as a server or an engine.
+
+    Attributes:
+        name: Name in the table.
+    """
 
     name: str
 
     def score(self, grid: Grid) -> tuple[float, NDArray[np.float32]]:
-        """Score a grid; gives the seconds that it took and the raw scores, shape ``(Q, D)``."""
+        """Score a grid; return the seconds that it took and the raw scores, shape ``(Q, D)``."""
 
     def pause(self) -> None:
-        """Take no processor time until ``resume``."""
+        """Use no processor time until ``resume`` is called."""
 
     def resume(self) -> None:
-        """Be ready to score."""
+        """Become ready to score."""
 
 
 class DisagreementError(RuntimeError):
-    """Two sides gave different scores for the same pairs: then their speeds mean nothing."""
+    """Two sides gave different scores for the same pairs, so that their speeds cannot be compared."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A figure over several rounds: median, least and greatest."""
+    """Distribution of one quantity over several rounds.
+
+    Attributes:
+        value: Median.
+        low: Least value.
+        high: Greatest value.
+    """
 
     value: float
     low: float
@@ -47,17 +57,17 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """The spread of one value a round."""
+        """Summarize values, one a round."""
         return cls(statistics.median(values), min(values), max(values))
 
 
 @dataclass(frozen=True, slots=True)
 class Contest:
-    """What came of a comparison.
+    """Result of ``contest``.
 
     Attributes:
-        queries: Queries of the grid, round by round.
-        rates: By side, pairs a second in each round.
+        queries: Number of queries in the grid of each round.
+        rates: Pairs a second in each round, by the side's name.
         difference: Largest difference between raw scores of two sides.
     """
 
@@ -66,11 +76,11 @@ class Contest:
     difference: float
 
     def ratio(self, side: str, other: str) -> Spread:
-        """How many times as fast ``side`` is as ``other``, round by round."""
+        """Spread of the speed of ``side`` / speed of ``other``, with one ratio a round."""
         return Spread.of([mine / theirs for mine, theirs in zip(self.rates[side], self.rates[other], strict=True)])
 
     def rate(self, side: str) -> Spread:
-        """Pairs a second of one side."""
+        """Spread of one side's pairs a second."""
         return Spread.of(self.rates[side])
 
 
@@ -85,17 +95,19 @@ def contest(
 ) -> Contest:
     """Let sides score the same grids in turn: A B C A B C ...
 
+    A warm-up round with one query measures the time that a query takes. Each later round has as many queries as fit
+    into its share of the time that is left, so that the rounds become smaller on a machine that becomes slower.
+
     Args:
-        sides: Who competes; all are paused but the one whose turn it is.
-        make_grid: Gives a fresh grid with so many queries.
-        rounds: How many rounds, after one to warm up and to find out how long a round takes; every round is made as
-            long as those before it leave time for, so that a machine that changes its speed changes their size.
-        seconds: What all rounds together should take.
-        tolerance: Largest difference between raw scores that still counts as the same.
-        say: Is told what is going on.
+        sides: The sides to compare; all are paused except the one that scores.
+        make_grid: Makes a new grid with the given number of queries.
+        rounds: Number of rounds after the warm-up.
+        seconds: Time of all rounds together.
+        tolerance: Largest accepted difference between raw scores of two sides.
+        say: Prints one line of progress.
 
     Raises:
-        DisagreementError: Scores differ by more than ``tolerance``.
+        DisagreementError: Scores differ by more than ``tolerance``, or are not finite.
     """
     for side in sides:
         side.pause()

@@ -1,4 +1,4 @@
-"""What our server counts, read where Prometheus would read it."""
+"""Counters of our server, read from its Prometheus endpoint."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.processes import Child
 
 FLAGS = ("--metrics-port", "0")
-"""Flags of a server whose counts are to be read."""
+"""Flags of a server whose counters ``read`` can read."""
 
 
 class Counts:
-    """The counters of one server, or how much they have grown.
+    """Counters of one server, or the growth of its counters.
 
     Attributes:
-        totals: By sample name, the sum over all labels.
-        labels: By sample name, the labels of its last series.
+        totals: Sum over all series, by sample name.
+        labels: Labels of the last series, by sample name.
     """
 
     def __init__(self, totals: dict[str, float], labels: dict[str, dict[str, str]]) -> None:
@@ -26,15 +26,15 @@ class Counts:
         self.labels = labels
 
     def since(self, earlier: Counts) -> Counts:
-        """What was added after ``earlier`` was read."""
+        """Return the growth since ``earlier`` was read."""
         return Counts({name: value - earlier.totals.get(name, 0.0) for name, value in self.totals.items()}, self.labels)
 
 
 def read(process: Child) -> Counts:
-    """Read the counts of a server that was started with ``FLAGS`` and is ready.
+    """Read the counters of a server that was started with ``FLAGS`` and is ready.
 
     Raises:
-        ProcessError: The server does not say where its counts are.
+        ProcessError: The server's log does not name the address of its metrics.
     """
     address = process.wait_for(r"event=metrics\b.*\bmetrics=(\S+)")[1]
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=30) as response:

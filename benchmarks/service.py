@@ -1,4 +1,4 @@
-"""The service's benchmark: every figure of the service beside its target, as a table, a plot and a file of records.
+"""Benchmark of the service: figures and their targets, as a table, a plot and a JSON file.
 
 python -m benchmarks.service [--quick] [--only PART ...] [--output DIRECTORY]
 """
@@ -35,9 +35,9 @@ PARTS: dict[str, Callable[[Bench], list[Figure]]] = {
     "causal": causal.prefix_cache,
     "priority": latency.with_torch,
 }
-"""What can be measured alone."""
+"""Parts that can be measured alone."""
 
-# What each part takes, starts of processes included, on two cores that score about 70 pairs/s with MiniLM's size.
+# Seconds of each part, starts of processes included, on two cores that score about 70 pairs/s with MiniLM's size.
 _SECONDS = {
     "torch-minilm": 85.0,
     "torch-tiny": 65.0,
@@ -53,7 +53,7 @@ _LEAST_SCALE = 0.1
 
 
 def build_models(directory: Path, machine: Machine, corpus: Corpus, names: Sequence[str]) -> dict[str, Path]:
-    """Write the models that the named parts need below ``directory``; gives their paths by name."""
+    """Write the models that the named parts need below ``directory``; return their paths by name."""
     built = {
         "minilm": models.build_cross_encoder(directory / "minilm", models.MINILM),
         "tiny": models.build_cross_encoder(directory / "tiny", models.TINY),
@@ -66,9 +66,13 @@ def build_models(directory: Path, machine: Machine, corpus: Corpus, names: Seque
 
 
 def scale_for(names: Sequence[str], elapsed: float) -> float:
-    """The share of their usual time that the named parts may take, so that all end in time after ``elapsed`` seconds.
+    """Return the share of their usual time that the remaining parts may take, so that all of them end within the limit.
 
-    A slower machine has less measured in the same time, not the same in more time.
+    On a slower machine each part measures less instead of taking longer.
+
+    Args:
+        names: Parts that are left.
+        elapsed: Seconds since the start of the run.
     """
     return min(1.0, max(_LEAST_SCALE, (_LIMIT_SECONDS - elapsed) / sum(_SECONDS[name] for name in names)))
 
@@ -76,14 +80,14 @@ def scale_for(names: Sequence[str], elapsed: float) -> float:
 def run(
     names: Sequence[str], *, output: Path, rounds: int = 5, scale: float = 1.0, console: Console | None = None
 ) -> list[Figure]:
-    """Measure the named parts and write ``service.json`` and ``service.png`` into ``output`` as they come in.
+    """Measure the named parts; write ``service.json`` after each part and ``service.png`` at the end into ``output``.
 
     Args:
-        names: Of ``PARTS``.
-        output: Directory for results and logs; made where it is missing.
-        rounds: Rounds of every figure.
-        scale: 1 for a full run, about ten minutes; less takes that share of the time.
-        console: Where progress and the table go.
+        names: Names from ``PARTS``.
+        output: Directory for results and logs; created if it is missing.
+        rounds: Number of rounds behind every figure.
+        scale: Share of a full run's time (about ten minutes) to spend, in (0, 1].
+        console: Console for progress and the table.
     """
     console = console or Console()
     logs = output / "logs"
@@ -108,19 +112,19 @@ def run(
     console.print(report.table(figures))
     where = "a GPU" if machine.cuda else f"{len(machine.cores)} cores"
     console.print(
-        f"{time.monotonic() - began:.0f} s on {where}, {machine.dtype}; {rounds} rounds; records in "
-        f"{output / 'service.json'}, plot in {output / 'service.png'}"
+        f"{time.monotonic() - began:.0f} s on {where}, {machine.dtype}; {rounds} rounds; results are in "
+        f"{output / 'service.json'}, the plot in {output / 'service.png'}"
     )
     return figures
 
 
 def main() -> None:
     """Run the benchmark from the command line."""
-    # Every process that was started ends with this one, also if it is told to end.
+    # As an exception, SIGTERM leaves the with blocks in order, which end the processes that were started.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="3 rounds of a fifth of the length: a look, no figures")
-    parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=tuple(PARTS), help="measure these parts")
+    parser.add_argument("--quick", action="store_true", help="3 rounds of a fifth of the time, too short for figures")
+    parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=tuple(PARTS), help="parts to measure")
     parser.add_argument("--output", type=Path, default=Path("bench-results"), help="directory for results and logs")
     arguments = parser.parse_args()
     rounds, scale = (3, 0.2) if arguments.quick else (5, 1.0)

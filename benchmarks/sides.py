@@ -1,4 +1,4 @@
-"""The sides over gRPC and the bare engine: each scores a grid and says how long that took its caller."""
+"""Sides over gRPC, and the side of a bare engine: each scores a grid and measures the time."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
 
 IN_FLIGHT = 8
-"""Requests at a time of the sides that send one request a query."""
+"""Requests in flight of the sides that send one request a query."""
 _TIMEOUT = 600.0
 
 
 class _ChildSide:
-    """A side that lives in one process."""
+    """Side with one server or worker process."""
 
     def __init__(self, name: str, process: Child) -> None:
         self.name = name
@@ -39,10 +39,10 @@ class _ChildSide:
 
 
 class BareSide(_ChildSide):
-    """A worker of ``benchmarks.bare``; the time is the worker's own, without tokenizing for the engines."""
+    """Side of a worker of ``benchmarks.bare``; the worker measures the time, for an engine without tokenizing."""
 
     def __init__(self, name: str, process: Child) -> None:
-        """Wait for the worker. Raises ``ProcessError``."""
+        """Wait until the worker is ready, and connect. Raises ``ProcessError``."""
         super().__init__(name, process)
         host, _, port = address_of(process).rpartition(":")
         self._connection = Client((host, int(port)))
@@ -55,13 +55,13 @@ class BareSide(_ChildSide):
 
 
 class StreamSide(_ChildSide):
-    """Our ``RerankStream``, through the client that training code uses.
+    """Side of ``RerankStream``, called through the client that training code uses.
 
     Args:
-        name: What the table calls it.
+        name: Name in the table.
         process: Our server.
-        client: Connected to it.
-        chunk_pairs: Most pairs of a message.
+        client: Client of that server.
+        chunk_pairs: Maximum number of pairs in a chunk.
     """
 
     def __init__(self, name: str, process: Child, client: RerankerClient, chunk_pairs: int = 128) -> None:
@@ -80,7 +80,7 @@ class StreamSide(_ChildSide):
 
 
 class UnarySide(_ChildSide):
-    """Our ``Rerank``: one call a query, several at a time, each with all documents."""
+    """Side of ``Rerank``: one call a query with all documents, several calls in flight."""
 
     def __init__(self, name: str, process: Child, channel: grpc.Channel) -> None:
         super().__init__(name, process)
@@ -96,7 +96,7 @@ class UnarySide(_ChildSide):
 
 
 class BatchSide(_ChildSide):
-    """Our ``RerankBatch``: all queries in one call."""
+    """Side of ``RerankBatch``: all queries in one call."""
 
     def __init__(self, name: str, process: Child, channel: grpc.Channel) -> None:
         super().__init__(name, process)

@@ -1,4 +1,4 @@
-"""What is scored: grids of real text, cut from the docstrings of installed packages."""
+"""Corpus: grids of real queries and documents, taken from the docstrings of installed packages."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from itertools import islice
 from examples.docstrings import collect
 
 _PACKAGES = ("numpy", "sklearn", "stdlib", "scipy")
-# Bounds in characters that give pairs of about 100 WordPiece tokens.
+# Least lengths in characters; with them, pairs have about 100 WordPiece tokens.
 _QUERY_LEAST = 60
 _DOCUMENT_LEAST = 250
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Every query with every document.
+    """Pairs of every query with every document.
 
     Attributes:
-        queries: The Q queries, all different.
-        documents: The D documents, all different.
+        queries: Q different queries.
+        documents: D different documents.
     """
 
     queries: tuple[str, ...]
@@ -28,15 +28,15 @@ class Grid:
 
     @property
     def pairs(self) -> int:
-        """How many scores it has."""
+        """Number of pairs."""
         return len(self.queries) * len(self.documents)
 
 
 class Corpus:
-    """Real texts; grids are taken from it one after the other, so that no two share a text before it is used up.
+    """Real queries and documents. Successive grids share no text until the corpus is used up; then it starts again.
 
     Args:
-        pairs: How many docstrings to read; more take longer.
+        pairs: Number of docstrings to read.
     """
 
     def __init__(self, pairs: int = 3_000) -> None:
@@ -49,31 +49,31 @@ class Corpus:
         self._documents = _Ring([pair.body for pair in found])
 
     def grid(self, queries: int, documents: int) -> Grid:
-        """The next grid of this shape, of pairs of about 100 tokens.
+        """Return the next grid of this shape; its pairs have about 100 tokens.
 
         Raises:
-            ValueError: There are not so many different texts.
+            ValueError: The corpus has fewer different queries or documents.
         """
         return Grid(self._queries.take(queries), self._documents.take(documents))
 
     def texts(self) -> tuple[str, ...]:
-        """All texts, to train a tokenizer on."""
+        """Return all queries and documents, to train a tokenizer on."""
         return (*self._queries.all, *self._documents.all)
 
     def sized(self, count: int, size: int) -> tuple[str, ...]:
-        """``count`` different ASCII texts of ``size`` bytes each, made of documents; at most a million.
+        """Return ``count`` (at most a million) different ASCII texts of ``size`` bytes each, made of documents.
 
         Raises:
-            ValueError: ``size`` leaves no room for the number that tells the texts apart.
+            ValueError: ``size`` is below 8, too small for the number that makes the texts different.
         """
         if size < 8:
-            raise ValueError(f"size is {size}; it has to be 8 or more")
+            raise ValueError(f"size is {size}; it must be at least 8")
         ascii_only = [text.encode("ascii", "ignore").decode() for text in self._documents.take(16)]
         filling = " ".join(ascii_only) * (1 + size // len(" ".join(ascii_only)))
         return tuple(f"{number:06d} {filling}"[:size] for number in range(count))
 
     def long(self, count: int, characters: int) -> tuple[str, ...]:
-        """``count`` different queries of about ``characters`` characters, each of several documents."""
+        """Return ``count`` different queries of about ``characters`` characters, each made of several documents."""
         made = []
         for _ in range(count):
             text = ""
@@ -84,7 +84,7 @@ class Corpus:
 
 
 class _Ring:
-    """Different texts in a fixed order, taken over and over."""
+    """Different texts in a fixed order; after the last one, the first one is taken again."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self.all = list(dict.fromkeys(texts))
@@ -96,5 +96,5 @@ class _Ring:
 
     def take(self, count: int) -> tuple[str, ...]:
         if count > len(self.all):
-            raise ValueError(f"{count} different texts were asked for; there are {len(self.all)}")
+            raise ValueError(f"{count} different texts were requested, but the corpus has {len(self.all)}")
         return tuple(islice(self._next, count))

@@ -1,4 +1,4 @@
-"""Pairs a second: our RPCs against the bare engine, against vLLM's own HTTP server and against plain services."""
+"""Throughput in pairs a second: our RPCs against the bare engine, vLLM's HTTP server and baselines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import grpc
 
 from benchmarks.bench import Bench
 from benchmarks.http_sides import BASELINE, VLLM_RERANK, VLLM_SCORE, HttpSide
-from benchmarks.latency import beside_a_stream
+from benchmarks.latency import interactive_latency
 from benchmarks.launch import address_of, http_address_of
 from benchmarks.report import Figure
 from benchmarks.rounds import DOCUMENTS, Contest, Side, contest
@@ -25,7 +25,7 @@ _HTTP_TARGETS = {"minilm": (1.05, 1.3), "tiny": (1.5, 2.0)}
 
 
 def on_torch(bench: Bench, model: str) -> list[Figure]:
-    """The torch engine, all our RPCs, ``CrossEncoder.predict`` and the plain HTTP baseline.
+    """Compare our RPCs on the torch engine with the bare engine, ``CrossEncoder.predict`` and the HTTP baseline.
 
     Args:
         bench: The run.
@@ -41,7 +41,7 @@ def on_torch(bench: Bench, model: str) -> list[Figure]:
         channel = stack.enter_context(_channel(address_of(server)))
         stream, engine = StreamSide("stream", server, client), BareSide("bare", bare)
         large = StreamSide("stream, large chunks", server, client, chunk_pairs=_LARGE_CHUNK)
-        # By themselves, so that slow sides do not take the time that the closest comparison needs.
+        # A contest without the slow sides, so that most of its time goes to the comparison with the bare engine.
         limit = _contest(bench, [engine, stream, large], _LIMIT_SECONDS[model])
         sides: list[Side] = [
             stream,
@@ -49,7 +49,7 @@ def on_torch(bench: Bench, model: str) -> list[Figure]:
             HttpSide("plain", plain, address_of(plain), BASELINE),
         ]
         if model == "tiny":
-            # Where overhead shows: also the other RPCs.
+            # Differences in overhead are measurable with the tiny model only, so the other RPCs are compared on it.
             sides += [engine, UnarySide("unary", server, channel), BatchSide("batch", server, channel)]
         others = _contest(bench, sides, _OTHERS_SECONDS[model])
     title = f"torch, {model}"
@@ -68,7 +68,9 @@ def on_torch(bench: Bench, model: str) -> list[Figure]:
 
 
 def on_vllm(bench: Bench, model: str) -> list[Figure]:
-    """The vLLM engine, our stream, and vLLM's own HTTP server; with the tiny model also small requests beside a stream.
+    """Compare our stream on the vLLM engine with the bare engine and vLLM's HTTP server.
+
+    With the tiny model, small requests beside a stream are measured on the same server as well.
 
     Args:
         bench: The run.
@@ -95,13 +97,13 @@ def on_vllm(bench: Bench, model: str) -> list[Figure]:
         for path_of_url, target in zip(("/score", "/rerank"), _HTTP_TARGETS[model], strict=True):
             name = f"vLLM HTTP {path_of_url}"
             figures.append(Figure(f"{title}: stream / {name}", found.ratio("stream", path_of_url), "x", target))
-            # No service around the same engine can do better than this.
+            # The upper bound of the figure above: no service around this engine can be faster than the engine.
             figures.append(Figure(f"{title}: bare engine / {name}", found.ratio("bare", path_of_url)))
         figures.append(Figure(f"{title}: stream", found.rate("stream"), "pairs/s"))
         if model == "tiny":
-            # The same server, which takes long to start.
+            # The same server is used again, because it takes long to start.
             server.resume()
-            figures += beside_a_stream(bench, server, title)
+            figures += interactive_latency(bench, server, title)
     return figures
 
 
@@ -111,7 +113,7 @@ def _contest(bench: Bench, sides: list[Side], seconds: float) -> Contest:
         lambda queries: bench.corpus.grid(queries, DOCUMENTS),
         rounds=bench.rounds,
         seconds=seconds * bench.scale,
-        # In 16 bits, sums over batches of other shapes differ more.
+        # In 16 bits, rounding differs more between batches of different shapes.
         tolerance=0.02 if bench.launcher.machine.dtype == "float32" else 0.5,
         say=bench.say,
     )

@@ -1,4 +1,4 @@
-"""The loss's benchmark: a server of fixed speed, honest clocks, right comparisons, and a small real run."""
+"""Tests of the loss benchmark: the engine of fixed speed, the clock, the comparisons, and a small real run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from loss_client import RerankerCachedGISTEmbedLoss
 from .training import student
 
 
-def test_pairs_are_due_one_after_the_other_at_the_rate_that_holds(
+def test_pairs_are_finished_one_after_the_other_at_the_current_rate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slept: list[float] = []
@@ -37,7 +37,7 @@ def test_pairs_are_due_one_after_the_other_at_the_rate_that_holds(
 
     monkeypatch.setattr("benchmarks.loss_pace.asyncio.sleep", sleep)
     rate = tmp_path / "rate"
-    write_rate(rate, 0.01)  # so slow that the time this test takes does not count
+    write_rate(rate, 0.01)  # so slow that the duration of this test is negligible
     engine = FixedSpeedEngine(rate)
 
     async def work() -> list[Any]:
@@ -66,14 +66,14 @@ def test_the_clock_counts_from_step_to_step_and_from_forward_to_embeddings() -> 
     for step in range(4):
         assert loss(step) == step + 1
         if step == 3:
-            next(ticks)  # the last step takes a second more
+            next(ticks)  # the last step takes one second more
         clock.on_step_end(None, None, None)  # type: ignore[arg-type]
-    # Three looks at the clock a step, of which the first two are a second apart.
+    # The clock is read three times a step; the first two readings are a second apart.
     assert clock.steps() == Steps(seconds=3.5, embedding=1.0)
 
 
 @pytest.mark.parametrize(("score", "bound", "predicted"), [(0.2, 1.0, 1.0), (0.5, 1.0, 1.1), (3.0, 3.0, 3.6)])
-def test_a_step_is_bound_by_the_longer_side_and_hides_only_the_embedding_without_prefetch(
+def test_without_prefetch_scoring_overlaps_with_the_embedding_pass_alone(
     score: float, bound: float, predicted: float
 ) -> None:
     one = Round(Steps(1.0, 0.4), score, prefetch=1.0, without=1.0)
@@ -83,7 +83,7 @@ def test_a_step_is_bound_by_the_longer_side_and_hides_only_the_embedding_without
 def test_figures_are_taken_within_each_round() -> None:
     rounds = [
         Round(Steps(1.0, 0.25), 2.0, prefetch=2.2, without=2.75),
-        Round(Steps(2.0, 0.5), 4.0, prefetch=4.0, without=6.05),  # the machine was half as fast
+        Round(Steps(2.0, 0.5), 4.0, prefetch=4.0, without=6.05),  # a round at half the machine's speed
     ]
     by_name = {figure.name: figure for figure in figures({2.0: rounds}, [1.0, 1.01])}
     with_prefetch = by_name["prefetch, score/train 2: step / max(train, score)"]
@@ -103,7 +103,7 @@ COLUMNS = [[f"anchor {row}" for row in range(24)], [f"positive {row}" for row in
 TEXTS = [text for column in COLUMNS for text in column]
 
 
-def test_the_guide_gives_a_pair_one_score_however_it_is_asked() -> None:
+def test_the_guide_gives_a_pair_the_same_score_in_a_grid_and_in_a_list() -> None:
     vectors = unit_vectors(TEXTS, 0)
     guide = Guide(vectors)
     grid = guide.stream_grid(COLUMNS[0], COLUMNS[1]).rows(0, 24)
@@ -154,7 +154,7 @@ def test_candidates_are_compared_with_all_pairs(model: SentenceTransformer) -> N
     assert 0 < some.gradient < 1
 
 
-def test_the_worst_batch_counts_where_a_bound_is_meant() -> None:
+def test_targets_that_are_bounds_are_compared_with_the_worst_batch() -> None:
     good = Comparison(share=0.01, rounds=2, loss=0.0, gradient=0.1, seconds=1.0)
     bad = Comparison(share=0.02, rounds=4, loss=0.5, gradient=0.2, seconds=2.0)
     found = {("minilm", 1024, 0.01): [good, good, bad]}
@@ -171,7 +171,7 @@ def test_a_small_run_measures_draws_and_writes(tmp_path: Path) -> None:
     for ratio in ("0.5", "2"):
         assert by_name[f"prefetch, score/train {ratio}: step / max(train, score)"].spread.value > 0
         assert by_name[f"no prefetch, score/train {ratio}: step / predicted"].target == 1.05
-    # The engine sleeps until pairs are due: it is never early.
+    # The engine sleeps until pairs are finished, so it is never early.
     assert by_name["score alone: measured / intended"].spread.low > 0.9
     assert by_name["minilm, batch 64, T 0.05: loss - full loss"].reached
     assert by_name["student, batch 64, T 0.01: rounds"].reached

@@ -1,4 +1,4 @@
-"""The benchmark's machinery: fair rounds, right ratios, and small real comparisons over real sockets and processes."""
+"""Tests of the service benchmark: rounds, ratios and reports, and small runs over real sockets and processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from benchmarks import report
-from benchmarks.causal import WholeBlocks
+from benchmarks.causal import IdealPrefixCache
 from benchmarks.processes import Child, ProcessError, child
 from benchmarks.proxy import CountingProxy
 from benchmarks.report import Figure
@@ -33,7 +33,7 @@ def grid(queries: int) -> Grid:
 
 
 class FakeSide:
-    """Takes so many seconds a pair by its own account; writes down what happens to it."""
+    """Side that reports a set number of seconds a pair without spending them; logs each call that it receives."""
 
     def __init__(self, name: str, seconds_a_pair: float, log: list[str], score: float = 0.0) -> None:
         self.name = name
@@ -68,7 +68,7 @@ def test_sides_take_turns_with_the_same_pairs_while_the_others_rest() -> None:
 
 def test_a_round_is_sized_to_fit_the_time() -> None:
     sides = [FakeSide("a", 0.001, []), FakeSide("b", 0.004, [])]
-    # A query of 4 documents costs both together 20 ms; 5 rounds of 10 queries are a second.
+    # A query with 4 documents takes both sides together 20 ms, so 5 rounds of 10 queries take a second.
     assert contest(sides, grid, rounds=5, seconds=1.001).queries == [10] * 5
     assert contest(sides, grid, rounds=5, seconds=1e9).queries == [64] * 5
     assert contest(sides, grid, rounds=5, seconds=0.0).queries == [1] * 5
@@ -81,7 +81,8 @@ def test_rounds_become_smaller_on_a_machine_that_becomes_slower() -> None:
             return seconds * next(pace), scores
 
     pace = iter([1, 1, 4, 4, 4])
-    # 40 ms a query: 20 queries are 0.8 s, then again but four times slower, and there is no time left.
+    # At 40 ms a query, 20 queries take 0.8 s; the second round takes 3.2 s at a quarter of the speed, which uses up
+    # the time, so the last two rounds have one query each.
     found = contest([Tiring("tiring", 0.01, [])], grid, rounds=4, seconds=3.2001)
     assert found.queries == [20, 20, 1, 1]
 
@@ -91,7 +92,7 @@ def test_a_contest_between_sides_with_different_scores_is_refused() -> None:
         contest([FakeSide("a", 0.001, []), FakeSide("b", 0.001, [], score=0.5)], grid, rounds=1, seconds=0.1)
 
 
-def test_a_contest_with_scores_that_are_no_numbers_is_refused() -> None:
+def test_a_contest_with_nan_scores_is_refused() -> None:
     with pytest.raises(DisagreementError):
         contest([FakeSide("a", 0.001, [], score=float("nan"))], grid, rounds=1, seconds=0.1)
 
@@ -102,7 +103,7 @@ def test_ratios_are_taken_round_by_round() -> None:
             seconds, scores = super().score(grid)
             return seconds * next(pace), scores
 
-    pace = iter([1, 1, 2, 4])  # the first is to warm up and to find the size
+    pace = iter([1, 1, 2, 4])  # the first one is for the warm-up round
     found = contest([FakeSide("steady", 1.0, []), Changing("changing", 1.0, [])], grid, rounds=3, seconds=1.0)
     ratio = found.ratio("steady", "changing")
     assert (ratio.low, ratio.value, ratio.high) == pytest.approx((1, 2, 4))
@@ -164,7 +165,7 @@ def test_grids_hold_different_real_texts(corpus: Corpus) -> None:
     for kind in ("queries", "documents"):
         texts = (*getattr(first, kind), *getattr(second, kind))
         assert len(set(texts)) == len(texts)
-    with pytest.raises(ValueError, match="different texts were asked for"):
+    with pytest.raises(ValueError, match="different texts were requested"):
         corpus.grid(1, 1_000_000)
 
 
@@ -174,15 +175,15 @@ def test_sized_texts_differ_and_have_their_size(corpus: Corpus) -> None:
     assert {len(text.encode()) for text in texts} == {1000}
 
 
-def test_whole_blocks_are_what_a_prefix_cache_can_give() -> None:
-    blocks = WholeBlocks(4)
-    assert blocks.take(tuple(range(10))) == 0
-    assert blocks.take(tuple(range(10))) == 8
-    assert blocks.take((*range(7), 99, 98)) == 4
-    assert blocks.take(tuple(range(8))) == 4, "the last token is always computed"
+def test_an_ideal_prefix_cache_shares_whole_blocks() -> None:
+    cache = IdealPrefixCache(4)
+    assert cache.take(tuple(range(10))) == 0
+    assert cache.take(tuple(range(10))) == 8
+    assert cache.take((*range(7), 99, 98)) == 4
+    assert cache.take(tuple(range(8))) == 4, "the last token is always computed"
 
 
-def test_the_proxy_passes_on_and_counts_every_byte() -> None:
+def test_the_proxy_forwards_and_counts_every_byte() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer() -> None:
@@ -224,7 +225,7 @@ def family(tmp_path: Path) -> Iterator[Child]:
         yield process
 
 
-def test_a_paused_process_stands_still_until_resumed_with_all_of_its_group(family: Child) -> None:
+def test_pause_and_resume_signal_the_whole_process_group(family: Child) -> None:
     (member,) = psutil.Process(family.pid).children()
     assert os.getpgid(member.pid) == family.pid
     family.pause()
@@ -233,7 +234,7 @@ def test_a_paused_process_stands_still_until_resumed_with_all_of_its_group(famil
     assert os.waitid(os.P_PID, family.pid, os.WCONTINUED).si_status == signal.SIGCONT
 
 
-def test_a_stopped_process_takes_its_children_along(family: Child) -> None:
+def test_stopping_a_process_ends_its_children(family: Child) -> None:
     members = [psutil.Process(family.pid), *psutil.Process(family.pid).children()]
     family.pause()
     family.stop()
