@@ -1,1 +1,1 @@
-"""The study behind docs/quality.md: does the filter make better models? ``python -m quality.study`` runs it."""
+"""Quality study behind docs/quality.md: effect of the filter on trained models. Run by ``python -m quality.study``."""

@@ -1,4 +1,4 @@
-"""The three ways to make batches. Batches are laid out once: every contender trains on the same, in the same order."""
+"""Batches of the study, made in three ways. All contenders train on the same batches in the same order."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ Item = TypeVar("Item")
 Batch = list[tuple[str, ...]]
 """Rows of anchor, positive and, with mined negatives, negative."""
 
-# Among the documents of so many pairs hard negatives are looked for.
+# Number of pairs whose documents are the candidates for hard negatives.
 _MINED_AMONG = 3_000
 
 
 def pool(
     pairs: Sequence[Pair], batching: Batching, batch_size: int, batches: int, miner: SentenceTransformer
 ) -> list[Batch]:
-    """Lay out batches of ``batch_size`` rows; no pair is in two of them.
+    """Make batches of ``batch_size`` rows; no pair is in two of them.
 
     Args:
-        pairs: What to train on.
-        batching: How; see :class:`quality.plan.Regime`.
+        pairs: Pairs to train on.
+        batching: Way to make batches; see :class:`quality.plan.Regime`.
         batch_size: Rows of a batch.
-        batches: How many batches, at most.
-        miner: Finds hard negatives.
+        batches: Number of batches.
+        miner: Embedding model that finds hard negatives.
 
     Raises:
         ValueError: There are too few pairs for this many batches.
@@ -54,7 +54,7 @@ def pool(
         drawn = list(pairs)
         draw.shuffle(drawn)
         if batching == "mined":
-            # One in fifty, for the pairs that mining loses.
+            # A fiftieth more than needed, because mining finds no negative for some pairs.
             wanted = batches * batch_size * 51 // 50 + 1
             triplets, _ = mine_triplets(drawn[:wanted], drawn[wanted:_MINED_AMONG], miner)
             rows = list(zip(*(triplets[column][:] for column in ("anchor", "positive", "negative")), strict=True))
@@ -62,18 +62,18 @@ def pool(
             rows = [(pair.summary, pair.body) for pair in drawn]
         laid = _cut(rows, batch_size)[:batches]
     if len(laid) < batches:
-        raise ValueError(f"{len(pairs)} pairs make {len(laid)} batches of {batch_size}, not {batches}")
+        raise ValueError(f"{len(pairs)} pairs make {len(laid)} batches of {batch_size}, but {batches} are needed")
     return laid
 
 
 def for_seed(laid: Sequence[Batch], steps: int, seed: int) -> Dataset:
-    """Draw ``steps`` of the batches, in an order that ``seed`` decides, as a data set for :func:`in_order`."""
+    """Draw ``steps`` of the batches with ``seed``; return their rows as a data set for :func:`in_order`."""
     rows = [row for batch in random.Random(seed).sample(laid, steps) for row in batch]
     return Dataset.from_dict(dict(zip(("anchor", "positive", "negative"), zip(*rows, strict=True), strict=False)))
 
 
 def in_order(dataset: Any, batch_size: int, drop_last: bool, **_: Any) -> BatchSampler:
-    """A ``batch_sampler`` for the training arguments that takes the rows as they stand."""
+    """Make a batch sampler that keeps the order of the rows; the ``batch_sampler`` of the training arguments."""
     return BatchSampler(SequentialSampler(dataset), batch_size=batch_size, drop_last=drop_last)
 
 

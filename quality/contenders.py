@@ -1,4 +1,4 @@
-"""What is compared in one regime, in the order of the tables."""
+"""Contenders of a regime: the losses and settings that are compared, in the order of the tables."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from quality.plan import Guide, Plan, Regime
 
 NO_FILTER = "no filter"
 
-#: The scores that margins are in units of: the bi-encoder's cosine, the cross-encoder's probability.
+#: Score type of each guide, which is the unit of its margins; the bi-encoder's raw score is the cosine.
 SCORE_TYPES: dict[Guide, ScoreType] = {"bi-encoder": "raw", "cross-encoder": "probability"}
 
 
 def max_length(plan: Plan, guide: Guide) -> int:
-    """Tokens that a guide reads: of one text, or of query and document together."""
+    """Return the maximum tokens of a guide's input: one text (bi-encoder), or query and document (cross-encoder)."""
     return plan.tokens if guide == "bi-encoder" else plan.cross_encoder.max_length
 
 
 def contenders(
     plan: Plan, regime: Regime, local: SentenceTransformer, addresses: Mapping[Guide, str]
 ) -> list[Contender]:
-    """The trainings of a regime; they differ in their loss alone.
+    """Make the contenders of a regime, which differ in their loss alone.
 
-    ``MultipleNegativesRankingLoss`` has no place of its own: without gradient caching it computes the very numbers of
-    its cached sibling.
+    ``MultipleNegativesRankingLoss`` is left out, because it computes the same numbers as
+    ``CachedMultipleNegativesRankingLoss``.
 
     Args:
-        plan: Sizes.
-        regime: Which settings are compared.
-        local: The guide of CachedGISTEmbedLoss.
-        addresses: Where the guides are served.
+        plan: Sizes of the study.
+        regime: Settings to compare.
+        local: Guide of CachedGISTEmbedLoss.
+        addresses: Address of the server of each guide.
     """
     settings = (plan.temperature, plan.mini_batch_size)
     return [
@@ -59,7 +59,7 @@ def contenders(
                 margin=served.margin.value,
                 candidates=served.candidates,
                 epsilon=1e-3,
-                # A busy machine: the other pairs of a step come first, and they are many.
+                # Long, because on a busy machine the last pairs of a step wait for all others.
                 timeout=600,
             )
             for served in regime.served

@@ -1,8 +1,8 @@
-"""The cross-encoder guide: the study's own, made from all-MiniLM-L6-v2 on the part of the data set aside for it.
+"""Cross-encoder guide: a fine-tuned all-MiniLM-L6-v2, trained on the part of the data that is set aside for it.
 
-Its encoder begins as the embedding model's; a new head gives one logit. It learns to tell a query's own document from
-those that the embedding model finds nearest to the query, and from random ones. It needs all six layers: cut to its
-first three or four, it had learned nothing after hundreds of steps.
+The encoder starts from the embedding model's weights; a new head gives one logit. The training separates a query's
+positive from the documents that the embedding model finds nearest to the query, and from random documents. All six
+layers are needed: models of the first three or four layers had learned nothing after hundreds of steps.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from quality.sources import KnownRelevance
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How the cross-encoder is made.
+    """Settings of the cross-encoder's training.
 
     Attributes:
-        pairs: Pairs of each data set that it learns from, at most.
-        hard: Negatives for each of them that the embedding model finds near.
-        easy: Random negatives for each of them.
-        max_length: Tokens of query and document together.
+        pairs: Maximum number of training pairs from each data set.
+        hard: Negatives a pair that the embedding model finds near the query.
+        easy: Random negatives a pair.
+        max_length: Maximum tokens of query and document together.
         batch_size: Examples of a step.
-        learning_rate: Peak.
+        learning_rate: Peak learning rate.
     """
 
     pairs: int
@@ -48,16 +48,16 @@ class Recipe:
 def examples(
     pairs: Sequence[Pair], hard: int, easy: int, miner: SentenceTransformer, draw: random.Random
 ) -> list[tuple[str, str, float]]:
-    """Queries, documents and labels (1 for a query's own document, 0 for another).
+    """Make training examples: (query, document, label) with label 1 for a positive and 0 for a negative.
 
-    A document that is known to answer the query is no negative.
+    Documents that are known to answer a query are never its negatives.
 
     Args:
-        pairs: What to learn from.
+        pairs: Queries and their positives.
         hard: Negatives a pair, drawn from the 20 documents nearest to the query.
         easy: Negatives a pair, drawn from all documents.
-        miner: Finds the nearest.
-        draw: Draws.
+        miner: Embedding model that finds the nearest documents.
+        draw: Random number generator.
     """
     known = KnownRelevance(pairs)
     documents = sorted({pair.body for pair in pairs})
@@ -74,10 +74,10 @@ def examples(
 
 
 def make(pairs: Sequence[Pair], recipe: Recipe, miner: SentenceTransformer, output: Path) -> list[float]:
-    """Train a cross-encoder on ``pairs`` and save it under ``output``, as the reranker service loads it.
+    """Train a cross-encoder on ``pairs`` and save it in ``output`` in the format that the reranker service loads.
 
     Returns:
-        The mean loss of every 25 steps. About 1.04 (with three negatives a pair) is what knowing nothing gives.
+        The mean loss of every 25 steps. With three negatives a pair, constant scores give a loss of about 1.04.
     """
     draw = random.Random(0)
     made = examples(pairs, recipe.hard, recipe.easy, miner, draw)
@@ -101,7 +101,7 @@ def make(pairs: Sequence[Pair], recipe: Recipe, miner: SentenceTransformer, outp
         use_cpu=True,
         seed=0,
     )
-    # A label of 1 is as rare as negatives are many; weighed alike, a probability of 0.5 is where the two meet.
+    # Positives weigh as much as all their negatives together, so that a probability of 0.5 separates the two.
     loss = BinaryCrossEntropyLoss(model, pos_weight=torch.tensor(float(recipe.hard + recipe.easy)))
     trainer = CrossEncoderTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss)
     trainer.remove_callback(PrinterCallback)

@@ -1,4 +1,4 @@
-"""The guides without any training: how well they rank, and which known false negatives their filter finds."""
+"""Measures of a guide without training: ranking quality, and known false negatives that its filter masks."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from torch import Tensor
 from loss_client.filter.masking import above, thresholds
 from quality.batches import Batch
 from quality.plan import Margin
-from quality.sources import KnownRelevance, same_words
+from quality.sources import KnownRelevance, normalize
 
 ScoreGrid = Callable[[Sequence[str], Sequence[str]], NDArray[np.float32]]
-"""Scores every query with every document, shape ``(queries, documents)``."""
+"""Function that scores every query with every document, shape ``(queries, documents)``."""
 
 
 class RememberingGuide(SentenceTransformer):
-    """An embedding model that embeds no text twice, for a guide that many trainings share.
+    """Embedding model that caches its embeddings, for a guide that many trainings share.
 
     Args:
-        model: The model; its weights are shared and must not change.
+        model: Model to use; its weights are shared and must not change.
     """
 
     def __init__(self, model: SentenceTransformer) -> None:
@@ -50,13 +50,13 @@ class RememberingGuide(SentenceTransformer):
 
 @dataclass(frozen=True, slots=True)
 class ScoredBatch:
-    """A batch with a guide's scores of all its pairs.
+    """Batch with a guide's scores of all its pairs. All attributes have the shape ``(anchors, documents)``.
 
     Attributes:
-        scores: Shape ``(anchors, documents)``; an anchor's own positive is on the diagonal.
-        known: Which documents are known to answer the anchor, same shape.
-        copies: Which have the words of the anchor's own positive, same shape; its own positive does.
-        equal: Which have the very text of the anchor's own positive, same shape; its own positive does.
+        scores: Scores; each anchor's positive is on the diagonal.
+        known: True where the document is known to answer the anchor.
+        copies: True where the document has the same words as the anchor's positive; true on the diagonal.
+        equal: True where the document has the same text as the anchor's positive; true on the diagonal.
     """
 
     scores: NDArray[np.float32]
@@ -66,12 +66,12 @@ class ScoredBatch:
 
     @property
     def negatives(self) -> NDArray[np.bool_]:
-        """Everything but the anchors' own positives."""
+        """True except on the diagonal of the anchors' positives."""
         return ~np.eye(*self.scores.shape, dtype=np.bool_)
 
 
 def score(batch: Batch, score_grid: ScoreGrid, known: KnownRelevance) -> ScoredBatch:
-    """Score all pairs of a batch, in the order of columns that the loss has."""
+    """Score all pairs of a batch; documents are in the loss's order of columns: positives, then negatives."""
     anchors, *columns = zip(*batch, strict=True)
     documents = [text for column in columns for text in column]
     own = documents[: len(anchors)]
@@ -79,7 +79,7 @@ def score(batch: Batch, score_grid: ScoreGrid, known: KnownRelevance) -> ScoredB
     def compare(same: Callable[[int, int], bool]) -> NDArray[np.bool_]:
         return np.array([[same(row, place) for place in range(len(documents))] for row in range(len(anchors))])
 
-    words = [same_words(document) for document in documents]
+    words = [normalize(document) for document in documents]
     return ScoredBatch(
         scores=score_grid(anchors, documents),
         known=compare(lambda row, place: known.answers(anchors[row], documents[place])),
@@ -88,12 +88,15 @@ def score(batch: Batch, score_grid: ScoreGrid, known: KnownRelevance) -> ScoredB
     )
 
 
-def filtered(batches: Sequence[ScoredBatch], margin: Margin) -> dict[str, int]:
-    """What the loss's filter does on these batches, which texts are masked included.
+def count_masked(batches: Sequence[ScoredBatch], margin: Margin) -> dict[str, int]:
+    """Count the negatives in batches, and those that the loss's filter masks with ``margin``.
+
+    As in the loss, negatives with the same text as the positive are masked whatever their score.
 
     Returns:
-        Numbers of negatives: ``known_copies`` (of the positive) and ``known_others`` (documents of the same query
-        elsewhere) are the known false ones, ``unknown`` the rest; ``masked_...`` says how many of each are masked.
+        Numbers of negatives: ``known_copies`` (copies of the positive) and ``known_others`` (documents of the same
+        query elsewhere in the data set) are known false negatives, ``unknown`` the rest; ``masked_known_copies``,
+        ``masked_known_others`` and ``masked_unknown`` are the numbers of masked ones among them.
     """
     counts = dict.fromkeys(
         [f"{masked}{kind}" for masked in ("", "masked_") for kind in ("known_copies", "known_others", "unknown")], 0
@@ -110,14 +113,15 @@ def filtered(batches: Sequence[ScoredBatch], margin: Margin) -> dict[str, int]:
     return counts
 
 
-def examined(batches: Sequence[ScoredBatch]) -> dict[str, float]:
-    """How good a guide is by itself, on batches that it was not made with.
+def evaluate(batches: Sequence[ScoredBatch]) -> dict[str, float]:
+    """Evaluate a guide's scores on batches of held-out pairs.
 
     Returns:
-        ``ndcg``: mean nDCG@10 of the anchors' rankings of their batch's documents, where all that is known to be
-        relevant is. ``first``: share of the anchors whose first document is. ``known_auc``: the probability that a
-        known false negative is nearer to the score of the anchor's positive than another negative, or farther above
-        it; 0.5 is chance; NaN where nothing is known. ``known``: how many are known. ``queries``: how many anchors.
+        ``ndcg``: mean nDCG@10 of the anchors' rankings of the documents in their batch, with all documents relevant
+        that are known to answer the anchor. ``first``: share of the anchors for which the first document is relevant
+        (accuracy@1). ``known_auc``: probability that a known false negative's score minus the score of the anchor's
+        positive is higher than that of another negative (AUC; 0.5 is chance, NaN without known false negatives).
+        ``known``: number of known false negatives. ``queries``: number of anchors.
     """
     relevant = np.concatenate([batch.known | batch.copies for batch in batches])
     scores = np.concatenate([batch.scores for batch in batches])

@@ -1,4 +1,4 @@
-"""What the study has found so far, on disk after every finding, so that an interrupted study goes on where it was."""
+"""Ledger: the study's results, saved one by one, so that an interrupted study continues where it stopped."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ Record = dict[str, Any]
 
 
 class Ledger:
-    """Records with keys, one a line of a file.
+    """Results by key, one a line of a JSON Lines file.
 
     Args:
-        path: The file; made with the first record.
-        digest: Of the plan. Records of other plans stay in the file and are not seen.
+        path: File; created with the first record.
+        digest: Digest of the plan. Records of other plans stay in the file, but are not read.
     """
 
     def __init__(self, path: Path, digest: str) -> None:
@@ -23,7 +23,7 @@ class Ledger:
         self._records: dict[tuple[str, ...], Record] = {}
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            # A last line without its end was being written when the study was ended.
+            # A last line without a line break is incomplete: the study was ended while it was written.
             for line in lines:
                 if line.endswith("\n") and (entry := json.loads(line))["plan"] == digest:
                     self._records[tuple(entry["key"])] = entry["record"]
@@ -34,12 +34,12 @@ class Ledger:
         return key in self._records
 
     def add(self, key: tuple[str, ...], record: Record) -> None:
-        """Keep a record, in memory and on disk."""
+        """Save a record, in memory and on disk."""
         self._records[key] = record
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"plan": self._digest, "key": key, "record": record}) + "\n")
 
     def under(self, *begin: str) -> dict[tuple[str, ...], Record]:
-        """All records whose keys begin so, by the rest of their keys, in the order of their finding."""
+        """Return the records whose keys begin with ``begin``, by the rest of their keys, in the order of addition."""
         size = len(begin)
         return {key[size:]: record for key, record in self._records.items() if key[:size] == begin}

@@ -1,4 +1,4 @@
-"""What the study compares, and how large it is."""
+"""Plan of the study: compared settings and sizes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Batching = Literal["mined", "related", "random"]
 
 @dataclass(frozen=True, slots=True)
 class Margin:
-    """A margin as the loss takes it; the bi-encoder's are in units of cosine, the cross-encoder's of probability."""
+    """Margin of the loss; in units of cosine for the bi-encoder, of probability for the cross-encoder."""
 
     strategy: MarginStrategy
     value: float
@@ -28,7 +28,7 @@ class Margin:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """One setting of ``RerankerCachedGISTEmbedLoss``."""
+    """Settings of one contender with ``RerankerCachedGISTEmbedLoss``."""
 
     guide: Guide
     margin: Margin
@@ -36,23 +36,23 @@ class Served:
 
     @property
     def name(self) -> str:
-        """What the tables call it."""
+        """Name in the tables."""
         return f"{self.guide}, {self.margin}" + (", mass" if self.candidates == "mass" else "")
 
 
 @dataclass(frozen=True, slots=True)
 class Regime:
-    """One way to make batches, and what is compared on them.
+    """One way to make batches, with the settings that are compared on them.
 
     Attributes:
-        name: What the tables call it.
-        batching: ``"mined"``: random anchors, each with a mined hard negative. ``"related"``: neighbours, by file, of
-            one package. ``"random"``: random pairs.
+        name: Name in the tables.
+        batching: ``"mined"``: random anchors, each with a mined hard negative. ``"related"``: pairs from the same or
+            neighbouring files of one package. ``"random"``: random pairs.
         batch_size: Anchors of a batch.
         steps: Training steps, one batch each.
-        pool: Batches that are made; each seed draws its steps from them.
-        hardness: Modes of CachedMultipleNegativesRankingLoss that are compared, with their strengths.
-        served: Settings of RerankerCachedGISTEmbedLoss that are compared.
+        pool: Number of batches that are made; each seed draws its steps from them.
+        hardness: Compared hardness modes of CachedMultipleNegativesRankingLoss, with their strengths.
+        served: Compared settings of RerankerCachedGISTEmbedLoss.
         measured: Guides whose filter is measured on all pairs of the pool.
     """
 
@@ -68,24 +68,24 @@ class Regime:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The study.
+    """All settings of the study.
 
     Attributes:
         sources: Names of the data sets.
-        packages: Where they are read.
-        pairs: Pairs of each data set that are read, at most.
-        guide_share: Share of the modules for the cross-encoder.
-        held_out_share: Share of the other modules for the examination.
-        queries: Queries of the examination, at most.
-        guide_queries: Queries of the guides' own examination, at most.
-        seeds: Of the trainings.
+        packages: Packages from which the data sets are read.
+        pairs: Maximum number of pairs of each data set.
+        guide_share: Share of the modules that train the cross-encoder, between 0 and 1.
+        held_out_share: Share of the other modules that is held out for evaluation, between 0 and 1.
+        queries: Maximum number of queries in the evaluation of the students.
+        guide_queries: Maximum number of queries in the evaluation of the guides.
+        seeds: Seeds of the trainings.
         regimes: Ways to make batches.
-        layers: Of the student.
-        tokens: Of one text that student and bi-encoder see.
-        learning_rate: Peak of all trainings.
-        temperature: Of all losses.
+        layers: Layers of the student.
+        tokens: Maximum tokens of a text, for student and bi-encoder.
+        learning_rate: Peak learning rate of all trainings.
+        temperature: Temperature of all losses.
         mini_batch_size: Texts embedded at a time.
-        cross_encoder: How it is made.
+        cross_encoder: Training settings of the cross-encoder.
     """
 
     sources: tuple[str, ...]
@@ -106,13 +106,13 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """Changes with everything that a result depends on, save which seeds and contenders are asked for."""
+        """Digest of all settings that a result depends on; seeds and the compared settings are left out."""
         regimes = [replace(regime, hardness=(), served=(), measured=()) for regime in self.regimes]
         same = asdict(replace(self, seeds=(), regimes=tuple(regimes)))
         return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
 
 
-#: Measured on the pools, whether trained with or not.
+#: Margins whose filter is measured on the pools; some of them are also used in training.
 MARGINS: dict[Guide, tuple[Margin, ...]] = {
     guide: (
         *(Margin("absolute", value) for value in (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)),
@@ -172,7 +172,8 @@ FULL = Plan(
             steps=8,
             pool=11,
             hardness=(_IN_BATCH,),
-            # Even the half of the pairs that matters at this temperature is too many for the cross-encoder here.
+            # Without the cross-encoder: even with "mass", half of the pairs are scored at this temperature, and that
+            # takes too long on a CPU.
             served=_served("bi-encoder", ("absolute", 0.05)),
             measured=("bi-encoder",),
         ),
@@ -187,7 +188,7 @@ FULL = Plan(
 
 
 def quick() -> Plan:
-    """One data set and one seed of the study, on next to nothing: what it finds means nothing."""
+    """Make a tiny plan with one data set and one seed, which tests that everything runs; its results mean nothing."""
 
     first, *others = (replace(regime, batch_size=6, steps=2, pool=3) for regime in FULL.regimes)
     first = replace(first, hardness=first.hardness[:1], served=(first.served[0], first.served[-1]))

@@ -1,4 +1,4 @@
-"""What the study found: records for programs, tables in Markdown, plots."""
+"""Report of the study: figures as JSON, tables in Markdown, and plots."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from quality.ledger import Ledger, Record
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One contender on one data set in one regime.
+    """Results of one contender on one data set in one regime.
 
     Attributes:
         ndcg: nDCG@10 by seed.
-        gain: By seed, how much higher that is than without a filter.
+        gain: nDCG@10 - nDCG@10 of the training without a filter, by seed.
         masked: Share of the negatives that the filter masked, over all seeds; ``None`` without a filter.
-        scored: Share of the pairs of anchors and documents that were asked for, over all seeds; ``None`` likewise.
+        scored: Share of the pairs of anchors and documents that were scored, over all seeds; ``None`` without a filter.
     """
 
     ndcg: dict[str, float]
@@ -35,7 +35,7 @@ class Row:
 
 
 def rows(ledger: Ledger) -> dict[tuple[str, str, str], Row]:
-    """The results by data set, regime and contender, in the order of their finding."""
+    """Return the results by (data set, regime, contender), in the order of the trainings."""
     runs: dict[tuple[str, str, str], dict[str, Record]] = {}
     for (source, regime, contender, seed), record in ledger.under("run").items():
         runs.setdefault((source, regime, contender), {})[seed] = record
@@ -43,7 +43,7 @@ def rows(ledger: Ledger) -> dict[tuple[str, str, str], Row]:
     for (source, regime, contender), by_seed in runs.items():
         plain = runs.get((source, regime, NO_FILTER), {})
         negatives = sum(one["negatives"] for one in by_seed.values())
-        # An anchor has one positive, which is scored as well.
+        # One positive an anchor is scored besides the negatives.
         pairs = negatives + sum(one["anchors"] for one in by_seed.values())
         made[source, regime, contender] = Row(
             ndcg={seed: one["ndcg"] for seed, one in by_seed.items()},
@@ -55,15 +55,15 @@ def rows(ledger: Ledger) -> dict[tuple[str, str, str], Row]:
 
 
 def standard_error(values: Iterable[float]) -> float | None:
-    """Of the mean; ``None`` for fewer than two values."""
+    """Return the standard error of the mean; ``None`` for fewer than two values."""
     listed = list(values)
     return statistics.stdev(listed) / math.sqrt(len(listed)) if len(listed) > 1 else None
 
 
 def write_figures(path: Path, ledger: Ledger) -> None:
-    """Write everything as a JSON list of records, in the form of the benchmark's, with what else is known beside it.
+    """Write all results as a JSON list in the format of the benchmark's figures, with additional fields.
 
-    ``value`` is the mean over the seeds, ``low`` and ``high`` are the least and the greatest.
+    ``value`` is the mean over the seeds; ``low`` and ``high`` are the least and the greatest value.
     """
     records = []
     for place, row in rows(ledger).items():
@@ -94,7 +94,7 @@ def _figure(name: str, values: Sequence[float], unit: str) -> Record:
 
 
 def tables(ledger: Ledger) -> str:
-    """Everything as Markdown: trainings, guides, margins."""
+    """Return Markdown tables of the trainings, the guides and the margins."""
     found = rows(ledger)
     names = list(dict.fromkeys(source for source, _, _ in found))
     parts = []
@@ -122,7 +122,7 @@ def tables(ledger: Ledger) -> str:
     )
     parts.append(
         _markdown(
-            ["guide, on held-out neighbours", "nDCG@10", "right first", "known false negatives: AUC"],
+            ["guide, on held-out neighbours", "nDCG@10", "accuracy@1", "known false negatives: AUC"],
             [
                 [
                     f"{source}, {guide}",
@@ -168,7 +168,7 @@ def _with_error(values: Iterable[float], form: str) -> str:
 
 
 def _share(record: Record, kind: str, digits: int = 0) -> str:
-    return f"{record[f'masked_{kind}'] / record[kind]:.{digits}%} of {record[kind]:,}" if record[kind] else "none there"
+    return f"{record[f'masked_{kind}'] / record[kind]:.{digits}%} of {record[kind]:,}" if record[kind] else "none"
 
 
 def _markdown(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -177,7 +177,7 @@ def _markdown(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def draw_gains(path: Path, ledger: Ledger) -> None:
-    """Draw how much higher nDCG@10 is than without a filter: every seed a dot, the mean with its standard error."""
+    """Plot the gain in nDCG@10 over no filter: a dot for every seed, and the mean with its standard error."""
     found = rows(ledger)
     names = list(dict.fromkeys(source for source, _, _ in found))
     regimes = list(dict.fromkeys(regime for _, regime, _ in found))
@@ -209,7 +209,7 @@ def draw_gains(path: Path, ledger: Ledger) -> None:
 
 
 def draw_margins(path: Path, ledger: Ledger) -> None:
-    """Draw, margin by margin, what share of the known false negatives a filter catches at what share of the others."""
+    """Plot the share of known false negatives that are masked over the share of other negatives, for each margin."""
     curves: dict[tuple[str, str], dict[str, list[tuple[float, float, str]]]] = {}
     for (source, regime, guide, margin), record in ledger.under("filter").items():
         strategy, _, value = margin.partition(" ")

@@ -1,4 +1,4 @@
-"""The study's run: guides, batches, trainings; everything that is found goes into the ledger at once."""
+"""Study: evaluates the guides, trains the contenders and evaluates them; saves each result in the ledger at once."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from quality.ledger import Ledger
 from quality.plan import MARGINS, Guide, Plan, Regime
 from quality.sources import KnownRelevance, Parts
 
-# Documents of one pool of the guides' own examination: neighbours in the held-out modules.
+# Pairs of a batch in the evaluation of the guides: neighbours in the held-out modules.
 _NEIGHBOURS = 24
 
 
 class Study:
-    """One data set after the other, one regime after the other, seed by seed.
+    """Runs the plan: for each seed, all data sets; for each data set, all regimes.
 
     Args:
-        plan: What to do.
-        output: Directory for everything that is kept.
-        engine: The servers': ``"torch"``, ``"vllm"`` or ``"auto"``.
-        say: Is told what is going on.
+        plan: Settings of the study.
+        output: Directory for results, models and logs.
+        engine: Engine of the servers: ``"torch"``, ``"vllm"`` or ``"auto"``.
+        say: Prints one line of progress.
     """
 
     def __init__(self, plan: Plan, output: Path, engine: str, say: Callable[[str], object]) -> None:
@@ -56,14 +56,14 @@ class Study:
         self._addresses: dict[Guide, str] = {}
 
     def run(self) -> None:
-        """Do what is missing in the ledger, and write the report."""
+        """Compute the results that are missing in the ledger, and write the report."""
         for name in self._plan.sources:
             self._read(name)
         model = self._make_cross_encoder()
         with ExitStack() as servers:
             flags: dict[Guide, list[str]] = {
                 "bi-encoder": [],
-                # The same pairs are asked for by many trainings, and by the next study.
+                # The cache is on disk, because many trainings and later studies score the same pairs.
                 "cross-encoder": ["--model", str(model), "--cache-dir", str(self._work / "scores")],
             }
             started = {
@@ -72,7 +72,7 @@ class Study:
             }
             self._addresses = {guide: server.wait_ready() for guide, server in started.items()}
             for name in self._plan.sources:
-                self._examine_guides(name)
+                self._evaluate_guides(name)
             for seed in self._plan.seeds:
                 for name in self._plan.sources:
                     for regime in self._plan.regimes:
@@ -85,12 +85,12 @@ class Study:
         parts = sources.split(pairs, self._plan.guide_share, self._plan.held_out_share)
         self._parts[name], self._known[name] = parts, KnownRelevance(pairs)
         sizes = {"guide": len(parts.guide), "train": len(parts.train), "held_out": len(parts.held_out)}
-        self._say(f"{name}: {len(pairs):,} pairs, of which {sizes} in parts without a text in common")
+        self._say(f"{name}: {len(pairs):,} pairs read; pairs of each part, no two parts with a common text: {sizes}")
         if ("data", name) not in self._ledger:
             self._ledger.add(("data", name), {"pairs": len(pairs), **sizes})
 
     def _make_cross_encoder(self) -> Path:
-        """The directory of the cross-encoder, which is made if it was not made of the same before."""
+        """Return the directory of the cross-encoder; train it unless one with the same data and settings exists."""
         recipe = self._plan.cross_encoder
         pairs = [
             pair
@@ -100,15 +100,18 @@ class Study:
         made_of = json.dumps([asdict(recipe), self._plan.tokens, [asdict(pair) for pair in pairs]])
         model = self._work / f"cross-encoder-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
         if model.exists():
-            self._say(f"The cross-encoder was made before: {model}")
+            self._say(f"Using the cross-encoder that was trained before: {model}")
             return model
-        self._say(f"Making the cross-encoder of {len(pairs):,} pairs")
+        self._say(f"Training the cross-encoder on {len(pairs):,} pairs")
         began = time.monotonic()
         unfinished = model.with_suffix(".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         losses = cross_encoder.make(pairs, recipe, self._local, unfinished)
         unfinished.rename(model)
-        self._say(f"  {time.monotonic() - began:.0f} s; loss by and by: {', '.join(f'{loss:.2f}' for loss in losses)}")
+        self._say(
+            f"  {time.monotonic() - began:.0f} s; mean loss of every 25 steps: "
+            f"{', '.join(f'{loss:.2f}' for loss in losses)}"
+        )
         return model
 
     def _score_grid(self, guide: Guide) -> guides.ScoreGrid:
@@ -121,7 +124,7 @@ class Study:
 
         return score
 
-    def _examine_guides(self, name: str) -> None:
+    def _evaluate_guides(self, name: str) -> None:
         held_out = self._parts[name].held_out
         evaluator = self._evaluator(name)
         for model, load in (("untrained student", self._load_student), ("bi-encoder", lambda: self._local)):
@@ -134,9 +137,9 @@ class Study:
                 held_out, "related", _NEIGHBOURS, max(1, self._plan.guide_queries // _NEIGHBOURS), self._local
             )
             score = self._score_grid(guide)
-            found = guides.examined([guides.score(batch, score, self._known[name]) for batch in laid])
+            found = guides.evaluate([guides.score(batch, score, self._known[name]) for batch in laid])
             self._ledger.add(("guide", name, guide), found)
-            self._say(f"{name}, {guide} by itself: {found}")
+            self._say(f"{name}, {guide} evaluated on held-out pairs: {found}")
 
     def _pool(self, name: str, regime: Regime) -> list[batches.Batch]:
         if (name, regime.name) not in self._pools:
@@ -146,7 +149,7 @@ class Study:
         return self._pools[name, regime.name]
 
     def _measure_filters(self, name: str, regime: Regime) -> None:
-        """Score all pairs of the pool, which the trainings then find in the servers' caches."""
+        """Score all pairs of the pool; afterwards the trainings find their scores in the servers' caches."""
         for guide in regime.measured:
             wanted = {margin: ("filter", name, regime.name, guide, str(margin)) for margin in MARGINS[guide]}
             if all(key in self._ledger for key in wanted.values()):
@@ -154,9 +157,9 @@ class Study:
             began, score = time.monotonic(), self._score_grid(guide)
             scored = [guides.score(batch, score, self._known[name]) for batch in self._pool(name, regime)]
             for margin, key in wanted.items():
-                self._ledger.add(key, dict(guides.filtered(scored, margin)))
+                self._ledger.add(key, dict(guides.count_masked(scored, margin)))
             pairs = sum(batch.scores.size for batch in scored)
-            self._say(f"{name}, {regime.name}: {pairs:,} pairs by the {guide} in {time.monotonic() - began:.0f} s")
+            self._say(f"{name}, {regime.name}: {guide} scored {pairs:,} pairs in {time.monotonic() - began:.0f} s")
 
     def _train_all(self, name: str, regime: Regime, seed: int) -> None:
         evaluator = self._evaluator(name)
@@ -200,7 +203,7 @@ class Study:
         report.draw_gains(self._output / "quality.png", self._ledger)
         report.draw_margins(self._output / "quality-margins.png", self._ledger)
         self._say(report.tables(self._ledger))
-        self._say(f"{self._output}/: quality.json, quality.md, quality.png, quality-margins.png")
+        self._say(f"Results are in {self._output}/: quality.json, quality.md, quality.png, quality-margins.png")
 
     def _evaluator(self, name: str) -> InformationRetrievalEvaluator:
         return retrieval_evaluator(self._parts[name].held_out, self._plan.queries, seed=0)

@@ -1,8 +1,8 @@
-"""The study's two data sets, each split in three: for the cross-encoder, for the students, for the examination.
+"""Two data sets, each split into three parts: to train the cross-encoder, to train the students, and for evaluation.
 
-Both are read from installed packages. ``docstrings``: a docstring's summary is the query, the rest of it the document.
-``code``: code search in the manner of CodeSearchNet (https://arxiv.org/abs/1909.09436); a function's summary is the
-query, its source without the docstring the document.
+Both are read from installed packages. ``docstrings``: the query is a docstring's summary, the document is the rest of
+the docstring. ``code``: code search as in CodeSearchNet (https://arxiv.org/abs/1909.09436); the query is the summary of
+a function's docstring, the document is the function's source without the docstring.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _CODE_LEAST = 80
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """One data set in three parts that have no module and no text in common.
+    """Three parts of one data set that have no module and no text in common.
 
     Attributes:
-        guide: Pairs that the cross-encoder is made with.
-        train: Pairs that the students are trained with.
-        held_out: Pairs for the examination.
+        guide: Pairs that the cross-encoder is trained on.
+        train: Pairs that the students are trained on.
+        held_out: Pairs for evaluation.
     """
 
     guide: list[Pair]
@@ -42,15 +42,15 @@ class Parts:
 
 
 def code_pairs_of_source(source: bytes, module: str) -> list[Pair]:
-    """Take the functions out of one file: summary and source.
+    """Make pairs of summary and code from the functions of one file.
 
     Args:
         source: The file's bytes.
-        module: Becomes :attr:`Pair.module`.
+        module: Value of :attr:`Pair.module`.
 
     Returns:
-        One pair for each function that has a docstring with a summary of fitting length and code of 80 characters or
-        more. The code is without docstring, comments and decorators, on one line, cut to 320 characters.
+        One pair for each function that has a summary of 20 to 200 characters and at least 80 characters of code. The
+        code is on one line, without docstring, comments and decorators, cut to 320 characters.
 
     Raises:
         SyntaxError, ValueError: The file is not valid Python.
@@ -62,7 +62,7 @@ def code_pairs_of_source(source: bytes, module: str) -> list[Pair]:
         summary = one_line_summary(docstring) if docstring else None
         if summary is None:
             continue
-        # The docstring is the first statement of the body; what is left may be nothing.
+        # The docstring is the first statement of the body. If it is the only one, a pass takes its place.
         bare = ast.FunctionDef(function.name, function.args, function.body[1:] or [ast.Pass()], [])
         code = shortened(ast.unparse(ast.fix_missing_locations(bare)))
         if len(code) >= _CODE_LEAST:
@@ -70,7 +70,7 @@ def code_pairs_of_source(source: bytes, module: str) -> list[Pair]:
     return pairs
 
 
-#: The data sets by name, and what takes their pairs out of a file.
+#: Data sets: name, and function that makes pairs from a file's bytes and module.
 SOURCES: Mapping[str, Callable[[bytes, str], list[Pair]]] = {
     "docstrings": pairs_of_source,
     "code": code_pairs_of_source,
@@ -83,40 +83,40 @@ def read(name: str, limit: int, packages: Sequence[str]) -> list[Pair]:
 
 
 def split(pairs: Sequence[Pair], guide_share: float, held_out_share: float) -> Parts:
-    """Split by module; a pair whose text stands in two parts is left out of one of them.
+    """Split pairs by module into three parts; pairs with a text that another part also has are dropped from one part.
 
     Args:
         pairs: All pairs.
-        guide_share: Share of the modules for the cross-encoder.
-        held_out_share: Share of the other modules for the examination.
+        guide_share: Share of the modules that train the cross-encoder.
+        held_out_share: Share of the other modules that is held out for evaluation.
     """
     for_guide = split_by_module(pairs, guide_share, seed=0)
     for_students = split_by_module(for_guide.train, held_out_share, seed=1)
     return Parts(guide=for_guide.held_out, train=for_students.train, held_out=for_students.held_out)
 
 
-def same_words(text: str) -> str:
-    """What two texts have in common that differ only in case, spaces and punctuation."""
+def normalize(text: str) -> str:
+    """Return the words of a text in lower case, so that texts with the same words become equal."""
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
 class KnownRelevance:
-    """Which documents are known to answer a query although another one is labelled so in a batch.
+    """Known relevance of documents to queries, from which the known false negatives of a batch follow.
 
-    Known is what the data itself says: a document is relevant to a query if some pair of the data set has this query
-    with this document, up to case, spaces and punctuation. So the known false negatives of an anchor are the documents
-    that stand beside the same summary elsewhere (an overload, another implementation, an interface and what implements
-    it), and copies of its own positive.
+    A document is known to be relevant to a query if a pair of the data set has this query and this document; case,
+    spaces and punctuation are ignored. So the known false negatives of an anchor are the documents that are paired with
+    the same query elsewhere in the data set (an overload, another implementation, an interface and its implementation),
+    and copies of the anchor's positive.
 
     Args:
-        pairs: Everything that is known.
+        pairs: All pairs of the data set.
     """
 
     def __init__(self, pairs: Iterable[Pair]) -> None:
         self._documents: defaultdict[str, set[str]] = defaultdict(set)
         for pair in pairs:
-            self._documents[same_words(pair.summary)].add(same_words(pair.body))
+            self._documents[normalize(pair.summary)].add(normalize(pair.body))
 
     def answers(self, query: str, document: str) -> bool:
         """Whether ``document`` is known to be relevant to ``query``."""
-        return same_words(document) in self._documents[same_words(query)]
+        return normalize(document) in self._documents[normalize(query)]

@@ -1,7 +1,7 @@
-"""Does the filter make better models? Trains small models with it and without it on real text, and measures.
+"""Command line of the study: trains small models with and without the reranker's filter on real text, and evaluates.
 
-About an hour on two cores without a GPU. What was found is kept: a study that was interrupted goes on where it was.
-``python -m quality.study --help`` lists the settings; docs/quality.md explains them.
+The study takes about an hour on two cores without a GPU. Results are saved as they come: an interrupted study continues
+where it stopped. ``python -m quality.study --help`` lists the settings; docs/quality.md explains them.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from examples.demo import prepare_process
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; ``None`` is this process's own."""
+    """Parse command-line arguments; ``None`` stands for the arguments of this process."""
     parser = argparse.ArgumentParser(
         prog="python -m quality.study",
-        description="Measures whether the reranker's filter makes better models.",
+        description="Trains small models with and without the reranker's filter and compares their quality.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="every part on next to nothing: only shows that it runs")
-    parser.add_argument("--seeds", type=int, choices=range(1, 11), help="trainings of each kind (default: as planned)")
-    parser.add_argument("--engine", choices=("auto", "vllm", "torch"), default="torch", help="of the reranker servers")
-    parser.add_argument("--output", type=Path, default=Path("bench-results"), help="where the results are written")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes: tests that everything runs, results mean nothing"
+    )
+    parser.add_argument("--seeds", type=int, choices=range(1, 11), help="number of seeds (default: as in the plan)")
+    parser.add_argument("--engine", choices=("auto", "vllm", "torch"), default="torch", help="engine of the servers")
+    parser.add_argument("--output", type=Path, default=Path("bench-results"), help="directory for results and logs")
     return parser.parse_args(arguments)
 
 
@@ -35,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the study.
 
     Returns:
-        The exit status: 0, 1 if it could not be done, 130 if it was interrupted.
+        The exit status: 0 for success, 1 for an error, 130 if the study was interrupted.
     """
     options = parse(arguments)
     prepare_process()
@@ -68,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"{type(error).__name__}: {error}")
         return 1
     except KeyboardInterrupt:
-        console.print("Interrupted; the servers have been ended. The same command goes on from here.")
+        console.print("Interrupted; the servers have been ended. Run the same command again to continue.")
         return 130
     return 0
 

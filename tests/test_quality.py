@@ -1,4 +1,4 @@
-"""The study of the filter's worth: its data, batches, measures and report, and a very small run of all of it."""
+"""Tests of the quality study: data, batches, measures and report, and a very small run of the whole study."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from examples.docstrings import Pair
 from examples.student import load_minilm
 from quality import batches, report
 from quality.cross_encoder import examples
-from quality.guides import RememberingGuide, ScoredBatch, examined, filtered, score
+from quality.guides import RememberingGuide, ScoredBatch, count_masked, evaluate, score
 from quality.ledger import Ledger
 from quality.plan import FULL, Margin, quick
 from quality.run import Study
@@ -95,7 +95,7 @@ def test_the_three_parts_share_neither_modules_nor_texts() -> None:
         assert not kind[1] & kind[2]
 
 
-def test_a_document_is_known_to_answer_what_it_stands_beside_somewhere() -> None:
+def test_a_document_is_known_to_answer_the_queries_that_it_is_paired_with() -> None:
     known = KnownRelevance([pair(1), Pair("summary NUMBER 1", "Another document, quite different.", "x.py"), pair(2)])
     assert known.answers("Summary number 1.", "another document - quite different")
     assert known.answers("Summary: number 1", pair(1).body)
@@ -110,12 +110,12 @@ def test_related_batches_are_neighbours_of_one_package(minilm: SentenceTransform
     modules = [[place[row] for row in batch] for batch in laid]  # type: ignore[index]
     assert all(len(batch) == 7 and len({module[0] for module in batch}) == 1 for batch in modules)
     assert len({row for batch in laid for row in batch}) == 8 * 7
-    # Two of each package in a file: seven neighbours are in no more than five files.
+    # A file has two pairs of each package, so seven neighbours are in at most five files.
     numbers = [{int(module[6:8]) for module in batch} for batch in modules]
     assert all(max(files) - min(files) <= 4 for files in numbers)
 
 
-def test_mined_batches_carry_the_nearest_document_of_another(minilm: SentenceTransformer) -> None:
+def test_mined_negatives_are_the_nearest_documents_of_other_pairs(minilm: SentenceTransformer) -> None:
     pairs = [pair(number) for number in range(20)]
     laid = batches.pool(pairs, "mined", 5, 3, minilm)
     bodies = [one.body for one in pairs]
@@ -127,8 +127,8 @@ def test_mined_batches_carry_the_nearest_document_of_another(minilm: SentenceTra
         assert negative == bodies[int(others.argmax())]
 
 
-def test_too_few_pairs_are_said(minilm: SentenceTransformer) -> None:
-    with pytest.raises(ValueError, match="9 pairs make 2 batches of 4, not 3"):
+def test_too_few_pairs_are_an_error(minilm: SentenceTransformer) -> None:
+    with pytest.raises(ValueError, match="9 pairs make 2 batches of 4, but 3 are needed"):
         batches.pool([pair(number) for number in range(9)], "random", 4, 3, minilm)
 
 
@@ -172,38 +172,39 @@ def scores_by_table(table: dict[tuple[str, str], float]) -> Any:
     return grid
 
 
-def test_a_filters_catch_is_counted_by_what_is_known() -> None:
-    # The document "b" stands beside the query "q" elsewhere; "A!" has the words of "a".
+def test_masked_negatives_are_counted_by_kind() -> None:
+    # The document "b" is paired with the query "q" elsewhere; "A!" has the same words as "a".
     known = KnownRelevance([Pair("q", "a", ""), Pair("q", "b", ""), Pair("p", "b", ""), Pair("r", "A!", "")])
     table = {("q", "a"): 0.5, ("q", "b"): 0.45, ("q", "A!"): 0.5, ("q", "c"): 0.6, ("p", "b"): 1.0, ("r", "A!"): 1.0}
     batch = score([("q", "a", "c"), ("p", "b", "a"), ("r", "A!", "d")], scores_by_table(table), known)
-    strict = filtered([batch], Margin("absolute", 0.0))
-    # q: copies "A!" and "a" (of another row), known other "b"; r: "a" twice is the copy of "A!", and known with it.
+    strict = count_masked([batch], Margin("absolute", 0.0))
+    # Row q: "A!" and the "a" of row p are copies of its positive, "b" is another known one. Row r: both "a" are copies
+    # of its positive "A!".
     assert {kind: strict[kind] for kind in ("known_copies", "known_others", "unknown")} == {
         "known_copies": 4,
         "known_others": 1,
         "unknown": 10,
     }
-    # An equal text is masked whatever its score; "A!" scores no higher than "a", and "b" lower; "c" is unknown.
+    # In row q, the equal text "a" is masked whatever its score; "A!" and "b" do not score above "a"; "c" does.
     assert (strict["masked_known_copies"], strict["masked_known_others"], strict["masked_unknown"]) == (1, 0, 1)
-    wide = filtered([batch], Margin("relative", 0.2))
+    wide = count_masked([batch], Margin("relative", 0.2))
     assert (wide["masked_known_copies"], wide["masked_known_others"], wide["masked_unknown"]) == (2, 1, 1)
 
 
-def test_a_guide_is_examined_by_its_ranking_and_by_the_known() -> None:
+def test_a_guide_is_evaluated_by_ranking_and_known_false_negatives() -> None:
     own = np.eye(4, dtype=np.bool_)
     known = own.copy()
     known[0, 1] = True
     good = np.where(known, 1.0, 0.0).astype(np.float32)
 
     def result(scores: NDArray[np.float32]) -> dict[str, float]:
-        return examined([ScoredBatch(scores, known, own, own)])
+        return evaluate([ScoredBatch(scores, known, own, own)])
 
     assert result(good) == {"ndcg": 1.0, "first": 1.0, "known_auc": 1.0, "known": 1, "queries": 4}
     bad = result(-good)
     assert bad["first"] == 0.0
     assert bad["known_auc"] == 0.0
-    # The relevant one comes last of four, or last two for the first query.
+    # The relevant document is the last of four; the first query has two relevant documents, the last two.
     last = 1 / math.log2(5)
     two = (1 / math.log2(4) + 1 / math.log2(5)) / (1 + 1 / math.log2(3))
     assert bad["ndcg"] == pytest.approx((3 * last + two) / 4)
@@ -219,7 +220,7 @@ def test_the_cross_encoder_learns_from_no_known_false_negative(minilm: SentenceT
     assert not any((query, document) in relevant for query, document, label in made if label == 0.0)
 
 
-def test_what_was_found_outlives_an_interruption(tmp_path: Path) -> None:
+def test_saved_results_outlive_an_interruption(tmp_path: Path) -> None:
     path = tmp_path / "ledger"
     first = Ledger(path, "plan")
     first.add(("run", "a"), {"ndcg": 0.5})
@@ -264,7 +265,7 @@ def test_gains_are_differences_within_a_seed(tmp_path: Path) -> None:
     assert (tmp_path / "gains.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_plans_digest_changes_with_what_results_depend_on() -> None:
+def test_a_plans_digest_changes_with_the_settings_that_results_depend_on() -> None:
     assert FULL.digest != replace(FULL, learning_rate=1.0).digest
     smaller = replace(FULL.regimes[0], steps=3)
     assert FULL.digest != replace(FULL, regimes=(smaller, *FULL.regimes[1:])).digest
@@ -272,7 +273,7 @@ def test_a_plans_digest_changes_with_what_results_depend_on() -> None:
     assert FULL.digest == replace(FULL, seeds=(5,), regimes=(without, *FULL.regimes[1:])).digest
 
 
-def test_a_small_study_from_texts_to_tables_and_then_nothing_is_left_to_do(
+def test_a_small_study_runs_from_texts_to_tables_and_a_second_run_adds_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = replace(quick(), regimes=quick().regimes[:1])
@@ -284,7 +285,7 @@ def test_a_small_study_from_texts_to_tables_and_then_nothing_is_left_to_do(
     (regime,) = plan.regimes
     assert len(runs) == 2 + len(regime.hardness) + len(regime.served) == 5
     assert all(0 < one["ndcg"] <= 1 for one in runs.values())
-    # The same pairs are filtered by the local guide and, in the study's own count, by the served one.
+    # The local guide's filter and the measured filters of the served guide count the same pairs.
     local = runs["code", regime.name, "local guide, absolute 0", "0"]
     assert local["pairs_scored"] == regime.steps * regime.batch_size * 2 * regime.batch_size
     measured = found.under("filter", "code", regime.name, "bi-encoder")
@@ -296,17 +297,17 @@ def test_a_small_study_from_texts_to_tables_and_then_nothing_is_left_to_do(
     )
     for log in ("bi-encoder.log", "cross-encoder.log"):
         assert "event=stopped status=0" in (tmp_path / "quality" / log).read_text()
-    assert not any("was made before" in line for line in said)
+    assert not any("was trained before" in line for line in said)
 
-    # Servers that are not there: nothing is asked of them.
-    nobody = SimpleNamespace(wait_ready=lambda: "127.0.0.1:1")
-    monkeypatch.setattr("quality.run.reranker_server", lambda *_: nullcontext(nobody))
+    # The second run has no servers: any call would fail.
+    absent = SimpleNamespace(wait_ready=lambda: "127.0.0.1:1")
+    monkeypatch.setattr("quality.run.reranker_server", lambda *_: nullcontext(absent))
     Study(plan, tmp_path, "torch", said.append).run()
-    assert any("was made before" in line for line in said)
+    assert any("was trained before" in line for line in said)
     assert (tmp_path / "quality" / "ledger.jsonl").read_text() == ledger
 
 
-def test_the_command_line_names_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_names_the_argument_that_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     assert parse(["--quick"]).quick
     with pytest.raises(SystemExit) as caught:
         parse(["--seeds", "0"])
