@@ -1,1 +1,1 @@
-"""Complete programs: a training run against a running server, and the demo that compares it with the usual losses."""
+"""Complete programs: training against a running server, mining, and a demo that compares our loss with others."""

@@ -1,4 +1,4 @@
-"""The demo's run: data, hard negatives, three trainings that differ only in their loss, one examination for all."""
+"""Run of the demo: reads data, mines hard negatives, trains with three losses, and evaluates all models alike."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from examples.contenders import Contender, contenders
 from examples.serving import reranker_server
 from examples.training import Recipe, train
 
-#: Mining loses a pair here and there; with these to spare every step has a full batch of fresh ones.
+#: Pairs to mine for, over the pairs needed: mining finds no negative for a few pairs.
 _SPARE_PAIRS = 1.03
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a run is made of.
+    """Settings of a run.
 
     Attributes:
         steps: Training steps of each loss.
         batch_size: Anchors of a step.
-        pairs: At most how many docstrings are read.
-        mined_documents: Among how many documents the hard negatives of the training pairs are looked for; no fewer
-            than there are training pairs.
-        queries: At most how many held-out summaries are asked.
+        pairs: Maximum number of docstrings to read.
+        mined_documents: Number of documents that are candidates for hard negatives; at least the documents of all
+            training pairs are.
+        queries: Maximum number of held-out queries.
         held_out_share: Share of the modules that is held out, between 0 and 1.
-        temperature: Of all losses.
-        learning_rate: Peak of all trainings, which is reached after a tenth of the steps and falls to 0.
+        temperature: Temperature of all losses.
+        learning_rate: Peak learning rate of all trainings, reached after a tenth of the steps; then it falls to 0.
         mini_batch_size: Texts embedded at a time.
-        seed: Of the split, the draw of training pairs and queries, the order of the data, dropout.
-        engine: The reranker server's: ``"auto"``, ``"vllm"`` or ``"torch"``.
-        reranker_url: A running server to use; ``None`` starts one.
-        output: Where everything is written.
-        packages: Whose docstrings are read.
+        seed: Seed of the split, the draw of training pairs and queries, the order of the data, and dropout.
+        engine: Engine of the reranker server: ``"auto"``, ``"vllm"`` or ``"torch"``.
+        reranker_url: Address of a running server to use; ``None`` starts one.
+        output: Directory for results, model and log.
+        packages: Packages whose docstrings are read.
     """
 
     steps: int
@@ -62,19 +62,20 @@ class Settings:
 
 
 def run(settings: Settings, console: Console) -> list[report.Result]:
-    """Do everything: the table goes to ``console``, files to ``settings.output``.
+    """Run the demo: print progress and the table to ``console``, and write files to ``settings.output``.
 
     Returns:
         One result a model: the untrained student, then the contenders in the order of their training.
 
     Raises:
         ServerStartError: The reranker server did not start.
+        RerankerError: The reranker server could not be used.
         ValueError: There are too few docstrings for these settings.
     """
     began = time.monotonic()
     settings.output.mkdir(parents=True, exist_ok=True)
     own_server = nullcontext() if settings.reranker_url else reranker_server(_log(settings), settings.engine)
-    # The server loads while docstrings are read.
+    # The server loads its model while docstrings are read.
     with own_server as server:
         if server is not None:
             console.print(f"Starting the reranker server (its log: {_log(settings)})")
@@ -84,16 +85,16 @@ def run(settings: Settings, console: Console) -> list[report.Result]:
         address = settings.reranker_url or (server.wait_ready() if server is not None else "")
         console.print(f"The reranker at {address} is ready")
 
-        # The same weights that the server embeds with where none are named.
+        # The server's default model, so that guide and reranker have the same weights.
         guide = student.load_minilm()
         triplets, share_above = _mine(settings, split.train, guide, console)
 
-        results = [_examine("untrained student", student.load_student(), evaluator, console)]
+        results = [_evaluate("untrained student", student.load_student(), evaluator, console)]
         trained: SentenceTransformer | None = None
         for contender in contenders(guide, address, settings.temperature, settings.mini_batch_size):
             trained, result = _train(settings, contender, triplets, evaluator, console)
             results.append(result)
-        reference = _examine("the guide itself", guide, evaluator, console)
+        reference = _evaluate("the guide itself", guide, evaluator, console)
     if trained is not None:
         trained.save_pretrained(str(settings.output / "model"))
 
@@ -117,9 +118,12 @@ def run(settings: Settings, console: Console) -> list[report.Result]:
     console.print(report.table([*results, reference], queries))
     console.print(report.verdict(results, queries))
     waited = results[-1].counts.seconds_waited / settings.steps
-    sharing = "" if server is None else "; server and training share this machine's cores, which its step time shows"
+    sharing = "" if server is None else ". Its steps are slower because the server uses this machine's cores too"
     console.print(f"{results[-1].loss} waited {waited:.2f} s a step for scores{sharing}.")
-    console.print(f"{settings.output}/: results.json, comparison.png, model. {seconds / 60:.1f} minutes in all.")
+    console.print(
+        f"Finished after {seconds / 60:.1f} minutes. Results are in {settings.output}/: results.json, "
+        "comparison.png, model/."
+    )
     return results
 
 
@@ -132,13 +136,14 @@ def _read(settings: Settings, console: Console) -> docstrings.Split:
     pairs = docstrings.collect(settings.pairs, settings.packages)
     split = docstrings.split_by_module(pairs, settings.held_out_share, settings.seed)
     console.print(
-        f"  {len(pairs):,} pairs; {len(split.train):,} to train on, with {docstrings.repeated_share(split.train):.1%} "
-        f"that have a text which stands elsewhere too; {len(split.held_out):,} in held-out modules"
+        f"  {len(pairs):,} pairs; {len(split.train):,} to train on, of which "
+        f"{docstrings.repeated_share(split.train):.1%} share a text with another pair; {len(split.held_out):,} in "
+        "held-out modules"
     )
     if len(split.train) < 2 * settings.batch_size or not split.held_out:
         raise ValueError(
-            f"{len(split.train)} pairs to train on and {len(split.held_out)} held out are too few for batches of "
-            f"{settings.batch_size}: read more pairs, or make the batch smaller"
+            f"{len(split.train)} pairs to train on and {len(split.held_out)} held-out pairs are too few: at least "
+            f"{2 * settings.batch_size} (two batches) and 1 are needed. Increase --pairs or decrease --batch-size"
         )
     return split
 
@@ -151,10 +156,10 @@ def _mine(
     wanted = int(settings.steps * settings.batch_size * _SPARE_PAIRS) + 1
     chosen, others = drawn[:wanted], drawn[wanted : max(wanted, settings.mined_documents)]
     console.print(
-        f"Mining a hard negative for each of {len(chosen):,} pairs among the documents of {len(chosen) + len(others):,}"
+        f"Mining a hard negative for each of {len(chosen):,} pairs among {len(chosen) + len(others):,} documents"
     )
     triplets, share_above = student.mine_triplets(chosen, others, miner)
-    console.print(f"  {share_above:.0%} of the {len(triplets):,} mined negatives score above the positive")
+    console.print(f"  {share_above:.0%} of the {len(triplets):,} mined negatives score higher than the positive")
     return triplets, share_above
 
 
@@ -165,19 +170,19 @@ def _train(
     evaluator: InformationRetrievalEvaluator,
     console: Console,
 ) -> tuple[SentenceTransformer, report.Result]:
-    """Train a fresh student and examine it."""
+    """Train and evaluate a new student."""
     console.print(
         f"Training with {contender.loss} ({contender.name}): {settings.steps} steps of {settings.batch_size} triplets"
     )
     recipe = Recipe(settings.steps, settings.batch_size, settings.learning_rate, settings.seed)
     done = train(contender, student.load_student, triplets, recipe, settings.output, console.print)
-    found = _examine(contender.name, done.model, evaluator, console)
+    found = _evaluate(contender.name, done.model, evaluator, console)
     return done.model, replace(
         found, loss=contender.loss, step_seconds=done.step_seconds, counts=done.counts, losses=done.losses
     )
 
 
-def _examine(
+def _evaluate(
     name: str, model: SentenceTransformer, evaluator: InformationRetrievalEvaluator, console: Console
 ) -> report.Result:
     found = evaluator(model)

@@ -1,7 +1,7 @@
-"""The losses that the demo compares: without a filter, with a local guide, with a reranker behind a service.
+"""Contenders: the losses that the demo compares, without a filter, with a local guide, and with a reranker service.
 
 All three are cached contrastive losses over the same candidates (each anchor against every positive and every mined
-negative of the batch) at the same temperature, so that nothing but the filter tells them apart.
+negative of the batch) at the same temperature, so that they differ in the filter alone.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from loss_client import RerankerCachedGISTEmbedLoss, RerankerDataCollator
 
 @dataclass(frozen=True, slots=True)
 class FilterCounts:
-    """What a loss's filter did over a whole run.
+    """Counts of a loss's filter over a whole training.
 
     Attributes:
-        pairs_scored: Pairs of a query and a document that a guide or a reranker scored.
-        negatives: Negatives of all anchors before the filter.
-        masked: How many of these the filter dropped.
+        pairs_scored: Pairs that a guide or a reranker scored.
+        negatives: Negatives of all anchors before filtering.
+        masked: Negatives that the filter masked.
         seconds_waited: Seconds that training waited for scores.
     """
 
@@ -40,14 +40,14 @@ class FilterCounts:
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One way to train.
+    """One loss with its settings.
 
     Attributes:
-        name: What filters, in a few words.
-        loss: The loss's class.
+        name: Short name of the filter.
+        loss: Name of the loss's class.
         make_loss: Makes the loss for a student.
-        read_counts: What the filter of a loss made by ``make_loss`` did so far.
-        make_collator: Makes the collator that the loss, its last argument, needs; ``None`` for the trainer's own.
+        read_counts: Returns the counts so far of a loss that ``make_loss`` made.
+        make_collator: Makes the collator from student, training arguments and loss; ``None`` for the trainer's default.
     """
 
     name: str
@@ -63,12 +63,12 @@ class Contender:
 
 
 class CountingGISTEmbedLoss(CachedGISTEmbedLoss):
-    """``CachedGISTEmbedLoss`` without contrast terms and with a margin of 0, that counts what its filter does.
+    """``CachedGISTEmbedLoss`` without contrast terms and with a margin of 0, which counts the negatives that it masks.
 
     Args:
-        model: The model to train.
-        guide: The model whose cosines decide what is masked.
-        temperature: Cosine similarities are divided by it.
+        model: Model to train.
+        guide: Model whose cosines decide which negatives are masked.
+        temperature: Divisor of the cosine similarities.
         mini_batch_size: Texts embedded at a time.
     """
 
@@ -88,7 +88,7 @@ class CountingGISTEmbedLoss(CachedGISTEmbedLoss):
     def calculate_loss(
         self, reps: list[list[Tensor]], reps_guided: list[list[Tensor]], *, with_backward: bool = False
     ) -> Tensor:
-        """Compute the loss as the base class does, after counting from the guide's embeddings what it will mask."""
+        """Count, from the guide's embeddings, the negatives that the base class masks; then compute its loss."""
         anchors, *documents = (functional.normalize(torch.cat(column), dim=-1) for column in reps_guided)
         scores = anchors @ torch.cat(documents).T  # (batch, documents)
         masked = scores > scores.diagonal().unsqueeze(1)
@@ -103,13 +103,13 @@ class CountingGISTEmbedLoss(CachedGISTEmbedLoss):
 def contenders(
     guide: SentenceTransformer, reranker_url: str, temperature: float, mini_batch_size: int
 ) -> list[Contender]:
-    """The three ways to train that the demo compares, ours last.
+    """Make the three contenders of the demo: no filter, local guide, reranker service.
 
     Args:
-        guide: The local guide of the second.
-        reranker_url: Address of the reranker of the third. It reads as much of a text as the student and the guide do.
-        temperature: Of all three.
-        mini_batch_size: Of all three.
+        guide: Local guide.
+        reranker_url: Address of the reranker. Its inputs are cut to ``MAX_TOKENS`` like those of student and guide.
+        temperature: Temperature of all three losses.
+        mini_batch_size: Texts embedded at a time, in all three.
     """
     return [
         unfiltered("no filter", temperature, mini_batch_size),
@@ -121,7 +121,7 @@ def contenders(
 def reranked(
     name: str, reranker_url: str, temperature: float, mini_batch_size: int, max_length: int, **options: Any
 ) -> Contender:
-    """Training with :class:`RerankerCachedGISTEmbedLoss`; ``options`` are more of its arguments."""
+    """Make a contender with :class:`RerankerCachedGISTEmbedLoss`; ``options`` are further arguments of it."""
     return Contender(
         name,
         "RerankerCachedGISTEmbedLoss",
@@ -139,7 +139,7 @@ def reranked(
 
 
 def guided(name: str, guide: SentenceTransformer, temperature: float, mini_batch_size: int) -> Contender:
-    """Training with :class:`CachedGISTEmbedLoss`, whose ``guide`` runs beside the student."""
+    """Make a contender with :class:`CachedGISTEmbedLoss`, whose ``guide`` runs in the training process."""
     return Contender(
         name,
         "CachedGISTEmbedLoss",
@@ -149,7 +149,7 @@ def guided(name: str, guide: SentenceTransformer, temperature: float, mini_batch
 
 
 def unfiltered(name: str, temperature: float, mini_batch_size: int, **options: Any) -> Contender:
-    """Training with :class:`CachedMultipleNegativesRankingLoss`; ``options`` are more of its arguments."""
+    """Make a contender with :class:`CachedMultipleNegativesRankingLoss`; ``options`` are further arguments of it."""
     return Contender(
         name,
         "CachedMultipleNegativesRankingLoss",

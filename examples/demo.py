@@ -1,7 +1,7 @@
-"""The main job, end to end: serve a reranker, train a small model with and without it, compare.
+"""Demo: serves a reranker, trains a small model with and without it, and compares the results.
 
-On real text that every machine has (see ``examples/docstrings.py``), in under ten minutes on two cores without a GPU.
-``python -m examples.demo --help`` lists the settings.
+The data is real text that every machine has (see ``examples/docstrings.py``). ``python -m examples.demo --help`` lists
+the settings.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ DEFAULT_STEPS = 36
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; ``None`` is this process's own."""
+    """Parse command-line arguments; ``None`` stands for the arguments of this process."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.demo",
-        description="Trains a small embedding model with and without a reranker service, and compares.",
+        description="Trains a small embedding model with and without a reranker service and compares the results.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--steps", type=_at_least(2), default=DEFAULT_STEPS, help="training steps of each loss")
     parser.add_argument("--batch-size", type=_at_least(2), default=48, help="triplets of a step")
-    parser.add_argument("--pairs", type=_at_least(1), default=20_000, help="docstrings to read, at most")
+    parser.add_argument("--pairs", type=_at_least(1), default=20_000, help="maximum number of docstrings to read")
     parser.add_argument(
-        "--mined-documents", type=_at_least(1), default=5_000, help="where hard negatives are looked for"
+        "--mined-documents", type=_at_least(1), default=5_000, help="number of candidates for hard negatives"
     )
-    parser.add_argument("--queries", type=_at_least(1), default=2_000, help="held-out queries to ask, at most")
-    parser.add_argument("--temperature", type=float, default=0.02, help="of all losses")
-    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of all trainings")
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
-    parser.add_argument("--engine", choices=("auto", "vllm", "torch"), default="auto", help="of the reranker server")
-    parser.add_argument("--reranker-url", help="use this running server, such as 127.0.0.1:50051")
-    parser.add_argument("--output", type=Path, default=Path("demo-results"), help="where the results are written")
+    parser.add_argument("--queries", type=_at_least(1), default=2_000, help="maximum number of held-out queries")
+    parser.add_argument("--temperature", type=float, default=0.02, help="temperature of all losses")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="peak learning rate of all trainings")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random choices")
+    parser.add_argument("--engine", choices=("auto", "vllm", "torch"), default="auto", help="engine of the server")
+    parser.add_argument("--reranker-url", help="address of a running server to use, such as 127.0.0.1:50051")
+    parser.add_argument("--output", type=Path, default=Path("demo-results"), help="directory for results and log")
     return parser.parse_args(arguments)
 
 
 def prepare_process() -> None:
-    """Set what libraries read when they are imported, here and in the server: call it first.
+    """Set environment variables that libraries read on import, here and in the server. Call it before other imports.
 
-    No model hub is asked for anything. Progress bars move seldom where nobody watches. And threads that wait for others
-    sleep: training and server share the cores, and a thread that spins while it waits, as is the default, takes the
-    core that the other needs (matrix products beside a busy process took twice as long).
+    The libraries use no model hub, progress bars are off or slow unless stderr is a terminal, and OpenMP threads sleep
+    while they wait. By default they spin, and because training and server share the cores, spinning takes a core from
+    the other process (matrix products beside a busy process took twice as long).
     """
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not sys.stderr.isatty():
-        # The first for bars that can be turned off so, the second for the others.
+        # TQDM_DISABLE has no effect on bars that set ``disable`` themselves; those are updated every 10 s.
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("TQDM_MININTERVAL", "10")
 
@@ -59,11 +59,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the demo.
 
     Returns:
-        The exit status: 0, 1 if it could not be done, 130 if it was interrupted.
+        The exit status: 0 for success, 1 for an error, 130 if the demo was interrupted.
     """
     options = parse(arguments)
     prepare_process()
-    # Ended from outside as by Ctrl-C: the server must not stay behind.
+    # SIGTERM raises KeyboardInterrupt like Ctrl-C, so that the server is ended as well.
     signal.signal(signal.SIGTERM, _interrupt)
 
     import datasets  # type: ignore[import-untyped]

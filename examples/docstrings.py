@@ -1,9 +1,9 @@
-"""A retrieval data set that every machine has: the docstrings of installed packages.
+"""Retrieval data set that every machine has: the docstrings of installed packages.
 
-The anchor of a pair is a docstring's summary (its first paragraph), the positive is the rest of it. Documentation
-repeats itself through aliases, overloads and copied interfaces, so a share of the pairs stands elsewhere
-too: natural false negatives, and the reason to keep them. Source files are parsed, never imported, so
-reading is safe, fast and the same on every run.
+The anchor of a pair is a docstring's summary (its first paragraph), the positive is the rest of the docstring. Aliases,
+overloads and copied interfaces repeat texts, so some pairs share a text with another pair. These pairs are kept,
+because they give natural false negatives. Source files are parsed, never imported, so reading is safe, fast and the
+same on every run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 STANDARD_LIBRARY = "stdlib"
 
-#: Where docstrings are taken from, the poor in docstrings first: what they leave of their share goes to the rich.
+#: Packages to read, those with few docstrings first: the rest of their share goes to the packages after them.
 PACKAGES: tuple[str, ...] = (
     "numpy",
     "networkx",
@@ -35,27 +35,27 @@ PACKAGES: tuple[str, ...] = (
     "sympy",
 )
 
-# Folders of test suites, of copies of other packages, and of everything that is installed into the standard library.
+# Folders of tests, of vendored packages, and of the packages that are installed below the standard library.
 _SKIPPED_FOLDERS = {"tests", "test", "testing", "_vendor", "_vendored_packages", "lib2to3", "site-packages"}
 
 _SUMMARY_CHARACTERS = range(20, 201)
 _BODY_LEAST = 60
-# About what a student of 64 tokens can see.
+# About the 64 tokens that the student reads.
 _BODY_MOST = 320
 _UNDERLINE = re.compile(r"^\s*([-=~^*#])\1{2,}\s*$", re.MULTILINE)
-# An interpreter's session is code, not text.
+# Interactive sessions are code, not text.
 _SESSION = re.compile(r"^\s*>>>.*\Z", re.MULTILINE | re.DOTALL)
 _VERSION_NOTE = re.compile(r"^\s*\.\. (versionadded|versionchanged|deprecated)::.*$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One docstring.
+    """Pair of a query and a document, from one docstring.
 
     Attributes:
-        summary: Its first paragraph on one line, 20 to 200 characters: the anchor, or the query.
-        body: The rest on one line, 60 to 320 characters: the positive, or the document.
-        module: The file it is from, as ``package/path/to/file.py``.
+        summary: First paragraph on one line, 20 to 200 characters: the anchor, or the query.
+        body: Rest of the docstring on one line, 60 to 320 characters: the positive, or the document.
+        module: File of the docstring, as ``package/path/to/file.py``.
     """
 
     summary: str
@@ -65,7 +65,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Pairs for training and pairs of other modules for evaluation, without a text in common.
+    """Pairs for training, and pairs from other modules for evaluation; the two have no text in common.
 
     Attributes:
         train: Pairs for training.
@@ -77,20 +77,20 @@ class Split:
 
 
 def text_key(text: str) -> str:
-    """What makes two texts the same: all but the case of their letters, which the uncased student does not see."""
+    """Return a key that is equal for texts that differ only in case, which the uncased student does not distinguish."""
     return text.casefold()
 
 
 def pairs_of_source(source: bytes, module: str) -> list[Pair]:
-    """Take the pairs out of one file.
+    """Make pairs from the docstrings of one file.
 
     Args:
-        source: The file's bytes; an encoding that it declares is respected.
-        module: Becomes :attr:`Pair.module`.
+        source: The file's bytes; a declared encoding is respected.
+        module: Value of :attr:`Pair.module`.
 
     Returns:
-        One pair for each module, class and function whose docstring has a summary and a body of fitting lengths, in
-        the order of the file.
+        One pair for each module, class and function with a docstring whose summary and body have the lengths that
+        :class:`Pair` states, in the order of the file. Longer bodies are cut.
 
     Raises:
         SyntaxError, ValueError: The file is not valid Python.
@@ -105,22 +105,26 @@ def pairs_of_source(source: bytes, module: str) -> list[Pair]:
 
 
 def nodes_of_source(source: bytes) -> list[ast.AST]:
-    """All nodes of one file's syntax tree in the order of the file; raises what :func:`pairs_of_source` raises."""
+    """Return all nodes of one file's syntax tree in the order of the file.
+
+    Raises:
+        SyntaxError, ValueError: The file is not valid Python.
+    """
     with warnings.catch_warnings():
-        # Invalid escapes in other people's strings.
+        # Installed packages have string literals with invalid escapes, which Python warns about.
         warnings.simplefilter("ignore")
         tree = ast.parse(source)
     return sorted(ast.walk(tree), key=lambda node: getattr(node, "lineno", 0))
 
 
 def one_line_summary(docstring: str) -> str | None:
-    """The first paragraph of a docstring on one line; ``None`` where it is too short or too long for a query."""
+    """Return the first paragraph of a docstring on one line; ``None`` if it is not 20 to 200 characters long."""
     summary = _one_line(docstring.partition("\n\n")[0])
     return summary if len(summary) in _SUMMARY_CHARACTERS else None
 
 
 def shortened(text: str) -> str:
-    """A text on one line, cut between two words to the length of a document."""
+    """Return a text on one line, cut between two words to at most 320 characters."""
     line = _one_line(text)
     if len(line) <= _BODY_MOST:
         return line
@@ -135,13 +139,13 @@ def collect(
     """Read pairs from installed packages.
 
     Args:
-        limit: At most how many pairs. No package gives more than an equal share of what is still missing when its
-            turn comes.
-        packages: Import names; ``"stdlib"`` is the standard library. Those that are not installed are left out.
-        extract: Takes the pairs out of one file, given its bytes and what becomes :attr:`Pair.module`.
+        limit: Maximum number of pairs. Packages are read in order, and each gives at most an equal share of the pairs
+            that are missing when it is read.
+        packages: Import names; ``"stdlib"`` is the standard library. Packages that are not installed are skipped.
+        extract: Makes the pairs of one file from its bytes and the value of :attr:`Pair.module`.
 
     Returns:
-        The pairs, equal ones included, package by package.
+        The pairs, package by package; duplicates are kept.
 
     Raises:
         ValueError: ``limit`` is not positive, or none of the packages is installed.
@@ -159,9 +163,9 @@ def collect(
 
 
 def split_by_module(pairs: Sequence[Pair], held_out_share: float, seed: int) -> Split:
-    """Hold out whole modules, about ``held_out_share`` (between 0 and 1) of them, and keep their texts out of training.
+    """Hold out about ``held_out_share`` (between 0 and 1) of the modules, and keep their texts out of training.
 
-    A pair of another module whose summary or body also stands in a held-out module is in neither part.
+    A pair of another module that has a summary or body of a held-out module is in neither part.
 
     Raises:
         ValueError: The share is not between 0 and 1.
@@ -180,7 +184,7 @@ def split_by_module(pairs: Sequence[Pair], held_out_share: float, seed: int) -> 
 
 
 def repeated_share(pairs: Collection[Pair]) -> float:
-    """Share of the pairs, in [0, 1], with a summary or a body that another pair has too; 0 for no pairs."""
+    """Return the share of the pairs, in [0, 1], whose summary or body another pair also has; 0 for no pairs."""
     summaries = Counter(text_key(pair.summary) for pair in pairs)
     bodies = Counter(text_key(pair.body) for pair in pairs)
     repeated = sum(summaries[text_key(pair.summary)] > 1 or bodies[text_key(pair.body)] > 1 for pair in pairs)
@@ -213,7 +217,7 @@ def _package_pairs(name: str, root: Path, limit: int, extract: Callable[[bytes, 
         try:
             pairs += extract(path.read_bytes(), module)
         except (SyntaxError, ValueError):
-            # Templates and samples of broken code lie among the sources.
+            # Some packages contain templates and samples of invalid code.
             continue
         if len(pairs) >= limit:
             break
@@ -221,12 +225,12 @@ def _package_pairs(name: str, root: Path, limit: int, extract: Callable[[bytes, 
 
 
 def _source_files(name: str, root: Path) -> Iterator[tuple[Path, str]]:
-    """The files of a package in an order that only their names decide, and that favours no part of it."""
+    """Return (path, module) of a package's files, in an order that depends on names alone and mixes all folders."""
     files: Iterable[tuple[Path, Path]] = ((path, path.relative_to(root)) for path in root.rglob("*.py"))
     named = [(path, f"{name}/{below.as_posix()}") for path, below in files if not _SKIPPED_FOLDERS & set(below.parts)]
     return iter(sorted(named, key=lambda item: (_unit_hash(item[1]), item[1])))
 
 
 def _unit_hash(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
+    """Hash a text to a number in [0, 1)."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64

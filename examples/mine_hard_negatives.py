@@ -1,8 +1,8 @@
-"""Hard negatives, mined through the service: sentence-transformers' own miner, with a served reranker as its judge.
+"""Mining of hard negatives with sentence-transformers' ``mine_hard_negatives`` and a served reranker.
 
-The nearest document that is not the anchor's own positive is often one that answers it just as well. A reranker knows
-better: a candidate that it scores above the positive, less a margin, is no negative. So the demo's small student finds
-candidates, the reranker behind the service judges them, and the student is trained for a few steps on what is left.
+The nearest document other than the anchor's positive is often a false negative. So the demo's small student finds
+candidates, and the reranker scores them: a candidate that scores above the positive, less a margin, is dropped. The
+student is then trained for a few steps on the mined triplets.
 
 ``python -m examples.mine_hard_negatives --help`` lists the settings.
 """
@@ -28,23 +28,25 @@ _NEGATIVES = 1
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; ``None`` is this process's own."""
+    """Parse command-line arguments; ``None`` stands for the arguments of this process."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.mine_hard_negatives",
-        description="Mines hard negatives that a reranker service has judged, and trains a small model on them.",
+        description="Mines hard negatives with a reranker service and trains a small model on them.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--pairs", type=int, default=4_000, help="docstrings to read, at most")
-    parser.add_argument("--anchors", type=int, default=400, help="pairs to mine for, at most")
-    parser.add_argument("--candidates", type=int, default=10, help="nearest documents of an anchor that are judged")
-    parser.add_argument("--margin", type=float, default=0.05, help="share of the positive's score to stay below it")
+    parser.add_argument("--pairs", type=int, default=4_000, help="maximum number of docstrings to read")
+    parser.add_argument("--anchors", type=int, default=400, help="maximum number of pairs to mine negatives for")
+    parser.add_argument("--candidates", type=int, default=10, help="nearest documents of an anchor to score")
+    parser.add_argument(
+        "--margin", type=float, default=0.05, help="drop candidates above (1 - margin) x positive score"
+    )
     parser.add_argument("--steps", type=int, default=12, help="training steps")
     parser.add_argument("--batch-size", type=int, default=32, help="triplets of a step")
-    parser.add_argument("--queries", type=int, default=500, help="held-out queries to ask, at most")
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
-    parser.add_argument("--engine", choices=("auto", "vllm", "torch"), default="auto", help="of the reranker server")
-    parser.add_argument("--reranker-url", help="use this running server, such as 127.0.0.1:50051")
-    parser.add_argument("--output", type=Path, default=Path("mining-results"), help="for triplets, model and log")
+    parser.add_argument("--queries", type=int, default=500, help="maximum number of held-out queries")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random choices")
+    parser.add_argument("--engine", choices=("auto", "vllm", "torch"), default="auto", help="engine of the server")
+    parser.add_argument("--reranker-url", help="address of a running server to use, such as 127.0.0.1:50051")
+    parser.add_argument("--output", type=Path, default=Path("mining-results"), help="directory for triplets and model")
     return parser.parse_args(arguments)
 
 
@@ -52,7 +54,7 @@ def mine(
     pairs: dict[str, list[str]],
     corpus: list[str],
     model: Any,
-    judge: Any,
+    cross_encoder: Any,
     candidates: int,
     margin: float,
     embeddings: str,
@@ -61,12 +63,12 @@ def mine(
 
     Args:
         pairs: Columns ``anchor`` and ``positive``.
-        corpus: More documents that may be negatives.
-        model: The embedding model that finds candidates.
-        judge: The cross-encoder that scores them; ``None`` takes the nearest candidate unjudged.
-        candidates: How many of the nearest documents stand for choice.
-        margin: A candidate has to score below the positive by this share of the positive's score.
-        embeddings: Directory that keeps the embeddings for the next time, with the same model and texts.
+        corpus: Further documents that may be negatives.
+        model: Embedding model that finds candidates.
+        cross_encoder: Cross-encoder that scores the candidates; ``None`` takes the nearest candidate without a score.
+        candidates: Number of nearest documents that are candidates.
+        margin: Candidates must score at least this share of the positive's score below the positive.
+        embeddings: Directory that caches the embeddings for further calls with the same model and texts.
 
     Returns:
         A data set with the columns ``anchor``, ``positive`` and ``negative``. Pairs without a negative are left out.
@@ -78,8 +80,8 @@ def mine(
         Dataset.from_dict(pairs),
         model,
         corpus=corpus,
-        cross_encoder=judge,
-        relative_margin=None if judge is None else margin,
+        cross_encoder=cross_encoder,
+        relative_margin=None if cross_encoder is None else margin,
         range_max=candidates,
         num_negatives=_NEGATIVES,
         verbose=False,
@@ -88,7 +90,7 @@ def mine(
 
 
 def run(options: argparse.Namespace, address: str, say: Any) -> None:
-    """Mine, train, examine; results go to ``options.output``, and what was done to ``say``.
+    """Mine, train and evaluate; write results to ``options.output`` and pass each line of progress to ``say``.
 
     Raises:
         RerankerError: The service could not be used.
@@ -107,39 +109,45 @@ def run(options: argparse.Namespace, address: str, say: Any) -> None:
     chosen, others = drawn[: options.anchors], drawn[options.anchors :]
     if len(chosen) < options.batch_size or len(drawn) <= options.candidates or not split.held_out:
         raise ValueError(
-            f"{len(split.train)} docstrings to train on and {len(split.held_out)} held out are too few: read more"
+            f"{len(chosen)} anchors, {len(drawn)} docstrings to train on and {len(split.held_out)} held-out docstrings "
+            f"are too few: at least {options.batch_size} (--batch-size), {options.candidates + 1} (--candidates and one "
+            "more) and 1 are needed. Increase --pairs or --anchors"
         )
     pairs = {"anchor": [pair.summary for pair in chosen], "positive": [pair.body for pair in chosen]}
     say(
-        f"Read {len(split.train):,} docstrings to train on: {len(chosen):,} are anchors with their positives, and the "
-        f"bodies of all {len(drawn):,} may be negatives. {len(split.held_out):,} more, of other modules, are held out."
+        f"Read {len(split.train):,} docstrings to train on. {len(chosen):,} give an anchor and its positive; the "
+        f"documents of all {len(drawn):,} are candidates for negatives. {len(split.held_out):,} docstrings of other "
+        "modules are held out."
     )
 
     set_seed(options.seed)
     model = load_student()
     corpus = [pair.body for pair in others]
-    with RemoteCrossEncoder(address) as judge, tempfile.TemporaryDirectory() as embeddings:
+    with RemoteCrossEncoder(address) as reranker, tempfile.TemporaryDirectory() as embeddings:
         nearest = mine(pairs, corpus, model, None, options.candidates, options.margin, embeddings)
         of_positive, of_negative = (
-            judge.predict(list(zip(nearest["anchor"], nearest[column], strict=True)))
+            reranker.predict(list(zip(nearest["anchor"], nearest[column], strict=True)))
             for column in ("positive", "negative")
         )
         say(
-            f"Unjudged, the nearest other document would be the negative; the reranker at {address} scores "
-            f"{(of_negative > of_positive).mean():.0%} of these above the positive."
+            f"Without the reranker, each negative is the nearest other document. The reranker at {address} scores "
+            f"{(of_negative > of_positive).mean():.0%} of these negatives above the positive."
         )
         began = time.monotonic()
-        mined = mine(pairs, corpus, model, judge, options.candidates, options.margin, embeddings)
+        mined = mine(pairs, corpus, model, reranker, options.candidates, options.margin, embeddings)
         seconds = time.monotonic() - began
-    unjudged = set(zip(nearest["anchor"], nearest["negative"], strict=True))
-    kept = sum(pair in unjudged for pair in zip(mined["anchor"], mined["negative"], strict=True))
+    unscored = set(zip(nearest["anchor"], nearest["negative"], strict=True))
+    kept = sum(pair in unscored for pair in zip(mined["anchor"], mined["negative"], strict=True))
     say(
-        f"Judged, {len(mined):,} of {len(chosen):,} pairs have a negative that scores at least {options.margin:.0%} "
-        f"below the positive: for {kept:,} the same document as unjudged, for {len(mined) - kept:,} another. "
-        f"Mining took {seconds:.1f} s."
+        f"With the reranker, {len(mined):,} of {len(chosen):,} pairs have a negative that scores at least "
+        f"{options.margin:.0%} below the positive: {kept:,} have the same negative as without the reranker, "
+        f"{len(mined) - kept:,} another one. Mining took {seconds:.1f} s."
     )
     if len(mined) < options.batch_size:
-        raise ValueError(f"{len(mined)} triplets are too few for batches of {options.batch_size}")
+        raise ValueError(
+            f"{len(mined)} triplets are too few for batches of {options.batch_size}: increase --anchors or decrease "
+            "--batch-size"
+        )
     mined.to_json(options.output / "triplets.jsonl")
 
     evaluator = retrieval_evaluator(split.held_out, options.queries, options.seed)
@@ -165,21 +173,21 @@ def run(options: argparse.Namespace, address: str, say: Any) -> None:
     after = evaluator(model)[measure]
     model.save_pretrained(str(options.output / "model"))
     say(
-        f"{options.steps} steps of {options.batch_size} triplets took {time.monotonic() - began:.0f} s, examination "
-        f"included. nDCG@10 on {len(evaluator.queries):,} held-out queries: {before:.3f} before, {after:.3f} after."
+        f"{options.steps} steps of {options.batch_size} triplets took {time.monotonic() - began:.0f} s with the "
+        f"evaluation. nDCG@10 on {len(evaluator.queries):,} held-out queries: {before:.3f} before, {after:.3f} after."
     )
-    say(f"{options.output}/ holds triplets.jsonl and model.")
+    say(f"Results are in {options.output}/: triplets.jsonl, model/.")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the example.
 
     Returns:
-        The exit status: 0, 1 if it could not be done, 130 if it was interrupted.
+        The exit status: 0 for success, 1 for an error, 130 if the example was interrupted.
     """
     options = parse(arguments)
     prepare_process()
-    # Ended from outside as by Ctrl-C: the server must not stay behind.
+    # SIGTERM raises KeyboardInterrupt like Ctrl-C, so that the server is ended as well.
     signal.signal(signal.SIGTERM, _interrupt)
 
     import datasets

@@ -1,8 +1,8 @@
-"""A server of Qwen3-Reranker, asked with an instruction of one's own.
+"""Serving of Qwen3-Reranker, and ranking with the default and a custom instruction.
 
-``python -m examples.qwen3_reranker path/to/Qwen3-Reranker-0.6B`` takes a directory with the downloaded model, starts
-the server on it, ranks a few documents, and ends the server. ``--serve`` leaves it running until Ctrl-C, to train with
-``python -m examples.train`` in another terminal.
+``python -m examples.qwen3_reranker path/to/Qwen3-Reranker-0.6B`` starts the server with the model in that directory,
+ranks a few documents, and ends the server. With ``--serve`` the server runs until Ctrl-C, so that
+``python -m examples.train`` in another terminal can train with it.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ DOCUMENTS = [
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Serve and ask.
+    """Serve the model and rank the documents.
 
     Returns:
         The exit status: 0, or 1 if the server did not start.
     """
     parser = argparse.ArgumentParser(prog="python -m examples.qwen3_reranker", description=__doc__.partition("\n")[0])
     parser.add_argument("model", type=Path, help="directory of the model")
-    parser.add_argument("--engine", choices=("auto", "vllm", "torch"), default="auto")
-    parser.add_argument("--serve", action="store_true", help="leave the server running until Ctrl-C")
+    parser.add_argument("--engine", choices=("auto", "vllm", "torch"), default="auto", help="engine of the server")
+    parser.add_argument("--serve", action="store_true", help="keep the server running until Ctrl-C")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as directory:
         flags = ["--model", str(options.model)]
         try:
             with reranker_server(Path(directory) / "server.log", options.engine, flags) as server:
                 address = server.wait_ready()
-                _ask(address)
+                _rank(address)
                 if options.serve:
-                    print(f"The server answers at {address}; Ctrl-C ends it")
+                    print(f"The server is running at {address}; press Ctrl-C to end it")
                     signal.sigwait({signal.SIGINT, signal.SIGTERM})
         except ServerStartError as error:
             print(error, file=sys.stderr)
@@ -51,10 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _ask(address: str) -> None:
+def _rank(address: str) -> None:
     with RerankerClient(address) as client:
         info = client.model_info()
-        print(f"{info.model}: {info.max_length} tokens at most; its own instruction: {info.default_instruction!r}")
+        print(f"{info.model}: at most {info.max_length} tokens, default instruction {info.default_instruction!r}")
         for instruction in (None, INSTRUCTION):
             print(f"Instruction: {instruction or 'the default'}")
             for found in client.rerank(QUERY, DOCUMENTS, instruction=instruction, return_documents=True):

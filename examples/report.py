@@ -1,4 +1,4 @@
-"""What the demo found: a table for the screen, numbers for programs, a plot."""
+"""Report of the demo: results as a table, as JSON and as a plot."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from examples.contenders import FilterCounts
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One row of the table.
+    """Result of one model: a row of the table.
 
     Attributes:
-        name: What filtered negatives, or what else was examined.
-        loss: The loss's class; empty where nothing was trained.
+        name: Name of the filter, or of a model that was not trained here.
+        loss: Name of the loss's class; empty for a model that was not trained here.
         ndcg: nDCG@10 on the held-out queries, in [0, 1].
         mrr: MRR@10 on the held-out queries, in [0, 1].
-        step_seconds: Median seconds of one training step; ``None`` where nothing was trained.
-        counts: What the filter did.
-        losses: Steps and training losses logged at them; losses of different filters are not comparable.
+        step_seconds: Median seconds of one training step; ``None`` for a model that was not trained here.
+        counts: Counts of the filter.
+        losses: (step, logged training loss); losses with different filters are not comparable.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Result:
 
 
 def table(results: Sequence[Result], queries: int) -> Table:
-    """The results as a table; ``queries`` is how many they were examined with."""
+    """Make a table of the results; ``queries`` is the number of held-out queries."""
     losses = "; ".join(f"{result.name}: {result.loss}" for result in results if result.loss)
     made = Table(title=f"Held-out modules, {queries:,} queries", caption=losses, box=box.SIMPLE, padding=(0, 1, 0, 0))
     made.add_column("filter")
@@ -61,7 +61,7 @@ def table(results: Sequence[Result], queries: int) -> Table:
 
 
 def verdict(results: Sequence[Result], queries: int) -> str:
-    """In a sentence or two, which of the trained models is best, and how sure that is.
+    """Say which trained model has the highest nDCG@10, by how much, and with what standard error.
 
     The mean of ``queries`` numbers in [0, 1] whose mean is m has a standard error of at most
     ``sqrt(m (1 - m) / queries)`` (Bhatia and Davis: a variance is at most (1 - m) m).
@@ -76,13 +76,13 @@ def verdict(results: Sequence[Result], queries: int) -> str:
 
 
 def write_results(path: Path, results: Sequence[Result], about: Mapping[str, Any]) -> None:
-    """Write everything as JSON: ``about`` the run, and all results under ``"results"``."""
+    """Write a JSON object with the fields of ``about``, which describe the run, and all results under ``"results"``."""
     content = {**about, "results": [asdict(result) for result in results]}
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def draw(path: Path, results: Sequence[Result], queries: int) -> None:
-    """Draw quality and step times side by side, as PNG."""
+    """Plot retrieval quality and step times side by side, as PNG."""
     figure = Figure(figsize=(12, 0.75 * len(results) + 1.6), layout="constrained")
     quality, times = figure.subplots(ncols=2, width_ratios=(3, 2), sharey=True)
     places = list(range(len(results)))

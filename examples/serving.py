@@ -1,4 +1,4 @@
-"""A reranker server in a process of its own, for as long as a ``with`` block lasts."""
+"""Reranker server in a child process, started and ended by a ``with`` block."""
 
 from __future__ import annotations
 

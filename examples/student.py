@@ -1,7 +1,7 @@
-"""What is trained and on what: a small real student, hard negatives mined for it, and its examination.
+"""Student of the examples: a small embedding model, hard negatives to train it on, and its evaluation.
 
-The student is all-MiniLM-L6-v2 cut to its first layers: real weights, so that a few dozen steps teach something, but
-with most of its quality lost, so that there is something to teach.
+The student is the first layers of all-MiniLM-L6-v2. With pretrained weights a few dozen steps improve it; without the
+other layers most of the quality is lost, so that there is room for improvement.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from sentence_transformers.util import mine_hard_negatives
 from examples.docstrings import Pair, text_key
 
 STUDENT_LAYERS = 3
-#: Tokens of one text that the student, the miner and the local guide see.
+#: Maximum tokens of a text, for the student, the miner and the local guide.
 MAX_TOKENS = 64
 
 
 def load_minilm() -> SentenceTransformer:
-    """All six layers of all-MiniLM-L6-v2, in float32 on the CPU, for texts of up to ``MAX_TOKENS`` tokens."""
+    """Load all-MiniLM-L6-v2 with all six layers, in float32 on the CPU; texts are cut to ``MAX_TOKENS`` tokens."""
     model = SentenceTransformer(str(get_model_path()), device="cpu", local_files_only=True)
     model.max_seq_length = MAX_TOKENS
     return model
 
 
 def load_student(layers: int = STUDENT_LAYERS) -> SentenceTransformer:
-    """The same model without its last layers; ``layers`` (1 to 6) are left. What it saves loads as it is."""
+    """Load the first ``layers`` (1 to 6) layers of the same model. A saved student loads as any SentenceTransformer."""
     model = load_minilm()
     network: Any = model[0].auto_model
     network.encoder.layer = network.encoder.layer[:layers]
@@ -43,19 +43,19 @@ def load_student(layers: int = STUDENT_LAYERS) -> SentenceTransformer:
 
 
 def mine_triplets(pairs: Sequence[Pair], others: Sequence[Pair], miner: SentenceTransformer) -> tuple[Dataset, float]:
-    """Give each pair the document that the miner finds nearest to its anchor as a hard negative.
+    """Mine a hard negative for each pair: the document nearest to the anchor, except the anchor's positive.
 
-    The everyday recipe: no margin, no highest score, no skipped ranks. The nearest document that is not the anchor's
-    own positive is often one that answers it just as well.
+    As in common practice, there is no margin, no maximum score and no skipped rank, so the nearest document is often a
+    false negative.
 
     Args:
-        pairs: What to train on.
-        others: Pairs whose bodies may be negatives as well.
-        miner: A small embedding model.
+        pairs: Pairs to train on.
+        others: Pairs whose documents are further candidates.
+        miner: Embedding model that finds the nearest documents.
 
     Returns:
-        A data set with the columns ``anchor``, ``positive`` and ``negative`` in the order of ``pairs`` (less those for
-        which nothing was found), and the share of its negatives, in [0, 1], that the miner itself scores above the
+        A data set with the columns ``anchor``, ``positive`` and ``negative`` in the order of ``pairs`` (without pairs
+        for which no negative was found), and the share of its negatives, in [0, 1], that the miner scores above the
         positive.
     """
     dataset = Dataset.from_dict(
@@ -77,15 +77,15 @@ def mine_triplets(pairs: Sequence[Pair], others: Sequence[Pair], miner: Sentence
 
 
 def retrieval_evaluator(pairs: Sequence[Pair], queries: int, seed: int) -> InformationRetrievalEvaluator:
-    """An examination: find the body that belongs to a summary among the bodies of all ``pairs``.
+    """Make an evaluator: summaries are the queries, and the corpus is the bodies of all ``pairs``.
 
-    Texts that are equal count as one: a body that stands in several modules is one document, a summary that stands in
-    several modules one query, to which the bodies of all of them are relevant.
+    Equal texts (up to case) are merged: a body of several pairs is one document, and a summary of several pairs is one
+    query, to which the bodies of all of these pairs are relevant.
 
     Args:
         pairs: Held-out pairs.
-        queries: At most how many distinct summaries are asked, drawn with ``seed``.
-        seed: Of the draw.
+        queries: Maximum number of queries, drawn with ``seed``.
+        seed: Seed of the draw.
     """
     documents: dict[str, SingleInput] = {}
     summaries: dict[str, SingleInput] = {}

@@ -1,6 +1,6 @@
-"""The shortest complete training program: docstrings of the standard library, and a reranker that already runs.
+"""Shortest complete training program: trains on docstrings of the standard library with a running reranker server.
 
-Serve one with ``make serve``, then ``python -m examples.train 127.0.0.1:50051``.
+Start the server with ``make serve``, then run ``python -m examples.train 127.0.0.1:50051``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def train(reranker_url: str, output: str, steps: int = 20, batch_size: int = 32)
         args=args,
         train_dataset=dataset,
         loss=loss,
-        # Given the loss, it has each batch scored while the batch before it trains.
+        # With the loss as an argument, the collator has each batch scored while the previous batch trains.
         data_collator=RerankerDataCollator.for_training(model, args, loss),
     )
     RerankerMetricsCallback(loss).attach(trainer)

@@ -1,11 +1,11 @@
-"""Training on several devices or machines: each rank has its own anchors scored against the documents of all ranks.
+"""Training on several devices or machines: each rank scores its own anchors with the documents of all ranks.
 
-Serve a reranker with ``make serve``, then::
+Start a reranker server with ``make serve``, then run::
 
     torchrun --nproc-per-node 2 -m examples.train_distributed 127.0.0.1:50051
 
-With one server for each GPU that scores, give their addresses with commas between them: ranks, and jobs of a rank, are
-spread over them.
+With several servers (one for each GPU that scores), give their addresses separated by commas; the jobs of all ranks are
+spread over the servers.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def train(reranker_urls: list[str], output: str, steps: int = 20, batch_size: in
     """Train the demo's student on all ranks and save it in the directory ``output``.
 
     Args:
-        reranker_urls: Addresses of servers of one and the same model.
-        output: Where the model goes.
+        reranker_urls: Addresses of servers that all serve the same model.
+        output: Directory for the model.
         steps: Training steps.
-        batch_size: Pairs of one rank; every anchor is compared with the documents of all ranks.
+        batch_size: Pairs of a step on one rank; the documents of all ranks are candidates for every anchor.
     """
     pairs = collect(4096, packages=["stdlib"])
     dataset = Dataset.from_dict({"anchor": [one.summary for one in pairs], "positive": [one.body for one in pairs]})

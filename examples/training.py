@@ -1,4 +1,4 @@
-"""One training: a fresh student, one contender's loss, a few steps."""
+"""Training of a new student with one contender's loss."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from loss_client import RerankerCachedGISTEmbedLoss, RerankerMetricsCallback
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a student is trained, whatever its loss.
+    """Settings of a training, the same for all losses.
 
     Attributes:
         steps: Training steps.
         batch_size: Anchors of a step.
-        learning_rate: Peak, which is reached after a tenth of the steps and falls to 0.
-        seed: Of dropout, and of the order of the data where no batch sampler decides it.
-        more: More training arguments, such as ``batch_sampler``.
+        learning_rate: Peak learning rate, reached after a tenth of the steps; then it falls to 0.
+        seed: Seed of dropout, and of the order of the data unless a batch sampler sets the order.
+        more: Further training arguments, such as ``batch_sampler``.
     """
 
     steps: int
@@ -42,13 +42,13 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A trained student, and how it went.
+    """Trained student with measurements of its training.
 
     Attributes:
         model: The student.
         step_seconds: Median seconds of a step.
-        counts: What the loss's filter did.
-        losses: Steps and the losses logged at them.
+        counts: Counts of the loss's filter.
+        losses: (step, logged training loss).
     """
 
     model: SentenceTransformer
@@ -69,11 +69,11 @@ def train(
 
     Args:
         contender: Makes the loss and its collator.
-        make_student: Makes the student, after random numbers are seeded.
-        dataset: Columns of texts: anchor, positive and perhaps negatives.
-        recipe: How.
-        output: Where the trainer may write.
-        say: Is told how it goes, ten times.
+        make_student: Makes the student; called after the random number generators are seeded.
+        dataset: Columns of texts: anchor, positive and optionally negatives.
+        recipe: Settings of the training.
+        output: Output directory of the trainer.
+        say: Prints one line of progress; called about ten times.
     """
     set_seed(recipe.seed)
     model = make_student()
@@ -99,7 +99,7 @@ def train(
         args=arguments,
         train_dataset=dataset,
         loss=loss,
-        # Given the loss, the collator has each batch scored while the batch before it trains.
+        # With the loss as an argument, the collator has each batch scored while the previous batch trains.
         data_collator=contender.make_collator(model, arguments, loss) if contender.make_collator else None,
         callbacks=[progress],
     )
@@ -111,7 +111,7 @@ def train(
 
 
 class _Progress(TrainerCallback):
-    """Tells how training goes and times its steps, from the end of one to the end of the next."""
+    """Reports progress and measures the steps, from the end of one step to the end of the next."""
 
     def __init__(self, say: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> None:
         self.losses: list[tuple[int, float]] = []
@@ -121,7 +121,7 @@ class _Progress(TrainerCallback):
 
     @property
     def step_seconds(self) -> float:
-        """Median over the steps so far."""
+        """Median seconds of the steps so far."""
         return statistics.median(after - before for before, after in zip(self._ends, self._ends[1:], strict=False))
 
     def on_train_begin(

@@ -1,4 +1,4 @@
-"""The demo: its parts against independent references, and a very small run of all of it over a real socket."""
+"""Tests of the demo: its parts against independent references, and a very small run over a real socket."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _embed(model: SentenceTransformer, text: str) -> torch.Tensor:
     return model.encode(text, convert_to_tensor=True)
 
 
-def test_mined_negatives_are_the_nearest_documents_of_others(guide: SentenceTransformer) -> None:
+def test_mined_negatives_are_the_nearest_documents_of_other_pairs(guide: SentenceTransformer) -> None:
     other = Pair("Open it.", "Opens a file and gives back a stream to read from it.", "d.py")
     triplets, share_above = mine_triplets(PAIRS, [other], guide)
     assert triplets["anchor"][:] == [pair.summary for pair in PAIRS]
@@ -120,12 +120,12 @@ def test_the_local_guide_counts_what_it_masks(
     anchors, *documents = (guide.encode(column) for column in columns)
     scores = torch.cat([guide.similarity(anchors, column) for column in documents], dim=1)
     masked = int((scores > scores.diagonal().unsqueeze(1)).sum())
-    # Each anchor stands among its own negatives here, above its positive.
+    # The last column repeats the anchors, so each anchor has itself as a negative, which scores above its positive.
     assert masked >= len(PAIRS)
     assert counting.counts == FilterCounts(pairs_scored=4 * 12, negatives=4 * 11, masked=masked)
 
 
-def test_the_report_says_what_is_in_the_results(tmp_path: Path) -> None:
+def test_the_report_shows_the_results(tmp_path: Path) -> None:
     results = [
         Result("untrained student", "", 0.2, 0.1),
         Result("no filter", "PlainLoss", 0.5, 0.4, 1.25),
@@ -154,7 +154,7 @@ def test_a_server_that_cannot_start_is_reported_with_its_log(tmp_path: Path) -> 
 
 
 def test_a_server_that_takes_too_long_is_ended(tmp_path: Path) -> None:
-    # Servers of other tests may be running.
+    # Child processes of other tests' fixtures may be running.
     others = set(psutil.Process().children())
     with reranker_server(tmp_path / "server.log", "torch", start_seconds=0.01) as server:
         (process,) = set(psutil.Process().children()) - others
@@ -186,13 +186,14 @@ def test_a_small_run_from_docstrings_to_table_plot_and_model(tmp_path: Path) -> 
     assert untrained["ndcg"] < guide["ndcg"]
     assert all(one["step_seconds"] > 0 for one in (plain, local, ours))
     assert plain["counts"]["pairs_scored"] == 0
-    # Three steps of 8 anchors with 16 documents.
+    # Three steps of 8 anchors with 16 documents each.
     assert local["counts"]["pairs_scored"] == 3 * 8 * 16
     assert local["counts"]["negatives"] == ours["counts"]["negatives"] == 3 * 8 * 15
     # The service scores each distinct text once, and masks copies of the positive as well.
     assert 0 < ours["counts"]["pairs_scored"] <= 3 * 8 * 16
     assert 0 < local["counts"]["masked"] <= ours["counts"]["masked"]
-    # One student, one batch, one draw of dropout, and ever fewer negatives: the first losses differ by those alone.
+    # Student, first batch and dropout are the same, and each loss masks more negatives than the one before. So the
+    # first losses decrease.
     assert [[step for step, _ in one["losses"]] for one in (plain, local, ours)] == [[1, 2, 3]] * 3
     unfiltered, guided, reranked = (one["losses"][0][1] for one in (plain, local, ours))
     assert unfiltered > guided - 1e-4

@@ -1,4 +1,4 @@
-"""The demo's data: what becomes a pair, and that training never sees what the examination asks."""
+"""Tests of the demo's data set: which docstrings become pairs, and the split into training and held-out pairs."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_modules_classes_and_functions_give_pairs_in_the_order_of_the_file() -> 
         ("Only a session of the interpreter.", ">>> " + "f(1, 2, 3) + " * 20),
     ],
 )
-def test_docstrings_that_teach_nothing_are_left_out(summary: str, body: str) -> None:
+def test_docstrings_without_a_usable_summary_or_body_are_left_out(summary: str, body: str) -> None:
     assert pairs_of_source(function(summary, body).encode(), "m.py") == []
     assert len(pairs_of_source(function("Summary of a fitting length.").encode(), "m.py")) == 1
 
@@ -153,7 +153,7 @@ def test_repeated_share_counts_pairs_with_a_text_of_another() -> None:
     assert repeated_share([]) == 0.0
 
 
-def test_senseless_arguments_are_refused() -> None:
+def test_invalid_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 1, not 0"):
         collect(0)
     with pytest.raises(ValueError, match="none of these packages is installed: not_there"):

@@ -1,4 +1,4 @@
-"""The mining example: a small run of all of it over a real socket, and what it says against what it wrote."""
+"""Tests of the mining example: a small run over a real socket, whose messages must agree with its files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .servers import ServerProcess
 def example(output: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     small = ["--pairs", "500", "--anchors", "50", "--candidates", "8", "--steps", "2", "--batch-size", "8"]
     command = [sys.executable, "-m", "examples.mine_hard_negatives", *small, "--queries", "20", *flags]
-    # Threads only wait for each other where other processes want the cores.
+    # With several threads, each waits for the others while other tests' processes use the cores.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*command, "--engine", "torch", "--output", str(output)],
@@ -35,19 +35,22 @@ def example(output: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_small_run_mines_what_the_service_finds_less_relevant_and_trains(tmp_path: Path) -> None:
+def test_a_small_run_mines_negatives_that_score_below_the_positive_and_trains(tmp_path: Path) -> None:
     done = example(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
 
     triplets = [json.loads(line) for line in (tmp_path / "triplets.jsonl").read_text().splitlines()]
-    counts = re.search(r"Judged, (\d+) of 50 pairs .* for (\d+) the same document as unjudged, for (\d+)", done.stdout)
+    counts = re.search(
+        r"With the reranker, (\d+) of 50 pairs .* (\d+) have the same negative as without the reranker, (\d+) another",
+        done.stdout,
+    )
     assert counts is not None, done.stdout
     found, same, other = (int(count) for count in counts.groups())
     assert found == len(triplets) == same + other
     assert same > 0
     assert other > 0
-    judge = SentenceTransformer(str(get_model_path()), device="cpu")  # what a server serves that is told no model
+    judge = SentenceTransformer(str(get_model_path()), device="cpu")  # the server's default model
     anchors, positives, negatives = (
         judge.encode([one[column] for one in triplets]) for column in ("anchor", "positive", "negative")
     )
@@ -62,7 +65,7 @@ def test_a_small_run_mines_what_the_service_finds_less_relevant_and_trains(tmp_p
     assert "event=stopped status=0" in (tmp_path / "server.log").read_text()
 
 
-def test_too_few_docstrings_are_said(bi_encoder_server: ServerProcess, tmp_path: Path) -> None:
+def test_too_few_docstrings_are_an_error(bi_encoder_server: ServerProcess, tmp_path: Path) -> None:
     options = parse(["--pairs", "5", "--output", str(tmp_path)])
     with pytest.raises(ValueError, match="are too few"):
         run(options, bi_encoder_server.address, print)

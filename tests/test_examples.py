@@ -1,4 +1,4 @@
-"""The example programs run as a user starts them."""
+"""Tests of the example programs, started as a user starts them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(*command: str, cwd: Path, seconds: float = 240) -> str:
-    """Run to the end, the processes that it started included, and return what it printed."""
+    """Run a command to its end and return its output; on a timeout, kill all processes that it started."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -43,7 +43,7 @@ def test_training_on_two_ranks(bi_encoder_server: ServerProcess, tmp_path: Path)
     assert (tmp_path / "trained" / "model.safetensors").exists()
 
 
-def test_a_qwen3_reranker_is_served_and_asked(causal_reranker: Path, tmp_path: Path) -> None:
+def test_a_qwen3_reranker_is_served_and_ranks_documents(causal_reranker: Path, tmp_path: Path) -> None:
     printed = run(
         sys.executable, "-m", "examples.qwen3_reranker", str(causal_reranker), "--engine", "torch", cwd=tmp_path
     )

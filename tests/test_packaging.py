@@ -1,4 +1,4 @@
-"""What each side may import, what each extra brings, and that the stubs are typed and complete."""
+"""Tests of the package: imports of each side, requirements of each extra, and the generated stubs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real grpcurl talks to the server as the README shows, and the README names the server's own address."""
+"""Tests of the README: its grpcurl calls against a real server, and the server's default address."""
 
 from __future__ import annotations
 
