@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from examples.demo import prepare_process
+from examples.program import prepare_process
 
 if TYPE_CHECKING:
     from benchmarks.bench import Bench

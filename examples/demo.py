@@ -7,12 +7,11 @@ the settings.
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+
+from examples.program import prepare_process, run_program
 
 DEFAULT_STEPS = 36
 
@@ -40,43 +39,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def prepare_process() -> None:
-    """Set environment variables that libraries read on import, here and in the server. Call it before other imports.
-
-    The libraries use no model hub, progress bars are off or slow unless stderr is a terminal, and OpenMP threads sleep
-    while they wait. By default they spin, and because training and server share the cores, spinning takes a core from
-    the other process (matrix products beside a busy process took twice as long).
-    """
-    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if not sys.stderr.isatty():
-        # TQDM_DISABLE has no effect on bars that set ``disable`` themselves; those are updated every 10 s.
-        os.environ.setdefault("TQDM_DISABLE", "1")
-        os.environ.setdefault("TQDM_MININTERVAL", "10")
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Run the demo.
-
-    Returns:
-        The exit status: 0 for success, 1 for an error, 130 if the demo was interrupted.
-    """
+    """Run the demo; see :func:`examples.program.run_program` for the exit status that is returned."""
     options = parse(arguments)
     prepare_process()
-    # SIGTERM raises KeyboardInterrupt like Ctrl-C, so that the server is ended as well.
-    signal.signal(signal.SIGTERM, _interrupt)
+    return run_program(lambda: _run(options))
 
-    import datasets  # type: ignore[import-untyped]
+
+def _run(options: argparse.Namespace) -> None:
     from rich.console import Console
-    from transformers.utils import logging as transformers_logging
 
     from examples.comparison import Settings, run
-    from examples.serving import ServerStartError
-    from loss_client import RerankerError
 
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    datasets.disable_progress_bars()
-    console = Console(highlight=False, soft_wrap=True)
     settings = Settings(
         steps=options.steps,
         batch_size=options.batch_size,
@@ -92,15 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         reranker_url=options.reranker_url,
         output=options.output,
     )
-    try:
-        run(settings, console)
-    except (ServerStartError, RerankerError, ValueError) as error:
-        console.print(f"{type(error).__name__}: {error}", markup=False)
-        return 1
-    except KeyboardInterrupt:
-        console.print("Interrupted; the server has been ended")
-        return 130
-    return 0
+    run(settings, Console(highlight=False, soft_wrap=True))
 
 
 def _at_least(least: int) -> Callable[[str], int]:
@@ -111,10 +77,6 @@ def _at_least(least: int) -> Callable[[str], int]:
         return value
 
     return number
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

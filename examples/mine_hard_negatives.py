@@ -11,18 +11,15 @@ from __future__ import annotations
 
 import argparse
 import random
-import signal
 import sys
 import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from examples.demo import prepare_process
-from examples.serving import ServerStartError, reranker_server
-from loss_client import RerankerError
+from examples.program import prepare_process, run_program
+from examples.serving import reranker_server
 
 _NEGATIVES = 1
 
@@ -110,8 +107,8 @@ def run(options: argparse.Namespace, address: str, say: Any) -> None:
     if len(chosen) < options.batch_size or len(drawn) <= options.candidates or not split.held_out:
         raise ValueError(
             f"{len(chosen)} anchors, {len(drawn)} docstrings to train on and {len(split.held_out)} held-out docstrings "
-            f"are too few: at least {options.batch_size} (--batch-size), {options.candidates + 1} (--candidates and one "
-            "more) and 1 are needed. Increase --pairs or --anchors"
+            f"are too few: at least {options.batch_size} (--batch-size), {options.candidates + 1} (--candidates and "
+            "one more) and 1 are needed. Increase --pairs or --anchors"
         )
     pairs = {"anchor": [pair.summary for pair in chosen], "positive": [pair.body for pair in chosen]}
     say(
@@ -180,40 +177,20 @@ def run(options: argparse.Namespace, address: str, say: Any) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the example.
-
-    Returns:
-        The exit status: 0 for success, 1 for an error, 130 if the example was interrupted.
-    """
+    """Run the example; see :func:`examples.program.run_program` for the exit status that is returned."""
     options = parse(arguments)
     prepare_process()
-    # SIGTERM raises KeyboardInterrupt like Ctrl-C, so that the server is ended as well.
-    signal.signal(signal.SIGTERM, _interrupt)
+    return run_program(lambda: _run_with_server(options))
 
-    import datasets
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    datasets.disable_progress_bars()
+def _run_with_server(options: argparse.Namespace) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     log = options.output / "server.log"
-    try:
-        with nullcontext() if options.reranker_url else reranker_server(log, options.engine) as server:
-            if server is not None:
-                print(f"Starting the reranker server (its log: {log})", flush=True)
-            address = options.reranker_url or (server.wait_ready() if server is not None else "")
-            run(options, address, lambda line: print(line, flush=True))
-    except (ServerStartError, RerankerError, ValueError) as error:
-        print(f"{type(error).__name__}: {error}")
-        return 1
-    except KeyboardInterrupt:
-        print("Interrupted; the server has been ended")
-        return 130
-    return 0
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    with nullcontext() if options.reranker_url else reranker_server(log, options.engine) as server:
+        if server is not None:
+            print(f"Starting the reranker server (its log: {log})", flush=True)
+        address = options.reranker_url or (server.wait_ready() if server is not None else "")
+        run(options, address, lambda line: print(line, flush=True))
 
 
 if __name__ == "__main__":

@@ -7,14 +7,12 @@ where it stopped. ``python -m quality.study --help`` lists the settings; docs/qu
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
-from examples.demo import prepare_process
+from examples.program import prepare_process, run_program
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -34,49 +32,28 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the study.
-
-    Returns:
-        The exit status: 0 for success, 1 for an error, 130 if the study was interrupted.
-    """
+    """Run the study; see :func:`examples.program.run_program` for the exit status that is returned."""
     options = parse(arguments)
     prepare_process()
-    # Ended from outside as by Ctrl-C: the servers must not stay behind.
-    signal.signal(signal.SIGTERM, _interrupt)
+    return run_program(
+        lambda: _run(options),
+        interrupted="Interrupted; the servers have been ended. Run the same command again to continue.",
+    )
 
-    import datasets  # type: ignore[import-untyped]
-    from rich.console import Console
-    from transformers.utils import logging as transformers_logging
 
-    from examples.serving import ServerStartError
-    from loss_client import RerankerError
+def _run(options: argparse.Namespace) -> None:
     from quality.plan import FULL, quick
     from quality.run import Study
 
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    datasets.disable_progress_bars()
-    console = Console(highlight=False, soft_wrap=True, markup=False)
     plan = quick() if options.quick else FULL
     if options.seeds is not None:
         plan = replace(plan, seeds=tuple(range(options.seeds)))
     began = time.monotonic()
 
     def say(text: str) -> None:
-        console.print(f"[{(time.monotonic() - began) / 60:5.1f} min] {text}")
+        print(f"[{(time.monotonic() - began) / 60:5.1f} min] {text}", flush=True)
 
-    try:
-        Study(plan, options.output, options.engine, say).run()
-    except (ServerStartError, RerankerError, ValueError) as error:
-        console.print(f"{type(error).__name__}: {error}")
-        return 1
-    except KeyboardInterrupt:
-        console.print("Interrupted; the servers have been ended. Run the same command again to continue.")
-        return 130
-    return 0
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    Study(plan, options.output, options.engine, say).run()
 
 
 if __name__ == "__main__":
