@@ -5,9 +5,6 @@ python -m benchmarks.loss [--quick] [--only PART ...] [--output DIRECTORY]
 
 from __future__ import annotations
 
-import argparse
-import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from benchmarks.command_line import parse
 from examples.program import prepare_process
 
 if TYPE_CHECKING:
@@ -80,13 +78,7 @@ def run(
 
 def main() -> None:
     """Run the benchmark from the command line."""
-    # As an exception, SIGTERM leaves the with blocks in order, which end the processes that were started.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2 rounds at small sizes, too few for figures")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure")
-    parser.add_argument("--output", type=Path, default=Path("bench-results"), help="directory for results and logs")
-    arguments = parser.parse_args()
+    arguments = parse(__doc__, PARTS, quick="2 rounds at small sizes, too few for figures")
     prepare_process()
     rounds, scale = (2, 0.1) if arguments.quick else (3, 1.0)
     run(arguments.only, output=arguments.output, rounds=rounds, scale=scale)

@@ -1,17 +1,13 @@
 """Benchmark of ``mine_hard_negatives`` with our service instead of a local ``CrossEncoder``.
 
 The miner calls the cross-encoder once a query and waits for the scores before the next call.
-
-python -m benchmarks.mining [--quick] [--output DIRECTORY]
+``python -m benchmarks.loss --only mining`` runs this benchmark alone.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
-import signal
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,18 +17,15 @@ from typing import Any
 import numpy as np
 from datasets import Dataset  # type: ignore[import-untyped]
 from numpy.typing import NDArray
-from rich.console import Console
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.util import mine_hard_negatives
 
-from benchmarks import report
 from benchmarks.bench import Bench
-from benchmarks.launch import Launcher, Machine, address_of
+from benchmarks.launch import address_of
 from benchmarks.processes import Child
 from benchmarks.report import Figure
 from benchmarks.rounds import contest
-from benchmarks.service import build_models
-from benchmarks.texts import Corpus, Grid
+from benchmarks.texts import Grid
 from loss_client import RemoteCrossEncoder, RerankerClient
 
 _DOCUMENTS = 64
@@ -157,29 +150,3 @@ def _compare(bench: Bench, name: str, embedder: SentenceTransformer, embeddings:
     bench.say(f"{queries} queries a round; scores of mined texts differ by at most {found.difference:.1e}")
     title = f"mine_hard_negatives, torch, {name}: service / local CrossEncoder"
     yield Figure(title, found.ratio("service", "local"), "x", _TARGET[name])
-
-
-def main() -> None:
-    """Measure mining alone, from the command line."""
-    # As an exception, SIGTERM leaves the with blocks in order, which end the processes that were started.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="3 rounds of a fifth of the time, too short for figures")
-    parser.add_argument("--output", type=Path, default=Path("bench-results"), help="directory for results and logs")
-    arguments = parser.parse_args()
-    rounds, scale = (3, 0.2) if arguments.quick else (5, 1.0)
-    console = Console()
-    logs = arguments.output / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    corpus, machine = Corpus(), Machine.here()
-    with tempfile.TemporaryDirectory(prefix="reranker-bench-") as directory:
-        models = build_models(Path(directory), machine, corpus, ())
-        say = lambda line: console.print(f"[dim]  {line}[/]")  # noqa: E731
-        figures = mining_figures(Bench(Launcher(machine, logs), corpus, models, rounds, scale, say))
-    report.write(arguments.output / "mining.json", figures)
-    console.print(report.table(figures))
-    console.print(f"{rounds} rounds; results are in {arguments.output / 'mining.json'}")
-
-
-if __name__ == "__main__":
-    main()

@@ -5,9 +5,6 @@ python -m benchmarks.service [--quick] [--only PART ...] [--output DIRECTORY]
 
 from __future__ import annotations
 
-import argparse
-import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +18,7 @@ from transformers.utils import logging
 
 from benchmarks import causal, latency, models, overhead, report, throughput
 from benchmarks.bench import Bench
+from benchmarks.command_line import parse
 from benchmarks.launch import Launcher, Machine
 from benchmarks.report import Figure
 from benchmarks.texts import Corpus
@@ -120,13 +118,7 @@ def run(
 
 def main() -> None:
     """Run the benchmark from the command line."""
-    # As an exception, SIGTERM leaves the with blocks in order, which end the processes that were started.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="3 rounds of a fifth of the time, too short for figures")
-    parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=tuple(PARTS), help="parts to measure")
-    parser.add_argument("--output", type=Path, default=Path("bench-results"), help="directory for results and logs")
-    arguments = parser.parse_args()
+    arguments = parse(__doc__, tuple(PARTS), quick="3 rounds of a fifth of the time, too short for figures")
     rounds, scale = (3, 0.2) if arguments.quick else (5, 1.0)
     run(arguments.only, output=arguments.output, rounds=rounds, scale=scale)
 

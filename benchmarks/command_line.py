@@ -1,0 +1,29 @@
+"""Command line of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def parse(description: str | None, parts: Sequence[str], quick: str) -> argparse.Namespace:
+    """Parse this process's arguments, and make SIGTERM end the process in order.
+
+    Args:
+        description: Text of ``--help``.
+        parts: Parts that ``--only`` can name.
+        quick: Help of ``--quick``.
+
+    Returns:
+        ``quick``, ``only`` (names of parts) and ``output`` (a path).
+    """
+    # As an exception, SIGTERM leaves the with blocks in order, which end the processes that were started.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--only", nargs="+", choices=tuple(parts), default=tuple(parts), help="parts to measure")
+    parser.add_argument("--output", type=Path, default=Path("bench-results"), help="directory for results and logs")
+    return parser.parse_args()
