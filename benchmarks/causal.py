@@ -91,13 +91,12 @@ def prefix_cache(bench: Bench) -> list[Figure]:
         with RerankerClient(address_of(server)) as client, RerankerClient(address_of(plain)) as other:
             caching = CachingSide("prefix cache", server, client, model)
             sides = [caching, StreamSide("without", plain, other)]
-            tolerance = 0.02 if bench.launcher.machine.dtype == "float32" else 0.5
             found = contest(
                 sides,
                 make_grid,
                 rounds=bench.rounds,
                 seconds=_SECONDS * bench.scale,
-                tolerance=tolerance,
+                tolerance=bench.score_tolerance,
                 say=bench.say,
             )
     # The first grid belongs to the warm-up round.

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.processes import Child
-from benchmarks.sides import IN_FLIGHT
+from benchmarks.sides import IN_FLIGHT, ChildSide
 from benchmarks.texts import Grid
 
 _TIMEOUT = aiohttp.ClientTimeout(total=600)
@@ -58,7 +58,7 @@ BASELINE = Dialect(
 """Format of the service in ``benchmarks.baseline``."""
 
 
-class HttpSide:
+class HttpSide(ChildSide):
     """Side that sends one HTTP request a query.
 
     Args:
@@ -69,8 +69,7 @@ class HttpSide:
     """
 
     def __init__(self, name: str, process: Child, address: str, dialect: Dialect) -> None:
-        self.name = name
-        self._process = process
+        super().__init__(name, process)
         self._url = f"http://{address}{dialect.path}"
         self._dialect = dialect
 
@@ -79,14 +78,6 @@ class HttpSide:
         began = time.perf_counter()
         scores = asyncio.run(self._score(grid))
         return time.perf_counter() - began, scores
-
-    def pause(self) -> None:
-        """Stop the service's processes (SIGSTOP)."""
-        self._process.pause()
-
-    def resume(self) -> None:
-        """Continue the service's processes (SIGCONT)."""
-        self._process.resume()
 
     async def _score(self, grid: Grid) -> NDArray[np.float32]:
         free = asyncio.Semaphore(IN_FLIGHT)

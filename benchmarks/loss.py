@@ -47,7 +47,7 @@ def run(
 
     parts: dict[str, Callable[[Bench], list[Figure]]] = {
         "prefetch": lambda bench: loss_prefetch.prefetch_figures(bench, output / "loss-prefetch.svg"),
-        "candidates": lambda bench: loss_candidates.selection(bench, output / "loss-candidates.svg"),
+        "candidates": lambda bench: loss_candidates.candidates_figures(bench, output / "loss-candidates.svg"),
         "mining": mining.mining_figures,
     }
     console = console or Console()

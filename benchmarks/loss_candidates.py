@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib import rc_context
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import NullLocator
 from numpy.typing import NDArray
@@ -30,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.bench import Bench
-from benchmarks.report import Figure
+from benchmarks.report import Figure, save_svg
 from benchmarks.rounds import Spread
 from examples.docstrings import PACKAGES, collect, text_key
 from examples.student import load_minilm, load_student
@@ -180,7 +179,7 @@ def calculate(
     return Calculation(float(value), gradients, seconds, step.statistics())
 
 
-def selection(bench: Bench, plot: Path) -> list[Figure]:
+def candidates_figures(bench: Bench, plot: Path) -> list[Figure]:
     """Compare candidate selection with the full loss for each model, batch size and temperature.
 
     Args:
@@ -305,5 +304,4 @@ def draw(path: Path, found: dict[tuple[str, int, float], list[Comparison]]) -> N
     axes.set_ylabel("pairs scored / all pairs")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small")
-    with rc_context({"svg.hashsalt": "loss-candidates"}):
-        canvas.savefig(path, format="svg", metadata={"Date": None})
+    save_svg(canvas, path)

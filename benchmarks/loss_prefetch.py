@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import torch
 from datasets import Dataset  # type: ignore[import-untyped]
-from matplotlib import rc_context
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FixedLocator, NullLocator
 from sentence_transformers import (
@@ -32,7 +31,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from benchmarks.bench import Bench
 from benchmarks.launch import address_of
 from benchmarks.loss_pace import RATE_FILE, write_rate
-from benchmarks.report import Figure
+from benchmarks.report import Figure, save_svg
 from benchmarks.rounds import Spread
 from examples.student import load_student
 from loss_client import RerankerCachedGISTEmbedLoss, RerankerClient, RerankerDataCollator
@@ -306,5 +305,4 @@ def draw(path: Path, found: Mapping[float, Sequence[Round]]) -> None:
     axes.set_ylabel("step / the longer of both")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small")
-    with rc_context({"svg.hashsalt": "loss-prefetch"}):
-        canvas.savefig(path, format="svg", metadata={"Date": None})
+    save_svg(canvas, path)

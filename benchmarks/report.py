@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import LogLocator, NullLocator
 from rich import box
@@ -104,6 +105,12 @@ def draw(path: Path, figures: Sequence[Figure]) -> None:
     axes.set_xlabel("multiple of the target (right is better); lines show the range over the rounds")
     axes.spines[["top", "right"]].set_visible(False)
     canvas.savefig(path, dpi=120)
+
+
+def save_svg(canvas: Canvas, path: Path) -> None:
+    """Save a plot as SVG; equal plots give equal files."""
+    with rc_context({"svg.hashsalt": path.stem}):
+        canvas.savefig(path, format="svg", metadata={"Date": None})
 
 
 def _of_target(figure: Figure, value: float) -> float:

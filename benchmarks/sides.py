@@ -24,21 +24,28 @@ IN_FLIGHT = 8
 _TIMEOUT = 600.0
 
 
-class _ChildSide:
-    """Side with one server or worker process."""
+class ChildSide:
+    """Side with one server or worker process.
+
+    Args:
+        name: Name in the table.
+        process: Server or worker.
+    """
 
     def __init__(self, name: str, process: Child) -> None:
         self.name = name
         self._process = process
 
     def pause(self) -> None:
+        """Stop the side's processes (SIGSTOP)."""
         self._process.pause()
 
     def resume(self) -> None:
+        """Continue the side's processes (SIGCONT)."""
         self._process.resume()
 
 
-class BareSide(_ChildSide):
+class BareSide(ChildSide):
     """Side of a worker of ``benchmarks.bare``; the worker measures the time, for an engine without tokenizing."""
 
     def __init__(self, name: str, process: Child) -> None:
@@ -54,7 +61,7 @@ class BareSide(_ChildSide):
         return reply["seconds"], _shaped(grid, reply["scores"])
 
 
-class StreamSide(_ChildSide):
+class StreamSide(ChildSide):
     """Side of ``RerankStream``, called through the client that training code uses.
 
     Args:
@@ -79,7 +86,7 @@ class StreamSide(_ChildSide):
         return time.perf_counter() - began, scores
 
 
-class UnarySide(_ChildSide):
+class UnarySide(ChildSide):
     """Side of ``Rerank``: one call a query with all documents, several calls in flight."""
 
     def __init__(self, name: str, process: Child, channel: grpc.Channel) -> None:
@@ -95,7 +102,7 @@ class UnarySide(_ChildSide):
         return time.perf_counter() - began, scores
 
 
-class BatchSide(_ChildSide):
+class BatchSide(ChildSide):
     """Side of ``RerankBatch``: all queries in one call."""
 
     def __init__(self, name: str, process: Child, channel: grpc.Channel) -> None:

@@ -113,8 +113,7 @@ def _contest(bench: Bench, sides: list[Side], seconds: float) -> Contest:
         lambda queries: bench.corpus.grid(queries, DOCUMENTS),
         rounds=bench.rounds,
         seconds=seconds * bench.scale,
-        # In 16 bits, rounding differs more between batches of different shapes.
-        tolerance=0.02 if bench.launcher.machine.dtype == "float32" else 0.5,
+        tolerance=bench.score_tolerance,
         say=bench.say,
     )
     queries = f"{min(found.queries)} to {max(found.queries)}"
