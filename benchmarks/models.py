@@ -56,9 +56,9 @@ class DecoderShape:
 MINILM = EncoderShape(layers=6, hidden=384, heads=12, intermediate=1536)
 """ms-marco-MiniLM-L6-v2."""
 TINY = EncoderShape(layers=2, hidden=64, heads=2, intermediate=256)
-"""As fast on two cores as a real model on a GPU: overhead shows."""
+"""As fast on two cores as a real model on a GPU, so that overhead is measurable."""
 SMALL_DECODER = DecoderShape(8, 512, 8, 4, 64, 1536, 8_192, torch.float32)
-"""About what two cores can bear."""
+"""Small enough for a benchmark on two cores."""
 QWEN_DECODER = DecoderShape(28, 1024, 16, 8, 128, 3072, 151_669, torch.bfloat16)
 """Qwen3-Reranker-0.6B."""
 
