@@ -1,4 +1,4 @@
-"""Compatibility check: the built wheel with the lowest and the newest allowed versions of its requirements.
+"""Tries the built package with the lowest and the newest versions of what it needs: install, import, one real call.
 
 Needs `uv` (in the pinned lists). Run by `make compat`.
 """
