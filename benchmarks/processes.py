@@ -1,4 +1,4 @@
-"""Child: a process group that is started, watched through its log, paused while another side runs, and ended."""
+"""Sides in processes of their own: started, watched through their log, held still while another side runs, ended."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _START_SECONDS = 240.0
 
 
 class ProcessError(RuntimeError):
-    """A process ended, or its log lacked an expected line after a time limit; the message ends with the last lines."""
+    """A process ended, or did not say in time what was waited for; the message ends with its last log lines."""
 
 
 class Child:
