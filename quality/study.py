@@ -25,7 +25,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes: tests that everything runs, results mean nothing"
     )
-    parser.add_argument("--seeds", type=int, choices=range(1, 11), help="number of seeds (default: as in the plan)")
+    parser.add_argument("--seeds", type=int, choices=range(1, 11), help="number of seeds, instead of the plan's")
     parser.add_argument("--engine", choices=("auto", "vllm", "torch"), default="torch", help="engine of the servers")
     parser.add_argument("--output", type=Path, default=Path("bench-results"), help="directory for results and logs")
     return parser.parse_args(arguments)
