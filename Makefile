@@ -80,13 +80,14 @@ lint: $(STUBS) ## Check style, types and imports between rooms: ruff, mypy, impo
 compat: $(STUBS) ## Try the package with the lowest and the newest versions of what it needs
 	$(BIN)/python tools/compat.py
 
-# Only what was asked for is resolved; the choice of a package index is the machine's own.
+# One resolution for Python 3.11 and newer; markers tell where Pythons and platforms differ. Only what was asked for is
+# resolved; the choice of a package index is the machine's own.
 lock: $(INSTALLED) ## Resolve the pinned lists under requirements/ anew
-	$(BIN)/uv pip compile pyproject.toml requirements/cpu.in --extra dev --python-version 3.11 \
+	$(BIN)/uv pip compile pyproject.toml requirements/cpu.in --extra dev --python-version 3.11 --universal \
 	    --overrides requirements/cpu-overrides.txt --excludes requirements/cpu-excludes.txt \
 	    --no-emit-index-url --no-emit-find-links --no-annotate --upgrade --quiet \
 	    --custom-compile-command "make lock" --output-file requirements/cpu.txt
-	$(BIN)/uv pip compile pyproject.toml requirements/cuda.in --extra dev --python-version 3.11 \
+	$(BIN)/uv pip compile pyproject.toml requirements/cuda.in --extra dev --python-version 3.11 --universal \
 	    --no-emit-index-url --no-emit-find-links --no-annotate --upgrade --quiet \
 	    --custom-compile-command "make lock" --output-file requirements/cuda.txt
 
