@@ -1,6 +1,5 @@
 """Build hook: generates the stubs and their types from ``protos/`` before anything is packed or linked."""
 
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ class StubsBuildHook(BuildHookInterface):
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        import google.rpc
         from grpc_tools import protoc
 
         root = Path(self.root) / "protos"
-        installed = sysconfig.get_path("purelib")  # google/rpc/status.proto lies there
+        installed = Path(google.rpc.__path__[0]).parents[1]  # google/rpc/status.proto; an isolated build has its own
         arguments = ["protoc", f"-I{root}", f"-I{installed}", f"-I{Path(protoc.__file__).parent / '_proto'}"]
         arguments += [f"--{kind}_out={root}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
         if protoc.main([*arguments, PROTO]) != 0:
