@@ -10,7 +10,6 @@ DEVICE ?= cpu
 BIN := $(VENV)/bin
 REQUIREMENTS := requirements/$(DEVICE).txt
 INSTALLED := $(VENV)/.installed-$(DEVICE)
-UNFINISHED := $(VENV)/.unfinished
 STUBS := protos/reranker/v1/reranker_pb2.py
 SOURCES := reranker_service loss_client tests examples benchmarks quality tools hatch_build.py
 
@@ -23,30 +22,30 @@ PORT ?=
 STEPS ?=
 # For `make test`, `make bench` and `make quality`: more arguments, such as ARGS="-n 0 -x -k stream" for pytest.
 ARGS ?=
+# For `make compat`.
+OTHER ?= python3.13
+CLIENT_TESTS := $(addprefix tests/test_,chunks.py targets.py scores.py memory.py client.py client_failures.py)
 
 .PHONY: help install proto serve demo bench bench-loss quality test lint compat lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# An installation that was interrupted leaves packages that pip cannot read: the environment is then made anew.
-$(INSTALLED): $(REQUIREMENTS)
-	if [ -e $(UNFINISHED) ] || ! $(BIN)/python -m pip --version &> /dev/null; then $(PYTHON) -m venv --clear $(VENV); fi
-	touch $(UNFINISHED)
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet --no-deps --no-compile \
-	    -r $(REQUIREMENTS)
-	@# pip would compile on one core. A few packages carry files for other Pythons, which cannot be compiled.
-	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
-	mv $(UNFINISHED) $@
+$(INSTALLED): $(REQUIREMENTS) tools/set_up.py
+	$(PYTHON) tools/set_up.py $(VENV) $(REQUIREMENTS)
+	touch $@
 
 # The build hook generates the stubs, for an editable installation as for any other.
 $(STUBS): protos/reranker/v1/reranker.proto pyproject.toml hatch_build.py $(INSTALLED)
+	@echo "Generating the stubs from protos/ and linking the packages into $(VENV): some ten seconds"
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet --no-deps --editable .
 	touch $@
 
 install: $(STUBS) ## Make the virtual environment and install everything, pinned (DEVICE=cpu|cuda)
+	@echo "Installed: $(REQUIREMENTS) and this project, in $(VENV); try $(BIN)/reranker-service --help"
 
 proto: $(STUBS) ## Generate the Python stubs from protos/
+	@echo "Generated: protos/reranker/v1/*_pb2*"
 
 serve: $(STUBS) ## Serve a reranker (MODEL=... ENGINE=torch|vllm HOST=... PORT=...)
 	exec $(BIN)/python -m reranker_service $(if $(MODEL),--model "$(MODEL)") $(if $(ENGINE),--engine $(ENGINE)) \
@@ -73,12 +72,18 @@ lint: $(STUBS) ## Check style, types and imports between rooms: ruff, mypy, impo
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	mkdir -p build/buf/google/rpc
-	cp "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/google/rpc/status.proto" build/buf/google/rpc/
+	cp "$$($(BIN)/python -c 'import google.rpc; print(google.rpc.__path__[0])')/status.proto" build/buf/google/rpc/
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code protos
+	@echo "Checked: no fault in $(SOURCES) protos"
 
-compat: $(STUBS) ## Try the package with the lowest and the newest versions of what it needs
-	$(BIN)/python tools/compat.py
+# Needs no PyTorch: a `pip install .` as users do it, with pinned dependencies, and the tests of the client.
+compat: ## Install the package in an empty environment of another Python and test the client there (OTHER=python3.13)
+	@echo "Installing the package with $(OTHER) into build/compat: half a minute"
+	$(OTHER) -m venv --clear build/compat
+	build/compat/bin/python -m pip install --disable-pip-version-check --progress-bar off --quiet \
+	    --constraint $(REQUIREMENTS) . pytest pytest-timeout
+	build/compat/bin/python -m pytest --noconftest $(CLIENT_TESTS)
 
 # One resolution for Python 3.11 and newer; markers tell where Pythons and platforms differ. Only what was asked for is
 # resolved; the choice of a package index is the machine's own.
@@ -90,8 +95,10 @@ lock: $(INSTALLED) ## Resolve the pinned lists under requirements/ anew
 	$(BIN)/uv pip compile pyproject.toml requirements/cuda.in --extra dev --python-version 3.11 --universal \
 	    --no-emit-index-url --no-emit-find-links --no-annotate --upgrade --quiet \
 	    --custom-compile-command "make lock" --output-file requirements/cuda.txt
+	@echo "Resolved: requirements/cpu.txt and requirements/cuda.txt; \`make install\` installs one of them"
 
 clean: ## Remove everything that was generated, the virtual environment included
 	rm -rf $(VENV) build dist *-results .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f protos/reranker/v1/*_pb2*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	@echo "Removed: $(VENV), stubs, results and caches"
