@@ -9,11 +9,13 @@ from typing import Any
 
 from torch.multiprocessing.spawn import start_processes
 
+from .forked import PRELOADED
+
 WAIT = timedelta(seconds=280)
 """Longest wait of ranks for each other; only a hang lasts this long."""
 
 
 def run_ranks(work: Callable[..., None], arguments: tuple[Any, ...], ranks: int) -> None:
     """Call ``work(rank, *arguments)`` in a process for each rank, and wait for all of them."""
-    multiprocessing.set_forkserver_preload(["tests.training", "loss_client.loss"])
+    multiprocessing.set_forkserver_preload(PRELOADED)
     start_processes(work, arguments, nprocs=ranks, start_method="forkserver")

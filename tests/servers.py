@@ -27,6 +27,8 @@ from reranker_service.rpc.validation import Validator
 from reranker_service.scheduling import Scheduler
 from reranker_service.scoring import Scorer
 
+from .forked import ForkedProgram
+
 START_SECONDS = 400
 
 
@@ -38,14 +40,22 @@ class ServerProcess:
         ready: Whether to wait until it answers.
         own_group: Whether signals to this program's group pass it by.
         module: One that runs the server around another engine.
+        fresh: Whether it runs in a fresh interpreter; otherwise it is forked with its libraries imported.
     """
 
     def __init__(
-        self, *flags: str, ready: bool = True, own_group: bool = False, module: str = "reranker_service"
+        self,
+        *flags: str,
+        ready: bool = True,
+        own_group: bool = False,
+        module: str = "reranker_service",
+        fresh: bool = False,
     ) -> None:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-        self.process = subprocess.Popen(
+        start = subprocess.Popen if fresh else ForkedProgram
+        self.process = start(
             [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", "0", *flags],
+            stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,

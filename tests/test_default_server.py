@@ -20,6 +20,7 @@ from sentence_transformers import SentenceTransformer
 from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
 
+from . import forked
 from .servers import ServerProcess
 from .test_readme import ADDRESS, GRPCURL, README
 from .test_rpcs import DOCUMENTS, QUERIES, assert_all_close, through_every_rpc
@@ -28,7 +29,7 @@ from .test_rpcs import DOCUMENTS, QUERIES, assert_all_close, through_every_rpc
 @pytest.fixture(scope="module")
 def default_server() -> Iterator[ServerProcess]:
     """What ``make serve`` starts: the embedded all-MiniLM-L6-v2, on vLLM."""
-    with ServerProcess("--grace", "240", own_group=True) as server:
+    with ServerProcess("--grace", "240", own_group=True, fresh=True) as server:
         yield server
 
 
@@ -61,19 +62,14 @@ def test_the_readmes_examples_run_as_they_stand(default_server: ServerProcess, t
     call = next(block for block in blocks("sh") if "grpcurl" in block)
     programs = blocks("python")
     assert len(programs) == 2
-    commands = [["bash", "-euc", call], *([sys.executable, "-c", program] for program in programs)]
-    printed = []
-    for command in commands:
-        result = subprocess.run(
-            [part.replace(ADDRESS, default_server.address) for part in command],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
+    call, *programs = (text.replace(ADDRESS, default_server.address) for text in (call, *programs))
+    results = [
+        subprocess.run(["bash", "-euc", call], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False),
+        *(forked.run([sys.executable, "-c", program], cwd=tmp_path, timeout=240) for program in programs),
+    ]
+    for result in results:
         assert result.returncode == 0, result.stderr
-        printed.append(result.stdout)
+    printed = [result.stdout for result in results]
     results = json.loads(printed[0])["results"]
     assert len(results) == 2
     assert "file" in results[0]["document"]

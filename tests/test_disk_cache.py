@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
 from reranker_service.scoring.disk import DiskCache, DiskCacheError
 
+from . import forked
 from .servers import ServerProcess
 
 REQUEST = pb.RerankRequest(query="parse a date", documents=[f"document {i}" for i in range(50)])
@@ -66,7 +66,7 @@ store.close()
 
     store = DiskCache(tmp_path, 1 << 20, "model")
     assert asyncio.run(store.get([b"key 39 0"])) == [None]
-    subprocess.run([sys.executable, "-c", writer, str(tmp_path)], check=True, timeout=120)
+    forked.run([sys.executable, "-c", writer, str(tmp_path)], timeout=120).check_returncode()
     assert asyncio.run(store.get([b"key 39 0", b"nothing"])) == [b"x" * 1000, None]
     store.close()
 
@@ -88,9 +88,6 @@ def test_a_full_store_keeps_what_it_has_and_grows_no_further(tmp_path: Path) -> 
 
 def test_two_processes_share_a_store(tmp_path: Path) -> None:
     """Two environments of one process are refused by LMDB itself, so the other one is a process."""
-    import subprocess
-    import sys
-
     program = (
         "import sys\nfrom pathlib import Path\nfrom reranker_service.scoring.disk import DiskCache\n"
         "store = DiskCache(Path(sys.argv[1]), 1 << 20, 'model')\nstore.put([b'key'], [b'value'])\nstore.close()"
@@ -99,7 +96,8 @@ def test_two_processes_share_a_store(tmp_path: Path) -> None:
     async def scenario() -> list[bytes | None]:
         store = DiskCache(tmp_path, 1 << 20, "model")
         assert await store.get([b"key"]) == [None]
-        await asyncio.to_thread(subprocess.run, [sys.executable, "-c", program, str(tmp_path)], check=True, timeout=60)
+        command = [sys.executable, "-c", program, str(tmp_path)]
+        (await asyncio.to_thread(forked.run, command, timeout=60)).check_returncode()
         found = await store.get([b"key", b"other"])
         store.close()
         return found

@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
 
+from . import forked
 from .holding import DIE, LONG_TOKENS, RELEASE
 from .scrapes import scrape
 from .servers import ServerProcess
@@ -92,7 +93,7 @@ def test_the_death_of_the_engine_ends_calls_and_server(cross_encoder: Path) -> N
 
 
 def test_a_signal_while_the_model_loads_ends_the_server(bi_encoder: Path) -> None:
-    with ServerProcess("--model", str(bi_encoder), "--engine", "vllm", ready=False) as server:
+    with ServerProcess(*flags(bi_encoder), ready=False, fresh=True) as server:  # it imports transformers for seconds
         address = server.wait_for("event=listening").split("address=")[1].split()[0]
         assert check(address) == NOT_SERVING
         with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as caught:
@@ -118,17 +119,6 @@ def test_a_model_that_cannot_be_served(tmp_path: Path) -> None:
         assert server.wait() == 1
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "reranker_service", *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-
-
 @pytest.mark.parametrize(
     ("arguments", "environment", "words"),
     [
@@ -140,15 +130,16 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     ],
 )
 def test_wrong_settings_exit_with_2_and_a_reason(arguments: list[str], environment: dict[str, str], words: str) -> None:
-    result = run(*arguments, **environment)
+    command = [sys.executable, "-m", "reranker_service", *arguments]
+    result = forked.run(command, env={**os.environ, **environment}, timeout=240)
     assert result.returncode == 2
     assert words in result.stderr
     assert "Traceback" not in result.stderr
 
 
 def test_help_lists_every_flag() -> None:
-    result = run("--help")
-    assert result.returncode == 0
+    command = [sys.executable, "-m", "reranker_service", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
     for flag in ("--model", "--engine", "--host", "--port", "--max-length", "--limits.max-text-bytes", "--grace"):
         assert flag in result.stdout
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import queue
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
 from reranker_service.observing.tracing import TracingError, start_tracing
 
+from . import forked
 from .servers import ServerProcess
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -38,7 +38,7 @@ def test_a_server_without_the_package_says_so_and_ends(
     # A module that cannot be imported hides the real one, if it is installed.
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['opentelemetry.instrumentation'] = None\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
-    with ServerProcess("--model", str(cross_encoder), "--engine", "torch", "--tracing", ready=False) as server:
+    with ServerProcess("--model", str(cross_encoder), "--engine", "torch", "--tracing", ready=False, fresh=True) as server:
         line = server.wait_for("cannot start metrics or tracing")
         assert server.wait() == 1
     assert "--tracing" in line
@@ -215,7 +215,6 @@ def test_spans_can_be_printed() -> None:
         "tracing.close()\n"
     )
     environment = {**os.environ, "OTEL_TRACES_EXPORTER": "console"}
-    result = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
-    )
+    result = forked.run([sys.executable, "-c", program], env=environment, timeout=240)
+    result.check_returncode()
     assert '"name": "hello"' in result.stdout

@@ -1,0 +1,179 @@
+"""Python programs in processes that are forked from one process with the large libraries imported.
+
+To import torch, transformers and sentence-transformers takes ten seconds of CPU time. Each test worker imports them a
+second time, in the fork server of ``multiprocessing``; a program that is forked from it starts in milliseconds. From
+its first line on it is the program that a fresh interpreter would run: own process, arguments, environment, files,
+signals, exit status. Tests of what happens before or during the imports take a fresh interpreter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import types
+from collections.abc import Mapping, Sequence
+from multiprocessing.reduction import DupFd
+from pathlib import Path
+from typing import IO, Any
+
+PRELOADED = ["tests.preloaded"]
+"""Modules that the fork server imports."""
+
+
+class ForkedProgram:
+    """Takes the place of ``subprocess.Popen`` for ``[sys.executable, "-m", ...]`` and ``[sys.executable, "-c", ...]``.
+
+    Attributes:
+        stdout: What the program writes, as text; set with ``stdout=subprocess.PIPE``.
+        stderr: The same of its standard error.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        stdin: int = subprocess.DEVNULL,
+        stdout: int | None = None,
+        stderr: int | None = None,
+        text: bool = True,
+        errors: str | None = None,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        start_new_session: bool = False,
+        process_group: int | None = None,
+    ) -> None:
+        assert command[0] == sys.executable, command
+        assert stdin == subprocess.DEVNULL
+        assert text
+        self.args = command
+        self.stdout: IO[str] | None = None
+        self.stderr: IO[str] | None = None
+        multiprocessing.set_forkserver_preload(PRELOADED)
+        with contextlib.ExitStack() as ours:
+            files: list[int] = []
+            for number, asked in ((0, stdin), (1, stdout), (2, stderr)):
+                if asked == subprocess.PIPE:
+                    reading, writing = os.pipe()
+                    ours.callback(os.close, writing)
+                    stream = open(reading, errors=errors)  # noqa: SIM115 - it is the caller's
+                    self.stdout, self.stderr = (stream, self.stderr) if number == 1 else (self.stdout, stream)
+                    files.append(writing)
+                elif asked == subprocess.DEVNULL:
+                    files.append(os.open(os.devnull, os.O_RDWR))
+                    ours.callback(os.close, files[-1])
+                elif asked == subprocess.STDOUT:
+                    files.append(files[1])
+                else:
+                    files.append(number if asked is None else asked)
+            self._process = multiprocessing.get_context("forkserver").Process(
+                target=_Start(command[1:], files, cwd or Path.cwd(), env, start_new_session, process_group)
+            )
+            self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit status, or the negative number of the signal that ended the program; ``None`` while it runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """The same as ``returncode``."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the program's end; gives ``returncode``. Raises ``subprocess.TimeoutExpired``."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to a program that still runs."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self._process.terminate()
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self._process.kill()
+
+
+class _Start:
+    """What the forked process does; travels there by pickle."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        files: Sequence[int],
+        cwd: Path,
+        env: Mapping[str, str] | None,
+        session: bool,
+        group: int | None,
+    ) -> None:
+        self._arguments = list(arguments)
+        self._files: Sequence[int | Any] = files
+        self._cwd = cwd
+        self._env = dict(os.environ if env is None else env)
+        self._session, self._group = session, group
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Called while the process starts, which is when open files can be handed to it.
+        return {**self.__dict__, "_files": [DupFd(file) for file in self._files]}
+
+    def __call__(self) -> None:
+        for number, file in enumerate(self._files):
+            inherited = file.detach()
+            os.dup2(inherited, number)
+            os.close(inherited)
+        if self._session:
+            os.setsid()
+        elif self._group is not None:
+            os.setpgid(0, self._group)
+        os.environ.clear()
+        os.environ.update(self._env)
+        os.chdir(self._cwd)
+        if self._env.get("PYTHONUNBUFFERED"):
+            for stream in (sys.stdout, sys.stderr):
+                stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        kind, program, *arguments = self._arguments
+        if kind == "-m":
+            sys.argv = [program, *arguments]
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+        else:
+            assert kind == "-c", self._arguments
+            sys.argv = ["-c", *arguments]
+            sys.modules["__main__"] = main = types.ModuleType("__main__")
+            exec(program, main.__dict__)
+
+
+def run(
+    command: Sequence[str], *, timeout: float, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end, as ``subprocess.run`` does, with its output captured.
+
+    Raises:
+        subprocess.TimeoutExpired: It took longer than ``timeout`` seconds, and was killed with its group.
+    """
+    with contextlib.ExitStack() as files:
+        written = [files.enter_context(open(os.memfd_create("output"), "w+")) for _ in range(2)]
+        outputs = [file.fileno() for file in written]
+        program = ForkedProgram(
+            command, stdout=outputs[0], stderr=outputs[1], cwd=cwd, env=env, start_new_session=True
+        )
+        try:
+            status = program.wait(timeout)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(program.pid, 9)
+            raise
+        for file in written:
+            file.seek(0)
+        return subprocess.CompletedProcess(command, status, *(file.read() for file in written))
