@@ -11,11 +11,11 @@ from benchmarks import scrape
 from benchmarks.bare import encode_grid, pair_layout
 from benchmarks.bench import Bench
 from benchmarks.launch import address_of
-from benchmarks.processes import Child
 from benchmarks.report import Figure
 from benchmarks.rounds import Spread, contest
 from benchmarks.sides import StreamSide
 from benchmarks.texts import Grid
+from examples.processes import Child
 from loss_client import RerankerClient
 from reranker_service.models import read_model
 

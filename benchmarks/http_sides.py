@@ -12,9 +12,9 @@ import aiohttp
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.processes import Child
 from benchmarks.sides import IN_FLIGHT, ChildSide
 from benchmarks.texts import Grid
+from examples.processes import Child
 
 _TIMEOUT = aiohttp.ClientTimeout(total=600)
 

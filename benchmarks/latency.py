@@ -14,10 +14,10 @@ from grpc import aio
 
 from benchmarks.bench import Bench
 from benchmarks.launch import address_of
-from benchmarks.processes import Child
 from benchmarks.report import Figure
 from benchmarks.rounds import Spread
 from benchmarks.texts import Grid
+from examples.processes import Child
 from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
 

@@ -14,9 +14,8 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import torch
 
-from benchmarks.processes import Child, ProcessError, child
-
-_READY = r"event=ready\b.*\baddress=(\S+)"
+from examples.processes import Child, ProcessError, child
+from examples.serving import server_command
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,23 +76,18 @@ class Launcher:
     ) -> AbstractContextManager[Child]:
         """Our server, its score cache off; ``module`` may be one that wraps it."""
         arguments = json.dumps({**self.machine.engine_args, **engine_args})
-        return self._start(
-            module,
-            *("--model", str(model), "--engine", engine, "--dtype", self.machine.dtype, "--engine-args", arguments),
-            *("--host", "127.0.0.1", "--port", "0", "--log-format", "logfmt", "--cache-bytes", "0", *flags),
-        )
+        own = ("--model", str(model), "--engine", engine, "--dtype", self.machine.dtype, "--engine-args", arguments)
+        return self._start(server_command(*own, "--cache-bytes", "0", *flags, module=module))
 
     def bare(self, model: Path, side: str) -> AbstractContextManager[Child]:
         """A worker of ``benchmarks.bare``: ``side`` is "torch", "vllm" or "predict"."""
         arguments = json.dumps(self.machine.engine_args)
-        return self._start(
-            "benchmarks.bare",
-            *("--model", str(model), "--side", side, "--dtype", self.machine.dtype, "--engine-args", arguments),
-        )
+        own = ("--model", str(model), "--side", side, "--dtype", self.machine.dtype, "--engine-args", arguments)
+        return self._start([sys.executable, "-m", "benchmarks.bare", *own])
 
     def baseline(self, model: Path) -> AbstractContextManager[Child]:
         """The plain HTTP service of ``benchmarks.baseline``."""
-        return self._start("benchmarks.baseline", "--model", str(model))
+        return self._start([sys.executable, "-m", "benchmarks.baseline", "--model", str(model)])
 
     def vllm_http(self, model: Path) -> AbstractContextManager[Child]:
         """Start vLLM's HTTP server with the settings that our vLLM engine passes to vLLM."""
@@ -101,21 +95,23 @@ class Launcher:
         if self.machine.cuda:
             flags = ["--gpu-memory-utilization", str(self.machine.engine_args["gpu_memory_utilization"])]
         return self._start(
-            "vllm.entrypoints.openai.api_server",
-            *("--model", str(model), "--served-model-name", "model", "--runner", "pooling"),
-            *("--dtype", self.machine.dtype, "--host", "127.0.0.1", "--port", "0"),
-            *("--no-enable-prefix-caching", "--disable-log-stats", "--disable-uvicorn-access-log", *flags),
+            [
+                *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+                *("--model", str(model), "--served-model-name", "model", "--runner", "pooling"),
+                *("--dtype", self.machine.dtype, "--host", "127.0.0.1", "--port", "0"),
+                *("--no-enable-prefix-caching", "--disable-log-stats", "--disable-uvicorn-access-log", *flags),
+            ]
         )
 
-    def _start(self, module: str, *arguments: str) -> AbstractContextManager[Child]:
+    def _start(self, command: Sequence[str]) -> AbstractContextManager[Child]:
         self._count += 1
-        log = self._logs / f"{self._count:02d}-{module.rpartition('.')[2]}.log"
-        return child([sys.executable, "-m", module, *arguments], log, self.machine.environment)
+        module = command[2].rpartition(".")[2]
+        return child(command, self._logs / f"{self._count:02d}-{module}.log", self.machine.environment)
 
 
 def address_of(process: Child) -> str:
     """``HOST:PORT`` of a process of ours, once it is ready. Raises ``ProcessError``."""
-    return process.wait_for(_READY)[1]
+    return process.wait_ready()
 
 
 def http_address_of(process: Child) -> str:

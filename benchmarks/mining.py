@@ -22,10 +22,10 @@ from sentence_transformers.util import mine_hard_negatives
 
 from benchmarks.bench import Bench
 from benchmarks.launch import address_of
-from benchmarks.processes import Child
 from benchmarks.report import Figure
 from benchmarks.rounds import contest
 from benchmarks.texts import Grid
+from examples.processes import Child
 from loss_client import RemoteCrossEncoder, RerankerClient
 
 _DOCUMENTS = 64

@@ -12,10 +12,10 @@ import psutil  # type: ignore[import-untyped]
 from benchmarks import scrape
 from benchmarks.bench import Bench
 from benchmarks.launch import address_of
-from benchmarks.processes import Child, ProcessError
 from benchmarks.proxy import CountingProxy
 from benchmarks.report import Figure
 from benchmarks.rounds import Spread
+from examples.processes import Child, ProcessError
 from loss_client import RerankerClient
 
 _SIDE = 1024

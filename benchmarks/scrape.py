@@ -7,7 +7,7 @@ from collections import defaultdict
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.processes import Child
+from examples.processes import Child
 
 FLAGS = ("--metrics-port", "0")
 """Flags of a server whose counters ``read`` can read."""

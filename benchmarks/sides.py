@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.launch import address_of
-from benchmarks.processes import Child
 from benchmarks.texts import Grid
+from examples.processes import Child
 from loss_client import RerankerClient
 from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc

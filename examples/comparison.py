@@ -68,7 +68,7 @@ def run(settings: Settings, console: Console) -> list[report.Result]:
         One result a model: the untrained student, then the contenders in the order of their training.
 
     Raises:
-        ServerStartError: The reranker server did not start.
+        ProcessError: The reranker server did not start.
         RerankerError: The reranker server could not be used.
         ValueError: There are too few docstrings for these settings.
     """

@@ -42,14 +42,14 @@ def run_program(run: Callable[[], object], interrupted: str = "Interrupted; the 
     import datasets  # type: ignore[import-untyped]
     from transformers.utils import logging
 
-    from examples.serving import ServerStartError
+    from examples.processes import ProcessError
     from loss_client import RerankerError
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     datasets.disable_progress_bars()
     try:
         run()
-    except (ServerStartError, RerankerError, ValueError) as error:
+    except (ProcessError, RerankerError, ValueError) as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         return 1
     except KeyboardInterrupt:

@@ -13,7 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from examples.serving import ServerStartError, reranker_server
+from examples.processes import ProcessError
+from examples.serving import reranker_server
 from loss_client import RerankerClient
 
 INSTRUCTION = "Given the summary of a Python function, retrieve the text that describes the function in detail"
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
                 if options.serve:
                     print(f"The server is running at {address}; press Ctrl-C to end it")
                     signal.sigwait({signal.SIGINT, signal.SIGTERM})
-        except ServerStartError as error:
+        except ProcessError as error:
             print(error, file=sys.stderr)
             return 1
     return 0

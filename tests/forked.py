@@ -69,10 +69,15 @@ class ForkedProgram:
                     files.append(files[1])
                 else:
                     files.append(number if asked is None else asked)
+            ready, begins = os.pipe()
+            ours.callback(os.close, ready)
             self._process = multiprocessing.get_context("forkserver").Process(
-                target=_Start(command[1:], files, cwd or Path.cwd(), env, start_new_session, process_group)
+                target=_Start(command[1:], [*files, begins], cwd or Path.cwd(), env, start_new_session, process_group)
             )
             self._process.start()
+            # As with Popen, the process is of its session and has its files before the constructor returns.
+            os.close(begins)
+            os.read(ready, 1)
         assert self._process.pid is not None
         self.pid = self._process.pid
 
@@ -129,14 +134,15 @@ class _Start:
         return {**self.__dict__, "_files": [DupFd(file) for file in self._files]}
 
     def __call__(self) -> None:
-        for number, file in enumerate(self._files):
-            inherited = file.detach()
-            os.dup2(inherited, number)
-            os.close(inherited)
+        *files, begins = (file.detach() for file in self._files)
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+            os.close(file)
         if self._session:
             os.setsid()
         elif self._group is not None:
             os.setpgid(0, self._group)
+        os.close(begins)
         os.environ.clear()
         os.environ.update(self._env)
         os.chdir(self._cwd)
@@ -165,9 +171,7 @@ def run(
     with contextlib.ExitStack() as files:
         written = [files.enter_context(open(os.memfd_create("output"), "w+")) for _ in range(2)]
         outputs = [file.fileno() for file in written]
-        program = ForkedProgram(
-            command, stdout=outputs[0], stderr=outputs[1], cwd=cwd, env=env, start_new_session=True
-        )
+        program = ForkedProgram(command, stdout=outputs[0], stderr=outputs[1], cwd=cwd, env=env, start_new_session=True)
         try:
             status = program.wait(timeout)
         except BaseException:

@@ -62,7 +62,7 @@ def scraped(text: str) -> Scrape:
 
 def scrape_text(server: ServerProcess, accept: str = "text/plain") -> str:
     """The page of a server with ``--metrics-port``."""
-    address = re.search(r"metrics=(\S+)", server.wait_for("metrics="))[1]
+    address = re.search(r"metrics=(\S+)", server.line("metrics="))[1]
     request = urllib.request.Request(f"http://{address}/metrics", headers={"Accept": accept})
     with urllib.request.urlopen(request, timeout=30) as response:
         return response.read().decode()

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import re
-import signal
 import subprocess
-import sys
-import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -18,6 +14,8 @@ import numpy as np
 from grpc import aio
 from numpy.typing import NDArray
 
+from examples.processes import Child
+from examples.serving import server_command
 from reranker.v1 import reranker_pb2 as pb
 from reranker_service.engines import EngineDeadError, TokenSequence
 from reranker_service.models import make_layout, read_model
@@ -29,92 +27,40 @@ from reranker_service.scoring import Scorer
 
 from .forked import ForkedProgram
 
-START_SECONDS = 400
 
-
-class ServerProcess:
+class ServerProcess(Child):
     """``python -m reranker_service`` with given flags on a free loopback port; ended with the ``with`` block.
 
     Args:
         flags: The flags.
         ready: Whether to wait until it answers.
-        own_group: Whether signals to this program's group pass it by.
         module: One that runs the server around another engine.
         fresh: Whether it runs in a fresh interpreter; otherwise it is forked with its libraries imported.
+
+    Attributes:
+        address: ``HOST:PORT``, once it answers.
     """
 
-    def __init__(
-        self,
-        *flags: str,
-        ready: bool = True,
-        own_group: bool = False,
-        module: str = "reranker_service",
-        fresh: bool = False,
-    ) -> None:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-        start = subprocess.Popen if fresh else ForkedProgram
-        self.process = start(
-            [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", "0", *flags],
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-            process_group=0 if own_group else None,
-        )
-        self.lines: list[str] = []
-        self._changed = threading.Condition()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+    def __init__(self, *flags: str, ready: bool = True, module: str = "reranker_service", fresh: bool = False) -> None:
+        self.popen = subprocess.Popen if fresh else ForkedProgram
+        environment = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        super().__init__(server_command(*flags, module=module), environment=environment, name="The server")
         if ready:
-            line = self.wait_for("event=ready")
-            self.address = re.search(r"address=(\S+)", line)[1]
-
-    def _read(self) -> None:
-        for line in self.process.stderr:
-            with self._changed:
-                self.lines.append(line.rstrip("\n"))
-                self._changed.notify_all()
-        with self._changed:
-            self.lines.append("<end of log>")
-            self._changed.notify_all()
-
-    def wait_for(self, text: str) -> str:
-        """The first log line that holds ``text``; fails with the log if the process ends or takes too long."""
-
-        def found() -> bool:
-            return any(text in line for line in self.lines) or self.lines[-1:] == ["<end of log>"]
-
-        with self._changed:
-            in_time = self._changed.wait_for(found, START_SECONDS)
-            lines = [line for line in self.lines if text in line]
-        if not in_time or not lines:
-            self.close()
-            raise AssertionError(f"no {text!r} in the server's log:\n" + "\n".join(self.lines[-40:]))
-        return lines[0]
-
-    def signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
-
-    def wait(self) -> int:
-        """Exit status."""
-        return self.process.wait(180)
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
             try:
-                self.process.wait(45)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait(10)
-        self._reader.join(10)
+                self.address = self.wait_ready()
+            except BaseException:
+                self.stop()
+                raise
+
+    def line(self, text: str) -> str:
+        """The first log line that holds ``text``, once there is one. Raises ``ProcessError`` if the server ends."""
+        return self.wait_for(re.escape(text)).string
 
     def __enter__(self) -> ServerProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self.stop()
 
 
 class ControlledEngine:

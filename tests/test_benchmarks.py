@@ -20,12 +20,12 @@ from rich.console import Console
 
 from benchmarks import report
 from benchmarks.causal import IdealPrefixCache
-from benchmarks.processes import Child, ProcessError, child
 from benchmarks.proxy import CountingProxy
 from benchmarks.report import Figure
 from benchmarks.rounds import DisagreementError, Spread, contest
 from benchmarks.service import PARTS, run, scale_for
 from benchmarks.texts import Corpus, Grid
+from examples.processes import Child, ProcessError, child
 
 
 def grid(queries: int) -> Grid:
@@ -245,7 +245,7 @@ def test_stopping_a_process_ends_its_children(family: Child) -> None:
 def test_a_process_that_ends_early_is_reported_with_its_log(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "print('no such model'); raise SystemExit(1)"]
     with child(command, tmp_path / "log") as process:
-        with pytest.raises(ProcessError, match=r"ended without 'ready'(?s:.)*no such model"):
+        with pytest.raises(ProcessError, match=r"ended before 'ready' was in its log(?s:.)*no such model"):
             process.wait_for("ready", 30)
 
 

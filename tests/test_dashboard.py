@@ -35,8 +35,7 @@ def page(causal_reranker: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     flags = ["--model", str(converted), "--engine", "vllm", "--metrics-port", "0"]
     with ServerProcess(*flags, ready=False) as server:
         loading = scrape(server)
-        address = re.search(r"address=(\S+)", server.wait_for("event=ready"))[1]
-        with grpc.insecure_channel(address) as channel:
+        with grpc.insecure_channel(server.wait_ready()) as channel:
             stub = rpc.RerankerServiceStub(channel)
             request = pb.RerankRequest(query="a query", documents=["a document", "another"])
             response = stub.Rerank(request)

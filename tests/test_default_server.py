@@ -29,12 +29,12 @@ from .test_rpcs import DOCUMENTS, QUERIES, assert_all_close, through_every_rpc
 @pytest.fixture(scope="module")
 def default_server() -> Iterator[ServerProcess]:
     """What ``make serve`` starts: the embedded all-MiniLM-L6-v2, on vLLM."""
-    with ServerProcess("--grace", "240", own_group=True, fresh=True) as server:
+    with ServerProcess("--grace", "240", fresh=True) as server:
         yield server
 
 
 def test_what_the_engine_chose_is_logged(default_server: ServerProcess) -> None:
-    line = default_server.wait_for("event=engine")
+    line = default_server.line("event=engine")
     for name in ("block_size=", "max_num_seqs=", "prefix_caching=", "cpu_threads="):
         assert name in line
 
@@ -79,14 +79,14 @@ def test_the_readmes_examples_run_as_they_stand(default_server: ServerProcess, t
 
 def test_calls_in_flight_finish_after_ctrl_c_which_also_reaches_vllm(default_server: ServerProcess) -> None:
     """A terminal sends the signal to the whole process group. It is the last of these tests: the server ends."""
-    children = psutil.Process(default_server.process.pid).children(recursive=True)
+    children = psutil.Process(default_server.pid).children(recursive=True)
     assert children
     with grpc.insecure_channel(default_server.address) as channel:
         stub = rpc.RerankerServiceStub(channel)
         request = pb.RerankRequest(query="a query", documents=[f"document {i} " * 20 for i in range(1000)])
         call = stub.Rerank.future(request, timeout=240)
         stub.GetModelInfo(pb.GetModelInfoRequest())
-        os.killpg(default_server.process.pid, signal.SIGINT)
+        os.killpg(default_server.pid, signal.SIGINT)
         assert len(call.result().results) == 1000
         assert default_server.wait() == 0
     # On a busy machine vLLM's last process ends a moment after its parent.

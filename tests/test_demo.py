@@ -18,8 +18,9 @@ from sentence_transformers.sentence_transformer.losses import CachedGISTEmbedLos
 
 from examples.contenders import CountingGISTEmbedLoss, FilterCounts
 from examples.docstrings import Pair, collect
+from examples.processes import ProcessError
 from examples.report import Result, draw, table, verdict
-from examples.serving import ServerStartError, reranker_server
+from examples.serving import reranker_server
 from examples.student import load_minilm, load_student, mine_triplets, retrieval_evaluator
 from examples.train import train
 
@@ -148,7 +149,7 @@ def test_the_report_shows_the_results(tmp_path: Path) -> None:
 def test_a_server_that_cannot_start_is_reported_with_its_log(tmp_path: Path) -> None:
     flags = ["--model", str(tmp_path / "no-such-model")]
     with reranker_server(tmp_path / "server.log", "torch", flags) as server:
-        with pytest.raises(ServerStartError, match=r"(?s)ended before it was ready.*no-such-model") as failure:
+        with pytest.raises(ProcessError, match=r"(?s)ended before it was ready.*no-such-model") as failure:
             server.wait_ready()
     assert str(tmp_path / "server.log") in str(failure.value)
 
@@ -156,10 +157,10 @@ def test_a_server_that_cannot_start_is_reported_with_its_log(tmp_path: Path) -> 
 def test_a_server_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     # Child processes of other tests' fixtures may be running.
     others = set(psutil.Process().children())
-    with reranker_server(tmp_path / "server.log", "torch", start_seconds=0.01) as server:
+    with reranker_server(tmp_path / "server.log", "torch") as server:
         (process,) = set(psutil.Process().children()) - others
-        with pytest.raises(ServerStartError, match="not ready within 0 s"):
-            server.wait_ready()
+        with pytest.raises(ProcessError, match="took more than 0 s until it was ready"):
+            server.wait_ready(seconds=0.01)
     assert not process.is_running()
 
 

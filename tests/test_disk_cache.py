@@ -111,6 +111,6 @@ def test_a_directory_that_cannot_be_used_is_a_clear_error_at_once(cross_encoder:
         DiskCache(tmp_path / "file", 1 << 20, "model")
     flags = ["--model", str(cross_encoder), "--engine", "torch", "--cache-dir", str(tmp_path / "file")]
     with ServerProcess(*flags, ready=False) as server:
-        server.wait_for("--cache-dir")
+        server.line("--cache-dir")
         assert server.wait() == 1
         assert not any("event=loading" in line for line in server.lines)

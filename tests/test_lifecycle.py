@@ -43,7 +43,7 @@ def test_a_ready_server_is_serving_under_both_names(cross_encoder_server: Server
 
 
 def test_the_ready_line_names_address_and_model(cross_encoder_server: ServerProcess, cross_encoder: Path) -> None:
-    line = cross_encoder_server.wait_for("event=ready")
+    line = cross_encoder_server.line("event=ready")
     assert f"address={cross_encoder_server.address}" in line
     assert f"model={cross_encoder.name}" in line
     assert len([one for one in cross_encoder_server.lines if "event=ready" in one]) == 1
@@ -89,12 +89,12 @@ def test_the_death_of_the_engine_ends_calls_and_server(cross_encoder: Path) -> N
         server.signal(DIE)
         assert call.exception().code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
         assert server.wait() == 1
-        assert "it was told to" in server.wait_for("engine died")
+        assert "it was told to" in server.line("engine died")
 
 
 def test_a_signal_while_the_model_loads_ends_the_server(bi_encoder: Path) -> None:
     with ServerProcess(*flags(bi_encoder), ready=False, fresh=True) as server:  # it imports transformers for seconds
-        address = server.wait_for("event=listening").split("address=")[1].split()[0]
+        address = server.line("event=listening").split("address=")[1].split()[0]
         assert check(address) == NOT_SERVING
         with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as caught:
             rpc.RerankerServiceStub(channel).Rerank(pb.RerankRequest(query="a", documents=["b"]), timeout=10)
@@ -109,13 +109,13 @@ def test_a_taken_port_is_an_error_at_once(cross_encoder: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with ServerProcess(*flags(cross_encoder), "--port", str(taken.getsockname()[1]), ready=False) as server:
-            server.wait_for("cannot listen")
+            server.line("cannot listen")
             assert server.wait() == 1
 
 
 def test_a_model_that_cannot_be_served(tmp_path: Path) -> None:
     with ServerProcess(*flags(tmp_path), ready=False) as server:
-        assert "config.json" in server.wait_for("cannot serve the model")
+        assert "config.json" in server.line("cannot serve the model")
         assert server.wait() == 1
 
 
@@ -156,4 +156,4 @@ def test_every_flag_is_also_a_variable(cross_encoder: Path, monkeypatch: pytest.
 
 
 def test_what_the_engine_chose_is_logged(cross_encoder_server: ServerProcess) -> None:
-    assert "threads=1" in cross_encoder_server.wait_for("event=engine")
+    assert "threads=1" in cross_encoder_server.line("event=engine")

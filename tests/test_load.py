@@ -95,7 +95,7 @@ def test_a_client_that_never_reads_does_not_grow_the_server(cross_encoder: Path)
 
     with ServerProcess(*flags) as server, RerankerClient(server.address) as client:
         client.score_pairs([("a", "b")])
-        process = psutil.Process(server.process.pid)
+        process = psutil.Process(server.pid)
         rss = process.memory_info().rss
         written = asyncio.run(write(server.address))
         assert 0 < written < chunks

@@ -337,7 +337,7 @@ def test_a_taken_metrics_port_is_an_error_at_once(cross_encoder: Path) -> None:
         taken.listen()
         flags = ["--model", str(cross_encoder), "--engine", "torch", "--metrics-port", str(taken.getsockname()[1])]
         with ServerProcess(*flags, ready=False) as server:
-            line = server.wait_for("cannot start metrics or tracing")
+            line = server.line("cannot start metrics or tracing")
             assert server.wait() == 1
     assert "--metrics-port" in line
     assert "in use" in line

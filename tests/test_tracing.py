@@ -38,8 +38,10 @@ def test_a_server_without_the_package_says_so_and_ends(
     # A module that cannot be imported hides the real one, if it is installed.
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['opentelemetry.instrumentation'] = None\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
-    with ServerProcess("--model", str(cross_encoder), "--engine", "torch", "--tracing", ready=False, fresh=True) as server:
-        line = server.wait_for("cannot start metrics or tracing")
+    with ServerProcess(
+        "--model", str(cross_encoder), "--engine", "torch", "--tracing", ready=False, fresh=True
+    ) as server:
+        line = server.line("cannot start metrics or tracing")
         assert server.wait() == 1
     assert "--tracing" in line
     assert "pip install 'reranker-grpc[tracing]'" in line
