@@ -16,9 +16,11 @@ from pathlib import Path
 import grpc
 import pytest
 
+from examples.processes import Child
 from reranker.v1 import reranker_pb2_grpc as rpc
 
 from . import models
+from .forked import ForkedProgram
 from .servers import ServerProcess
 
 # Two workers finish at about the same time if the longest files begin first.
@@ -70,6 +72,12 @@ def causal_reranker_server(causal_reranker: Path) -> Iterator[ServerProcess]:
 def bi_encoder_server(bi_encoder: Path) -> Iterator[ServerProcess]:
     """The tiny bi-encoder, served by the real program."""
     yield from _server(bi_encoder)
+
+
+@pytest.fixture
+def forked_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What examples, benchmarks and the quality study start in this process is forked with its libraries imported."""
+    monkeypatch.setattr(Child, "popen", ForkedProgram)
 
 
 @pytest.fixture

@@ -165,6 +165,7 @@ def test_targets_that_are_bounds_are_compared_with_the_worst_batch() -> None:
     assert by_name["pairs scored"].spread.high == 0.02
 
 
+@pytest.mark.usefixtures("forked_children")
 def test_a_small_run_measures_draws_and_writes(tmp_path: Path) -> None:
     figures = run(["prefetch", "candidates"], output=tmp_path, rounds=1, scale=0.1, console=Console(quiet=True))
     by_name = {figure.name: figure for figure in figures}

@@ -262,6 +262,7 @@ def test_a_slow_machine_measures_less_instead_of_taking_longer() -> None:
     assert scale_for(last, 2000) == 0.1
 
 
+@pytest.mark.usefixtures("forked_children")
 def test_a_small_run_measures_and_writes(tmp_path: Path) -> None:
     console = Console(quiet=True)
     figures = run(["torch-tiny"], output=tmp_path, rounds=2, scale=0.01, console=console)

@@ -24,6 +24,7 @@ from examples.serving import reranker_server
 from examples.student import load_minilm, load_student, mine_triplets, retrieval_evaluator
 from examples.train import train
 
+from . import forked
 from .servers import ServerProcess
 
 PAIRS = [
@@ -146,6 +147,7 @@ def test_the_report_shows_the_results(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("forked_children")
 def test_a_server_that_cannot_start_is_reported_with_its_log(tmp_path: Path) -> None:
     flags = ["--model", str(tmp_path / "no-such-model")]
     with reranker_server(tmp_path / "server.log", "torch", flags) as server:
@@ -170,7 +172,7 @@ def demo(output: Path, *flags: str) -> list[str]:
 
 
 def test_a_small_run_from_docstrings_to_table_plot_and_model(tmp_path: Path) -> None:
-    done = subprocess.run(demo(tmp_path), capture_output=True, text=True, timeout=580, check=False)
+    done = forked.run(demo(tmp_path), timeout=580)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nDCG@10" in done.stdout
     assert "Traceback" not in done.stderr
@@ -208,11 +210,10 @@ def test_a_small_run_from_docstrings_to_table_plot_and_model(tmp_path: Path) -> 
 
 
 def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path) -> None:
-    process = subprocess.Popen(
+    process = forked.ForkedProgram(
         demo(tmp_path),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
     try:
@@ -221,7 +222,7 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path) -> None:
         started = psutil.Process(process.pid).children(recursive=True)
         assert started
         process.send_signal(signal.SIGTERM)
-        rest, _ = process.communicate(timeout=400)
+        rest = process.stdout.read()
     finally:
         process.kill()
         process.wait()

