@@ -11,11 +11,12 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import os
 import re
 import sysconfig
 import warnings
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,7 +106,7 @@ def pairs_of_source(source: bytes, module: str) -> list[Pair]:
 
 
 def nodes_of_source(source: bytes) -> list[ast.AST]:
-    """Return all nodes of one file's syntax tree in the order of the file.
+    """Return the module and all statements of one file in the order of the file.
 
     Raises:
         SyntaxError, ValueError: The file is not valid Python.
@@ -114,7 +115,16 @@ def nodes_of_source(source: bytes) -> list[ast.AST]:
         # Installed packages have string literals with invalid escapes, which Python warns about.
         warnings.simplefilter("ignore")
         tree = ast.parse(source)
-    return sorted(ast.walk(tree), key=lambda node: getattr(node, "lineno", 0))
+    return sorted(_statements(tree), key=lambda node: getattr(node, "lineno", 0))
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """Yield the module and its statements. Expressions are skipped: they are most nodes, and hold no statements."""
+    waiting: deque[ast.AST] = deque([tree])
+    while waiting:
+        yield (node := waiting.popleft())
+        for name in ("body", "handlers", "orelse", "finalbody", "cases"):
+            waiting.extend(getattr(node, name, ()))
 
 
 def one_line_summary(docstring: str) -> str | None:
@@ -226,9 +236,13 @@ def _package_pairs(name: str, root: Path, limit: int, extract: Callable[[bytes, 
 
 def _source_files(name: str, root: Path) -> Iterator[tuple[Path, str]]:
     """Return (path, module) of a package's files, in an order that depends on names alone and mixes all folders."""
-    files: Iterable[tuple[Path, Path]] = ((path, path.relative_to(root)) for path in root.rglob("*.py"))
-    named = [(path, f"{name}/{below.as_posix()}") for path, below in files if not _SKIPPED_FOLDERS & set(below.parts)]
-    return iter(sorted(named, key=lambda item: (_unit_hash(item[1]), item[1])))
+    named: list[tuple[str, Path]] = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [one for one in folders if one not in _SKIPPED_FOLDERS]
+        paths = [Path(folder, file) for file in files if file.endswith(".py")]
+        named += [(f"{name}/{path.relative_to(root).as_posix()}", path) for path in paths]
+    named.sort(key=lambda item: (_unit_hash(item[0]), item[0]))
+    return ((path, module) for module, path in named)
 
 
 def _unit_hash(text: str) -> float:

@@ -21,7 +21,7 @@ from examples.student import load_student
 from loss_client import RerankerCachedGISTEmbedLoss, RerankerDataCollator, RerankerMetricsCallback
 
 
-def train(reranker_urls: list[str], output: str, steps: int = 20, batch_size: int = 16) -> None:
+def train(reranker_urls: list[str], output: str, steps: int = 20, batch_size: int = 16, pairs: int = 4096) -> None:
     """Train the demo's student on all ranks and save it in the directory ``output``.
 
     Args:
@@ -29,9 +29,10 @@ def train(reranker_urls: list[str], output: str, steps: int = 20, batch_size: in
         output: Directory for the model.
         steps: Training steps.
         batch_size: Pairs of a step on one rank; the documents of all ranks are candidates for every anchor.
+        pairs: Number of pairs to train on.
     """
-    pairs = collect(4096, packages=["stdlib"])
-    dataset = Dataset.from_dict({"anchor": [one.summary for one in pairs], "positive": [one.body for one in pairs]})
+    texts = collect(pairs, packages=["stdlib"])
+    dataset = Dataset.from_dict({"anchor": [one.summary for one in texts], "positive": [one.body for one in texts]})
     model = load_student()
     args = SentenceTransformerTrainingArguments(
         output,
