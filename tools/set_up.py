@@ -64,13 +64,13 @@ def set_up(environment: Path, requirements: Path) -> None:
     unfinished.touch()
     step(f"Installing {PIP}", *pip, PIP)
     step(
-        f"Installing the {len(pins)} packages of {requirements}: one to three minutes, more if the network is slow",
+        f"Installing about {round(len(pins), -1)} packages of {requirements}: one to three minutes on a fast network",
         *(*pip, "--no-deps", "--no-compile", "--requirement", requirements),
         progress=unpacked,
     )
     # pip would compile on one core. A few packages carry files for other Pythons, which cannot be compiled.
     compileall = ("-m", "compileall", "-qq", "-j", "0", "-x", NOT_COMPILED, environment / "lib")
-    step("Compiling them to bytecode: about half a minute on two cores", python, *compileall, check=False)
+    step("Compiling them to bytecode: about half a minute on two idle cores", python, *compileall, check=False)
     if not works(python, "-c", "import torch"):
         (torch,) = (pin for pin in pins if pin.startswith("torch=="))
         step(
