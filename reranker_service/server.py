@@ -95,6 +95,8 @@ async def _serve(settings: Settings, stop: asyncio.Event, observing: Observers) 
         if settings.cache_dir is not None:
             # An unusable directory is an error before the model is loaded.
             DiskCache(settings.cache_dir, settings.cache_dir_bytes, "").close()
+        # The objects made during the start stay. Looking through them for garbage takes a tenth of the start's time.
+        gc.disable()
         # In a thread, because downloads and imports take long, and health probes must be answered meanwhile.
         prepared = await _unless(stop, asyncio.to_thread(load, settings))
         if prepared is None:
@@ -195,6 +197,7 @@ async def _open(settings: Settings, loaded: Loaded, servicer: RerankerServicer, 
     # looked through them would hold up all calls for half a second.
     gc.collect()
     gc.freeze()
+    gc.enable()
     servicer.open(scorer, Validator(settings.limits, scorer.ranges), info)
     metrics.serving(
         {
