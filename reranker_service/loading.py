@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from dataclasses import dataclass
+from typing import Literal
 
 from .engines import Engine
 from .models import ModelSpec, PairLayout, TextLayout, UnsupportedModelError, make_layout, read_model
@@ -28,6 +29,10 @@ def load(settings: Settings) -> Loaded:
     Raises:
         UnsupportedModelError: The model can't be served, or not as the settings ask.
     """
+    if choose_engine(settings) == "vllm":
+        from .engines.vllm_processes import start_importing
+
+        start_importing()
     spec = choose_model(settings)
     return Loaded(spec, make_layout(spec), make_engine(settings, spec))
 
@@ -58,18 +63,27 @@ def choose_model(settings: Settings) -> ModelSpec:
     return dataclasses.replace(spec, default_length=settings.max_length)
 
 
+def choose_engine(settings: Settings) -> Literal["vllm", "torch"]:
+    """Name of the engine that the settings name, or of vLLM where it is installed.
+
+    Raises:
+        UnsupportedModelError: The engine is not installed.
+    """
+    installed = importlib.util.find_spec("vllm") is not None
+    if settings.engine == "auto":
+        return "vllm" if installed else "torch"
+    if settings.engine == "vllm" and not installed:
+        raise UnsupportedModelError("--engine vllm: vllm is not installed; install it, or use --engine torch")
+    return settings.engine
+
+
 def make_engine(settings: Settings, spec: ModelSpec) -> Engine:
     """Make the engine, without starting it. Only the packages of this engine are imported.
 
     Raises:
         UnsupportedModelError: The engine is not installed, or can't run the model.
     """
-    name = settings.engine
-    if name == "auto":
-        name = "vllm" if importlib.util.find_spec("vllm") else "torch"
-    if name == "vllm":
-        if importlib.util.find_spec("vllm") is None:
-            raise UnsupportedModelError("--engine vllm: vllm is not installed; install it, or use --engine torch")
+    if choose_engine(settings) == "vllm":
         from .engines.vllm_engine import VllmEngine
 
         # vLLM's own metrics appear on the same Prometheus page.

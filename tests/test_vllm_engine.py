@@ -58,7 +58,10 @@ def processes() -> set[int]:
     found = set()
     for child in psutil.Process().children(recursive=True):
         try:
-            if child.status() != psutil.STATUS_ZOMBIE and "resource_tracker" not in " ".join(child.cmdline()):
+            command = " ".join(child.cmdline())
+            # Both end with this process. An engine core begins as a copy of the fork server, its parent.
+            helper = "resource_tracker" in command or ("forkserver" in command and child.ppid() == os.getpid())
+            if child.status() != psutil.STATUS_ZOMBIE and not helper:
                 found.add(child.pid)
         except psutil.NoSuchProcess:
             continue

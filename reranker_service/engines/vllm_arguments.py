@@ -44,15 +44,6 @@ def check_supported(spec: ModelSpec) -> None:
         raise UnsupportedModelError(f"{spec.name}: vLLM has no {spec.pooling} pooling; use the torch engine")
 
 
-def set_environment() -> None:
-    """Set the variables that vLLM reads when it is imported and in its processes."""
-    # No usage reports; logs go where the other logs go.
-    os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    # A forked process would inherit gRPC's listening socket, and gRPC's state without its threads.
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-
-
 def bind_cores() -> None:
     """Give vLLM's threads every core of a small machine; for CPUs."""
     cores = sorted(os.sched_getaffinity(0))

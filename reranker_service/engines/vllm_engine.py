@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import multiprocessing
 import os
-import signal
 from collections.abc import Mapping, Sequence
-from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -28,8 +25,8 @@ from .vllm_arguments import (
     check_supported,
     engine_arguments,
     library_versions,
-    set_environment,
 )
+from .vllm_processes import fork_engine_core, kill_loading, start_importing
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -154,7 +151,7 @@ class VllmEngine:
             return
         while not loading.done():
             # A process that is still loading ignores SIGTERM; once it is killed, the loading thread gives up.
-            await asyncio.to_thread(_kill_loading)
+            await asyncio.to_thread(kill_loading)
             await asyncio.wait({loading}, timeout=0.2)
         # start() has raised the error already, if there was one.
         loading.exception()
@@ -189,12 +186,7 @@ class VllmEngine:
         raise NoResultError(f"vLLM gave no result for an input of {len(sequence.ids)} tokens")
 
     def _load(self) -> None:
-        set_environment()
-        # Ctrl-C at a terminal reaches the whole process group, and vLLM's processes must outlive the calls in flight:
-        # they inherit a blocked SIGINT, and close() ends them. Starting the resource tracker now keeps it from lifting
-        # the block later.
-        resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        start_importing()
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -204,17 +196,9 @@ class VllmEngine:
             bind_cores()
         self.versions = library_versions()
         arguments = AsyncEngineArgs(**{**engine_arguments(self._spec, self.dtype, on_cpu), **self._engine_args})
+        # numactl can only wrap a new interpreter.
+        if not arguments.numa_bind:
+            fork_engine_core()
         # The only reference to the engine: if this function returned it as well, its future would keep close() from
         # collecting it.
         self._engine = AsyncLLM.from_engine_args(arguments)
-
-
-def _kill_loading() -> None:
-    """Kill every engine process of this program and its workers."""
-    engines = [child for child in multiprocessing.active_children() if child.name.startswith("EngineCore")]
-    if engines:
-        from vllm.utils.system_utils import kill_process_tree
-
-        for child in engines:
-            if child.pid is not None:
-                kill_process_tree(child.pid)
