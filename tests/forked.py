@@ -20,8 +20,8 @@ from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import IO, Any
 
-PRELOADED = ["tests.preloaded"]
-"""Modules that the fork server imports."""
+# The process has one fork server: this goes for whatever starts it.
+multiprocessing.set_forkserver_preload(["tests.preloaded"])
 
 
 class ForkedProgram:
@@ -52,7 +52,6 @@ class ForkedProgram:
         self.args = command
         self.stdout: IO[str] | None = None
         self.stderr: IO[str] | None = None
-        multiprocessing.set_forkserver_preload(PRELOADED)
         with contextlib.ExitStack() as ours:
             files: list[int] = []
             for number, asked in ((0, stdin), (1, stdout), (2, stderr)):

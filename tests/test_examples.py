@@ -19,8 +19,8 @@ def test_training_on_two_ranks(bi_encoder_server: ServerProcess, tmp_path: Path)
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from examples.train_distributed import train
 here = dict(rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", run_id="test")
-config = LaunchConfig(1, 1, 2, start_method="fork", **here)
-elastic_launch(config, train)(["{bi_encoder_server.address}"], "trained", 2, 4, 64)
+ranks = elastic_launch(LaunchConfig(1, 1, 2, start_method="fork", **here), train)
+ranks(["{bi_encoder_server.address}"], "trained", 2, 4, 64)
 """
     done = forked.run([sys.executable, "-c", program], cwd=tmp_path, timeout=240)
     assert done.returncode == 0, done.stderr

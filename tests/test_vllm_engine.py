@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from reranker_service.engines import EngineDeadError, TokenSequence
 from reranker_service.engines.vllm_engine import VllmEngine
-from reranker_service.models import ModelSpec, TextLayout, make_layout, read_model
+from reranker_service.models import read_model
 
 from . import models, references
 from .test_engines import TOLERANCE, inputs
@@ -30,8 +30,8 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 BUILDERS = {
     "cross-encoder": models.build_bert_cross_encoder,
     "causal": models.build_qwen3_reranker,
-    "bi-encoder": models.build_bi_encoder,
 }
+"""Bi-encoders are tested in ``test_default_server``."""
 
 
 class Running:
@@ -98,28 +98,17 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     assert_ended(processes() - before)
 
 
-def sequences_of(spec: ModelSpec, texts: list[tuple[str, str]], max_length: int | None = None) -> list[TokenSequence]:
-    if spec.kind != "bi-encoder":
-        return inputs(spec, texts, max_length)
-    layout = make_layout(spec)
-    assert isinstance(layout, TextLayout)
-    documents = layout.encode_documents([document for _, document in texts])
-    return [layout.single(one, max_length or spec.default_length)[0] for one in documents]
-
-
 def expected(running: Running, texts: list[tuple[str, str]], max_length: int | None) -> NDArray[np.float32]:
     if running.name == "cross-encoder":
         return references.cross_encoder_logits(running.model, texts, max_length)
-    if running.name == "bi-encoder":
-        return references.embeddings(running.model, [document for _, document in texts], max_length=max_length)
     return references.causal_logits(running.model, texts, None, max_length or running.spec.default_length)
 
 
 def test_scores(running: Running) -> None:
     texts = references.short_queries()
-    small = {"cross-encoder": 24, "bi-encoder": 16}.get(running.name, 260)
+    small = 24 if running.name == "cross-encoder" else 260
     for max_length in (None, small):
-        got = running.run(sequences_of(running.spec, texts, max_length))
+        got = running.run(inputs(running.spec, texts, max_length))
         assert got.dtype == np.float32
         want = expected(running, texts, max_length)
         assert want.std() > 0.05
@@ -144,13 +133,13 @@ def test_small_encoders_take_large_steps_on_a_cpu(running: Running) -> None:
 
 def test_inputs_as_long_as_the_model_takes(running: Running) -> None:
     spec = running.spec
-    sequences = sequences_of(spec, [("word " * 10, "word " * 2000)], spec.max_length)
+    sequences = inputs(spec, [("word " * 10, "word " * 2000)], spec.max_length)
     assert len(sequences[0].ids) == spec.max_length
     assert np.isfinite(running.run(sequences)).all()
 
 
 def test_a_cancelled_run_is_aborted_and_the_engine_goes_on(running: Running) -> None:
-    sequences = sequences_of(running.spec, references.pairs() * 20)
+    sequences = inputs(running.spec, references.pairs() * 20)
 
     async def work() -> None:
         engine = running.engine
@@ -168,7 +157,7 @@ def test_a_cancelled_run_is_aborted_and_the_engine_goes_on(running: Running) -> 
 
 
 def test_urgent_sequences_overtake_others_inside_vllm(running: Running) -> None:
-    sequences = sequences_of(running.spec, [("word " * 10, "word " * 2000)] * 200, min(running.spec.max_length, 512))
+    sequences = inputs(running.spec, [("word " * 10, "word " * 2000)] * 200, min(running.spec.max_length, 512))
 
     async def work() -> list[bool]:
         engine = running.engine
@@ -198,7 +187,7 @@ def test_urgent_sequences_overtake_others_inside_vllm(running: Running) -> None:
 
 
 def test_one_bad_input_fails_its_run_alone(running: Running) -> None:
-    good = sequences_of(running.spec, references.pairs()[:2])
+    good = inputs(running.spec, references.pairs()[:2])
     long = TokenSequence(np.full(running.spec.max_length + 1, 9, dtype=np.int32), running.spec.max_length + 1)
     from vllm.exceptions import VLLMValidationError
 
@@ -209,9 +198,9 @@ def test_one_bad_input_fails_its_run_alone(running: Running) -> None:
 
 
 def test_a_killed_engine_is_reported(running: Running) -> None:
-    if running.name != "bi-encoder":
+    if running.name != "causal":
         pytest.skip("once is enough")
-    sequences = sequences_of(running.spec, references.pairs() * 20)
+    sequences = inputs(running.spec, references.pairs() * 20)
 
     async def work() -> None:
         watch = asyncio.create_task(running.engine.wait_dead())
