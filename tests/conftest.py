@@ -24,7 +24,10 @@ from .forked import ForkedProgram
 from .servers import ServerProcess
 
 # Two workers finish at about the same time if the longest files begin first.
-_LONGEST = ("test_vllm_engine", "test_lifecycle", "test_demo", "test_quality", "test_default_server", "test_dashboard")
+_LONGEST = (
+    *("test_vllm_engine", "test_default_server", "test_dashboard", "test_quality", "test_loss_surroundings"),
+    *("test_demo", "test_packaging", "test_bench_loss", "test_example_mining", "test_benchmarks", "test_gather"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -263,7 +263,8 @@ def test_a_slow_machine_measures_less_instead_of_taking_longer() -> None:
 
 
 @pytest.mark.usefixtures("forked_children")
-def test_a_small_run_measures_and_writes(tmp_path: Path) -> None:
+def test_a_small_run_measures_and_writes(tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.service.Corpus", lambda: corpus)  # to read all texts takes longer than the rest
     console = Console(quiet=True)
     figures = run(["torch-tiny"], output=tmp_path, rounds=2, scale=0.01, console=console)
     by_name = {figure.name: figure for figure in figures}

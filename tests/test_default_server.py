@@ -101,11 +101,11 @@ def test_calls_in_flight_finish_after_ctrl_c_which_also_reaches_vllm(default_ser
     assert children
     with grpc.insecure_channel(default_server.address) as channel:
         stub = rpc.RerankerServiceStub(channel)
-        request = pb.RerankRequest(query="a query", documents=[f"document {i} " * 20 for i in range(1000)])
+        request = pb.RerankRequest(query="a query", documents=[f"document {i} " * 20 for i in range(300)])
         call = stub.Rerank.future(request, timeout=240)
         stub.GetModelInfo(pb.GetModelInfoRequest())
         os.killpg(default_server.pid, signal.SIGINT)
-        assert len(call.result().results) == 1000
+        assert len(call.result().results) == 300
         assert default_server.wait() == 0
     # On a busy machine vLLM's last process ends a moment after its parent.
     _, alive = psutil.wait_procs(children, timeout=60)

@@ -167,7 +167,7 @@ def test_a_server_that_takes_too_long_is_ended(tmp_path: Path) -> None:
 
 
 def demo(output: Path, *flags: str) -> list[str]:
-    small = ["--steps", "3", "--batch-size", "8", "--pairs", "1000", "--mined-documents", "300", "--queries", "80"]
+    small = ["--steps", "3", "--batch-size", "8", "--pairs", "600", "--mined-documents", "150", "--queries", "40"]
     return [sys.executable, "-m", "examples.demo", *small, "--engine", "torch", "--output", str(output), *flags]
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -207,15 +205,6 @@ def test_a_prompt_that_pooling_leaves_out_is_refused(tmp_path: Path) -> None:
 def test_models_that_are_not_there(name: str, message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         read_model(name)
-
-
-@pytest.mark.parametrize(
-    ("module", "absent"),
-    [("reranker_service.engines.base", "torch"), ("reranker_service.engines.vllm_engine", "vllm")],
-)
-def test_imports_leave_out_torch_and_vllm(module: str, absent: str) -> None:
-    code = f"import sys, {module}; assert {absent!r} not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_shorter_length_for_the_engine_is_a_shorter_length_for_requests(cross_encoder: Path) -> None:

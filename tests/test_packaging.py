@@ -41,7 +41,9 @@ def test_the_server_needs_no_training_dependency() -> None:
         "import reranker_service.server, reranker_service.__main__\n"
         "import reranker_service.engines.torch_engine, reranker_service.engines.vllm_engine"
     )
-    assert "torch" in modules_after(statement, TRAINING | {"loss_client"})
+    loaded = modules_after(statement, TRAINING | {"loss_client"})
+    assert "torch" in loaded
+    assert "vllm" not in loaded, "it takes long, and is imported by a server that is to start it"
 
 
 def test_a_server_that_listens_has_not_yet_imported_what_takes_long() -> None:
