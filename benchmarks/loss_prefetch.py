@@ -169,7 +169,7 @@ class _Training:
             loss = CachedMultipleNegativesRankingLoss(self.model, mini_batch_size=_MINI_BATCH)
         else:
             loss = RerankerCachedGISTEmbedLoss(
-                self.model, self.client, 0.05, _MINI_BATCH, reranker_batch_size=_CHUNK_PAIRS, timeout=_TIMEOUT
+                self.model, self.client, 0.05, _MINI_BATCH, chunk_pairs=_CHUNK_PAIRS, timeout=_TIMEOUT
             )
             ahead = loss if mode == "prefetch" else None
             collator = RerankerDataCollator.for_training(self.model, arguments, ahead)

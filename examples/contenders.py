@@ -100,26 +100,24 @@ class CountingGISTEmbedLoss(CachedGISTEmbedLoss):
         return super().calculate_loss(reps, reps_guided, with_backward=with_backward)
 
 
-def contenders(
-    guide: SentenceTransformer, reranker_url: str, temperature: float, mini_batch_size: int
-) -> list[Contender]:
+def contenders(guide: SentenceTransformer, reranker: str, temperature: float, mini_batch_size: int) -> list[Contender]:
     """Make the three contenders of the demo: no filter, local guide, reranker service.
 
     Args:
         guide: Local guide.
-        reranker_url: Address of the reranker. Its inputs are cut to ``MAX_TOKENS`` like those of student and guide.
+        reranker: Address of the reranker. Its inputs are cut to ``MAX_TOKENS`` like those of student and guide.
         temperature: Temperature of all three losses.
         mini_batch_size: Texts embedded at a time, in all three.
     """
     return [
         unfiltered("no filter", temperature, mini_batch_size),
         guided("local guide", guide, temperature, mini_batch_size),
-        reranked("reranker service", reranker_url, temperature, mini_batch_size, max_length=MAX_TOKENS),
+        reranked("reranker service", reranker, temperature, mini_batch_size, max_length=MAX_TOKENS),
     ]
 
 
 def reranked(
-    name: str, reranker_url: str, temperature: float, mini_batch_size: int, max_length: int, **options: Any
+    name: str, reranker: str, temperature: float, mini_batch_size: int, max_length: int, **options: Any
 ) -> Contender:
     """Make a contender with :class:`RerankerCachedGISTEmbedLoss`; ``options`` are further arguments of it."""
     return Contender(
@@ -127,7 +125,7 @@ def reranked(
         "RerankerCachedGISTEmbedLoss",
         lambda student: RerankerCachedGISTEmbedLoss(
             student,
-            reranker_url,
+            reranker,
             temperature=temperature,
             mini_batch_size=mini_batch_size,
             max_length=max_length,

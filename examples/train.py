@@ -15,8 +15,8 @@ from examples.student import load_student
 from loss_client import RerankerCachedGISTEmbedLoss, RerankerDataCollator, RerankerMetricsCallback
 
 
-def train(reranker_url: str, output: str, steps: int = 20, batch_size: int = 32) -> None:
-    """Train the demo's student with the reranker at ``reranker_url`` and save it in the directory ``output``."""
+def train(reranker: str, output: str, steps: int = 20, batch_size: int = 32) -> None:
+    """Train the demo's student with the reranker at this address and save it in the directory ``output``."""
     pairs = collect(steps * batch_size, packages=["stdlib"])
     dataset = Dataset.from_dict({"anchor": [one.summary for one in pairs], "positive": [one.body for one in pairs]})
     model = load_student()
@@ -24,7 +24,7 @@ def train(reranker_url: str, output: str, steps: int = 20, batch_size: int = 32)
         output, max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=1e-4, report_to="none",
         logging_steps=5,
     )  # fmt: skip
-    loss = RerankerCachedGISTEmbedLoss(model, reranker_url)
+    loss = RerankerCachedGISTEmbedLoss(model, reranker)
     trainer = SentenceTransformerTrainer(
         model=model,
         args=args,
@@ -39,4 +39,4 @@ def train(reranker_url: str, output: str, steps: int = 20, batch_size: int = 32)
 
 
 if __name__ == "__main__":
-    train(reranker_url=sys.argv[1], output="build/trained")
+    train(reranker=sys.argv[1], output="build/trained")

@@ -21,11 +21,11 @@ from examples.student import load_student
 from loss_client import RerankerCachedGISTEmbedLoss, RerankerDataCollator, RerankerMetricsCallback
 
 
-def train(reranker_urls: list[str], output: str, steps: int = 20, batch_size: int = 16, pairs: int = 4096) -> None:
+def train(rerankers: list[str], output: str, steps: int = 20, batch_size: int = 16, pairs: int = 4096) -> None:
     """Train the demo's student on all ranks and save it in the directory ``output``.
 
     Args:
-        reranker_urls: Addresses of servers that all serve the same model.
+        rerankers: Addresses of servers that all serve the same model.
         output: Directory for the model.
         steps: Training steps.
         batch_size: Pairs of a step on one rank; the documents of all ranks are candidates for every anchor.
@@ -44,7 +44,7 @@ def train(reranker_urls: list[str], output: str, steps: int = 20, batch_size: in
         save_strategy="no",
         use_cpu=not torch.cuda.is_available(),
     )
-    loss = RerankerCachedGISTEmbedLoss(model, reranker_urls, gather_across_devices=True)
+    loss = RerankerCachedGISTEmbedLoss(model, rerankers, gather_across_devices=True)
     trainer = SentenceTransformerTrainer(
         model=model,
         args=args,

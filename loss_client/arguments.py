@@ -1,14 +1,45 @@
-"""Checks of the loss's arguments, and the reranker's description for the model card."""
+"""Checks of the loss's arguments, their former names, and the reranker's description for the model card."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 from loss_client.client.scores import ScoreType
 from loss_client.filter.jobs import ScoringClient
 from loss_client.filter.masking import MarginStrategy
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def accept_former_names(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Make a decorator that accepts keyword arguments under their former names, with a ``DeprecationWarning``.
+
+    The decorated function raises ``TypeError`` for a call that gives an argument under both names.
+
+    Args:
+        **names: The present name of each argument by its former name.
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            for former in kwargs.keys() & names.keys():
+                present = names[former]
+                if present in kwargs:
+                    raise TypeError(f"{present} is given twice, also under its former name {former}.")
+                warnings.warn(f"{former} is now named {present}.", DeprecationWarning, stacklevel=2)
+                kwargs[present] = kwargs.pop(former)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 def check_margin(margin: float, strategy: MarginStrategy, score_type: ScoreType) -> None:

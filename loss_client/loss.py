@@ -25,7 +25,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import trange  # type: ignore[import-untyped]
 
-from loss_client.arguments import check_choice, check_margin, check_positive, describe_reranker
+from loss_client.arguments import (
+    accept_former_names,
+    check_choice,
+    check_margin,
+    check_positive,
+    describe_reranker,
+)
 from loss_client.client.client import RerankerClient
 from loss_client.client.scores import ScoreType
 from loss_client.filter.candidates import Candidates, CandidateStep
@@ -60,7 +66,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
 
     Args:
         model: The SentenceTransformer to train.
-        reranker_url: Address of the reranker, such as ``"localhost:50051"`` or ``"grpcs://rerank.example:443"``,
+        reranker: Address of the reranker, such as ``"localhost:50051"`` or ``"grpcs://rerank.example:443"``,
             a list of addresses, or a ``RerankerClient``, which losses may share.
         temperature: Divisor of the cosine similarities.
         mini_batch_size: Number of texts that are embedded at a time, and number of anchors whose loss is computed at a
@@ -70,7 +76,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         margin_strategy: ``"absolute"`` or ``"relative"``.
         margin: The margin: in units of the score (absolute) or as a share of the positive's score (relative). A larger
             margin drops more negatives.
-        reranker_batch_size: Most pairs of one message to the reranker. With fewer the first scores arrive sooner; with
+        chunk_pairs: Most pairs of one message to the reranker. With fewer the first scores arrive sooner; with
             more there is less overhead. The result does not depend on it.
         instruction: The task in words, for rerankers that take an instruction. Default: the served model's own.
         max_length: Longest input of the reranker, in its tokens. Default: the server's.
@@ -163,17 +169,18 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         statistics: Counts of the filter since the last ``statistics.reset()``.
     """
 
+    @accept_former_names(reranker_url="reranker", reranker_batch_size="chunk_pairs")
     def __init__(
         self,
         model: SentenceTransformer,
-        reranker_url: str | Sequence[str] | ScoringClient,
+        reranker: str | Sequence[str] | ScoringClient,
         temperature: float = 0.01,
         mini_batch_size: int = 32,
         mini_batch_num_tokens: int | None = None,
         show_progress_bar: bool = False,
         margin_strategy: MarginStrategy = "absolute",
         margin: float = 0.0,
-        reranker_batch_size: int = 128,
+        chunk_pairs: int = 128,
         instruction: str | None = None,
         max_length: int | None = None,
         score_type: ScoreType = "probability",
@@ -206,7 +213,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             temperature=temperature,
             mini_batch_size=mini_batch_size,
             mini_batch_num_tokens=mini_batch_num_tokens,
-            reranker_batch_size=reranker_batch_size,
+            chunk_pairs=chunk_pairs,
             max_length=max_length,
             timeout=timeout,
         )
@@ -217,7 +224,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         self.show_progress_bar = show_progress_bar
         self.margin_strategy = margin_strategy
         self.margin = margin
-        self.reranker_batch_size = reranker_batch_size
+        self.chunk_pairs = chunk_pairs
         self.instruction = instruction
         self.max_length = max_length
         self.score_type = score_type
@@ -232,8 +239,8 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         self.on_error = on_error
         self.statistics = LossStatistics()
         # Connects at first use; a copy or a pickle makes its own connections.
-        self._client = reranker_url if isinstance(reranker_url, ScoringClient) else RerankerClient(reranker_url)
-        self._described = describe_reranker(reranker_url)
+        self._client = reranker if isinstance(reranker, ScoringClient) else RerankerClient(reranker)
+        self._described = describe_reranker(reranker)
         self._texts = TextReader()
         self._steps_to_next_warning = 1
 
@@ -384,7 +391,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             instruction=instruction,
             max_length=self.max_length,
             score_type=self.score_type,
-            chunk_pairs=self.reranker_batch_size,
+            chunk_pairs=self.chunk_pairs,
             timeout=self.timeout,
         )
 
@@ -415,13 +422,13 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
     def get_config_dict(self) -> dict[str, Any]:
         """Return the loss's settings for the model card, with addresses without credentials."""
         return {
-            "reranker_url": self._described,
+            "reranker": self._described,
             "temperature": self.temperature,
             "mini_batch_size": self.mini_batch_size,
             "mini_batch_num_tokens": self.mini_batch_num_tokens,
             "margin_strategy": self.margin_strategy,
             "margin": self.margin,
-            "reranker_batch_size": self.reranker_batch_size,
+            "chunk_pairs": self.chunk_pairs,
             "instruction": self.instruction,
             "max_length": self.max_length,
             "score_type": self.score_type,

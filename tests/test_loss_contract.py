@@ -83,7 +83,7 @@ def test_the_reranker_gets_the_raw_texts_and_the_options(model: SentenceTransfor
         instruction="Find it",
         max_length=99,
         score_type="probability",
-        reranker_batch_size=7,
+        chunk_pairs=7,
         timeout=5.0,
     )
     loss(features(model, batch), None)
@@ -152,7 +152,7 @@ def test_bad_batches_are_refused_before_anything_is_asked(model: SentenceTransfo
         ({"temperature": 0.0}, "temperature must be greater than 0"),
         ({"mini_batch_size": 0}, "mini_batch_size must be greater than 0"),
         ({"mini_batch_num_tokens": 0}, "mini_batch_num_tokens must be greater than 0"),
-        ({"reranker_batch_size": -1}, "reranker_batch_size must be greater than 0"),
+        ({"chunk_pairs": -1}, "chunk_pairs must be greater than 0"),
         ({"timeout": 0.0}, "timeout must be greater than 0"),
         ({"margin": 1.0, "score_type": "probability"}, "masks every negative"),
     ],
@@ -160,6 +160,26 @@ def test_bad_batches_are_refused_before_anything_is_asked(model: SentenceTransfo
 def test_bad_arguments_are_refused(model: SentenceTransformer, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(model, MemoryScorer(random_scores()), **options)
+
+
+def test_former_names_of_arguments_are_accepted_with_a_warning(model: SentenceTransformer) -> None:
+    scorer = MemoryScorer(random_scores())
+    with pytest.warns(DeprecationWarning, match="is now named") as warned:
+        loss = RerankerCachedGISTEmbedLoss(model, reranker_url=scorer, reranker_batch_size=9)
+    assert {str(one.message) for one in warned} == {
+        "reranker_url is now named reranker.", "reranker_batch_size is now named chunk_pairs."
+    }  # fmt: skip
+    assert all(one.filename == __file__ for one in warned)
+    assert (loss._client, loss.chunk_pairs) == (scorer, 9)
+    with pytest.raises(TypeError, match="chunk_pairs is given twice, also under its former name reranker_batch_size"):
+        make(model, scorer, chunk_pairs=1, reranker_batch_size=2)
+
+
+@pytest.mark.filterwarnings("error::DeprecationWarning")
+def test_present_names_of_arguments_give_no_warning(model: SentenceTransformer) -> None:
+    scorer = MemoryScorer(random_scores())
+    loss = RerankerCachedGISTEmbedLoss(model, reranker=scorer, chunk_pairs=9)
+    assert (loss._client, loss.chunk_pairs) == (scorer, 9)
 
 
 @pytest.mark.parametrize(("reranker", "error"), [([50051], TypeError), ([], ValueError), ("no port", ValueError)])
@@ -235,7 +255,7 @@ def test_copies_and_pickles_have_a_client_of_their_own(model: SentenceTransforme
 )
 def test_the_model_card_gets_the_settings_without_secrets(model: SentenceTransformer, target: Any, shown: Any) -> None:
     config = make(model, target, margin=0.2).get_config_dict()
-    assert config["reranker_url"] == shown
+    assert config["reranker"] == shown
     assert config["margin"] == 0.2
     assert "secret" not in repr(config)
 
@@ -251,7 +271,7 @@ def test_a_trained_models_card_has_the_settings_and_the_citation(tmp_path: Path,
     _, _, after = card.partition("RerankerCachedGISTEmbedLoss</code> with these parameters:")
     shown = json.loads(after.partition("```json")[2].partition("```")[0])
     assert shown == loss.get_config_dict()
-    assert (shown["reranker_url"], shown["margin"]) == ("dns://8.8.8.8/rerank.example:443", 0.2)
+    assert (shown["reranker"], shown["margin"]) == ("dns://8.8.8.8/rerank.example:443", 0.2)
     assert loss.citation.strip() in card
     assert "secret" not in card
 

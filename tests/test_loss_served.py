@@ -77,7 +77,7 @@ def test_equals_the_local_loss_when_its_guide_is_served(
     reference = CachedGISTEmbedLoss(model, guide, contrast_anchors=False, contrast_positives=False, **options)
     expected = loss_and_gradients(reference, features(model, batch, raw=False))
     with RerankerClient(bi_encoder_server.address) as client:
-        loss = RerankerCachedGISTEmbedLoss(model, client, score_type="raw", reranker_batch_size=20, **options)
+        loss = RerankerCachedGISTEmbedLoss(model, client, score_type="raw", chunk_pairs=20, **options)
         found = loss_and_gradients(loss, features(model, batch))
     assert found[0] == pytest.approx(expected[0], abs=1e-5)
     assert_same_gradients(found[1], expected[1])

@@ -490,7 +490,7 @@ def test_a_large_grid_is_never_in_memory_as_a_whole(model: SentenceTransformer) 
         await pace.wait_for(columns[0].index(chunk.queries[0]) - ahead)
 
     with StubServer(on_chunk=keep_pace) as server, WatchedClient(server.target, pace) as client:
-        loss = make(model, client, mini_batch_size=50, reranker_batch_size=4096)
+        loss = make(model, client, mini_batch_size=50, chunk_pairs=4096)
         with torch.no_grad():
             loss(features(model, columns), None)
         (matrix,) = client.matrices
@@ -598,7 +598,7 @@ def test_a_server_without_streams_gives_the_same_loss_and_one_warning(
     for without in (set(), {"RerankStream"}):
         with StubServer(without=without) as server, RerankerClient(server.target, timeout=WAIT_SECONDS) as client:
             caplog.clear()
-            loss = make(model, client, reranker_batch_size=20, **variant)
+            loss = make(model, client, chunk_pairs=20, **variant)
             for _ in range(2):
                 found = loss_and_gradients(loss, inputs)
                 assert found[0] == pytest.approx(expected[0], abs=1e-5)
