@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
 from loss_client.client.scores import ScoreType
-from loss_client.filter.jobs import ScoringClient
 from loss_client.filter.masking import MarginStrategy
+
+logger = logging.getLogger(__name__)
+
+MODEL_INFO_SECONDS = 5.0
+"""Longest time to wait for the reranker's name and fingerprint."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -66,13 +70,20 @@ def check_margin(margin: float, strategy: MarginStrategy, score_type: ScoreType)
         )
 
 
-def describe_reranker(reranker: str | Sequence[str] | ScoringClient) -> str | list[str]:
-    """Return the addresses for the model card, without user names, passwords and parameters."""
-    if isinstance(reranker, ScoringClient):
-        return type(reranker).__name__
-    targets = [reranker] if isinstance(reranker, str) else list(reranker)
-    public = [re.sub(r"^([\w.+-]+:/*)?[^/@]*@", r"\1", target.partition("?")[0]) for target in targets]
-    return public[0] if len(public) == 1 else public
+def describe_reranker(client: object) -> dict[str, str] | None:
+    """Ask a client for the name and the fingerprint of the reranker's model, for the model card.
+
+    Takes at most ``MODEL_INFO_SECONDS``. Returns ``None`` if the client has no ``model_info`` or the call fails.
+    """
+    model_info = getattr(client, "model_info", None)
+    if model_info is None:
+        return None
+    try:
+        info = model_info(timeout=MODEL_INFO_SECONDS)
+        return {"model": info.model, "fingerprint": info.fingerprint}
+    except Exception as error:  # of any class: a missing line of the model card must not end the training
+        logger.warning("The model card will not name the reranker's model, because it could not be asked: %s", error)
+        return None
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

@@ -240,7 +240,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         self.statistics = LossStatistics()
         # Connects at first use; a copy or a pickle makes its own connections.
         self._client = reranker if isinstance(reranker, ScoringClient) else RerankerClient(reranker)
-        self._described = describe_reranker(reranker)
+        self._served: dict[str, str] | None = None
         self._texts = TextReader()
         self._steps_to_next_warning = 1
 
@@ -420,9 +420,15 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         )
 
     def get_config_dict(self) -> dict[str, Any]:
-        """Return the loss's settings for the model card, with addresses without credentials."""
+        """Return the loss's settings for the model card, with the name and the fingerprint of the reranker's model.
+
+        The first call asks the reranker for them, for a few seconds at most. If it does not answer, the settings have
+        no ``"reranker"``. Addresses are left out, because they are internal and may hold credentials.
+        """
+        if self._served is None:
+            self._served = describe_reranker(self._client) or {}
         return {
-            "reranker": self._described,
+            **({"reranker": self._served} if self._served else {}),
             "temperature": self.temperature,
             "mini_batch_size": self.mini_batch_size,
             "mini_batch_num_tokens": self.mini_batch_num_tokens,

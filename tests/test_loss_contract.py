@@ -17,11 +17,14 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
-from loss_client.client.errors import ScoreError
+from loss_client.client.client import RerankerClient
+from loss_client.client.errors import RerankerUnavailableError, ScoreError
 from loss_client.filter.texts import TextReader
 from loss_client.loss import RerankerCachedGISTEmbedLoss
+from reranker.v1 import reranker_pb2 as pb
 
 from .models import wordpiece_tokenizer
+from .stub_server import StubServer
 from .training import (
     MemoryScorer,
     features,
@@ -236,7 +239,10 @@ def test_only_the_model_has_parameters(model: SentenceTransformer) -> None:
     assert len(list(loss.parameters())) == len(list(model.parameters()))
 
 
-def test_copies_and_pickles_have_a_client_of_their_own(model: SentenceTransformer) -> None:
+def test_copies_and_pickles_have_a_client_of_their_own(
+    model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loss_client.arguments.MODEL_INFO_SECONDS", 0.05)
     loss = make(model, ["localhost:1", "localhost:2"], margin=0.25)
     for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
         assert twin.margin == 0.25
@@ -244,25 +250,69 @@ def test_copies_and_pickles_have_a_client_of_their_own(model: SentenceTransforme
         assert twin._client is not loss._client
 
 
-@pytest.mark.parametrize(
-    ("target", "shown"),
-    [
-        ("grpcs://rerank.example:443", "grpcs://rerank.example:443"),
-        ("dns://user:secret@8.8.8.8/rerank.example:443?token=secret", "dns://8.8.8.8/rerank.example:443"),
-        (["localhost:1", "xds://secret@b/service"], ["localhost:1", "xds://b/service"]),
-        (MemoryScorer(random_scores()), "MemoryScorer"),
-    ],
-)
-def test_the_model_card_gets_the_settings_without_secrets(model: SentenceTransformer, target: Any, shown: Any) -> None:
-    config = make(model, target, margin=0.2).get_config_dict()
-    assert config["reranker"] == shown
-    assert config["margin"] == 0.2
+class NamedScorer(MemoryScorer):
+    """Also answers ``model_info``, or raises ``failure``."""
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        super().__init__(random_scores())
+        self.asked: list[float] = []
+        self._failure = failure
+
+    def model_info(self, timeout: float) -> pb.GetModelInfoResponse:
+        self.asked.append(timeout)
+        if self._failure is not None:
+            raise self._failure
+        return pb.GetModelInfoResponse(model="bge-reranker", fingerprint="f1", engine="vllm")
+
+
+def test_the_model_card_names_the_rerankers_model_and_asks_for_it_once(model: SentenceTransformer) -> None:
+    scorer = NamedScorer()
+    loss = make(model, scorer, margin=0.2)
+    assert scorer.asked == []
+    configs = [loss.get_config_dict() for _ in range(2)]
+    assert configs[0] == configs[1]
+    assert configs[0]["reranker"] == {"model": "bge-reranker", "fingerprint": "f1"}
+    assert configs[0]["margin"] == 0.2
+    assert len(scorer.asked) == 1
+    assert 0 < scorer.asked[0] <= 10
+
+
+@pytest.mark.parametrize("failure", [RerankerUnavailableError("gone"), RuntimeError("of another client")])
+def test_a_reranker_that_does_not_answer_is_left_out_of_the_card(
+    model: SentenceTransformer, failure: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    scorer = NamedScorer(failure)
+    loss = make(model, scorer)
+    assert not any("reranker" in loss.get_config_dict() for _ in range(2))
+    assert len(scorer.asked) == 1
+    assert [str(failure) in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_a_client_without_model_info_is_left_out_of_the_card(model: SentenceTransformer) -> None:
+    assert "reranker" not in make(model, MemoryScorer(random_scores())).get_config_dict()
+
+
+def test_the_card_holds_what_the_server_says_and_no_address(model: SentenceTransformer) -> None:
+    with StubServer() as server:
+        loss = make(model, f"dns:///{server.target}")
+        config = loss.get_config_dict()
+        with RerankerClient(server.target) as client:
+            info = client.model_info()
+    assert config["reranker"] == {"model": info.model, "fingerprint": info.fingerprint}
+    assert server.target not in repr(config)
+
+
+def test_no_secret_of_an_address_reaches_the_card(model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loss_client.arguments.MODEL_INFO_SECONDS", 0.05)
+    config = make(model, "dns://user:secret@127.0.0.1:1/rerank.example:443?token=secret").get_config_dict()
     assert "secret" not in repr(config)
+    assert "rerank.example" not in repr(config)
 
 
 def test_a_trained_models_card_has_the_settings_and_the_citation(tmp_path: Path, model: SentenceTransformer) -> None:
-    target = "dns://user:secret@8.8.8.8/rerank.example:443?token=secret"
-    loss = make(model, target, margin=0.2, margin_strategy="relative", candidates="mass", instruction="Find the answer")
+    loss = make(
+        model, NamedScorer(), margin=0.2, margin_strategy="relative", candidates="mass", instruction="Find the answer"
+    )
     args = SentenceTransformerTrainingArguments(str(tmp_path / "run"), report_to="none")
     data = Dataset.from_dict({"anchor": ["a", "b"], "positive": ["c", "d"]})
     SentenceTransformerTrainer(model=model, args=args, train_dataset=data, loss=loss)
@@ -271,9 +321,8 @@ def test_a_trained_models_card_has_the_settings_and_the_citation(tmp_path: Path,
     _, _, after = card.partition("RerankerCachedGISTEmbedLoss</code> with these parameters:")
     shown = json.loads(after.partition("```json")[2].partition("```")[0])
     assert shown == loss.get_config_dict()
-    assert (shown["reranker"], shown["margin"]) == ("dns://8.8.8.8/rerank.example:443", 0.2)
+    assert (shown["reranker"]["model"], shown["margin"]) == ("bge-reranker", 0.2)
     assert loss.citation.strip() in card
-    assert "secret" not in card
 
 
 def test_the_citation_names_both_papers(model: SentenceTransformer) -> None:
