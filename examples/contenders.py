@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
-from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CachedGISTEmbedLoss, CachedMultipleNegativesRankingLoss
 from torch import Tensor, nn
 from torch.nn import functional
 
 from examples.student import MAX_TOKENS
-from loss_client import RerankerCachedGISTEmbedLoss, RerankerDataCollator
+from loss_client import RerankerCachedGISTEmbedLoss
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +46,12 @@ class Contender:
         loss: Name of the loss's class.
         make_loss: Makes the loss for a student.
         read_counts: Returns the counts so far of a loss that ``make_loss`` made.
-        make_collator: Makes the collator from student, training arguments and loss; ``None`` for the trainer's default.
     """
 
     name: str
     loss: str
     make_loss: Callable[[SentenceTransformer], nn.Module]
     read_counts: Callable[[nn.Module], FilterCounts]
-    make_collator: (
-        Callable[
-            [SentenceTransformer, SentenceTransformerTrainingArguments, nn.Module], SentenceTransformerDataCollator
-        ]
-        | None
-    ) = None
 
 
 class CountingGISTEmbedLoss(CachedGISTEmbedLoss):
@@ -132,7 +124,6 @@ def reranked(
             **options,
         ),
         _reranker_counts,
-        RerankerDataCollator.for_training,
     )
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import sys
 
 from datasets import Dataset  # type: ignore[import-untyped]
-from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformerTrainingArguments
 
 from examples.docstrings import collect
 from examples.student import load_student
-from loss_client import RerankerCachedGISTEmbedLoss, RerankerDataCollator, RerankerMetricsCallback
+from loss_client import RerankerCachedGISTEmbedLoss, RerankerTrainer
 
 
 def train(reranker: str, output: str, steps: int = 20, batch_size: int = 32) -> None:
@@ -25,15 +25,7 @@ def train(reranker: str, output: str, steps: int = 20, batch_size: int = 32) -> 
         logging_steps=5,
     )  # fmt: skip
     loss = RerankerCachedGISTEmbedLoss(model, reranker)
-    trainer = SentenceTransformerTrainer(
-        model=model,
-        args=args,
-        train_dataset=dataset,
-        loss=loss,
-        # With the loss as an argument, the collator has each batch scored while the previous batch trains.
-        data_collator=RerankerDataCollator.for_training(model, args, loss),
-    )
-    RerankerMetricsCallback(loss).attach(trainer)
+    trainer = RerankerTrainer(model=model, args=args, train_dataset=dataset, loss=loss)
     trainer.train()
     model.save_pretrained(output)
 

@@ -14,11 +14,11 @@ import sys
 
 import torch
 from datasets import Dataset  # type: ignore[import-untyped]
-from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformerTrainingArguments
 
 from examples.docstrings import collect
 from examples.student import load_student
-from loss_client import RerankerCachedGISTEmbedLoss, RerankerDataCollator, RerankerMetricsCallback
+from loss_client import RerankerCachedGISTEmbedLoss, RerankerTrainer
 
 
 def train(rerankers: list[str], output: str, steps: int = 20, batch_size: int = 16, pairs: int = 4096) -> None:
@@ -45,14 +45,7 @@ def train(rerankers: list[str], output: str, steps: int = 20, batch_size: int = 
         use_cpu=not torch.cuda.is_available(),
     )
     loss = RerankerCachedGISTEmbedLoss(model, rerankers, gather_across_devices=True)
-    trainer = SentenceTransformerTrainer(
-        model=model,
-        args=args,
-        train_dataset=dataset,
-        loss=loss,
-        data_collator=RerankerDataCollator.for_training(model, args, loss),
-    )
-    RerankerMetricsCallback(loss).attach(trainer)
+    trainer = RerankerTrainer(model=model, args=args, train_dataset=dataset, loss=loss)
     trainer.train()
     if trainer.is_world_process_zero():
         model.save_pretrained(output)

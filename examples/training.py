@@ -10,15 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset  # type: ignore[import-untyped]
-from sentence_transformers import (
-    SentenceTransformer,
-    SentenceTransformerTrainer,
-    SentenceTransformerTrainingArguments,
-)
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from examples.contenders import Contender, FilterCounts
-from loss_client import RerankerCachedGISTEmbedLoss, RerankerMetricsCallback
+from loss_client import RerankerTrainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +64,7 @@ def train(
     """Train a student.
 
     Args:
-        contender: Makes the loss and its collator.
+        contender: Makes the loss.
         make_student: Makes the student; called after the random number generators are seeded.
         dataset: Columns of texts: anchor, positive and optionally negatives.
         recipe: Settings of the training.
@@ -94,17 +90,8 @@ def train(
     )
     loss = contender.make_loss(model)
     progress = _Progress(say)
-    trainer = SentenceTransformerTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=dataset,
-        loss=loss,
-        # With the loss as an argument, the collator has each batch scored while the previous batch trains.
-        data_collator=contender.make_collator(model, arguments, loss) if contender.make_collator else None,
-        callbacks=[progress],
-    )
-    if isinstance(loss, RerankerCachedGISTEmbedLoss):
-        RerankerMetricsCallback(loss).attach(trainer)
+    # With a loss that uses no reranker it is sentence-transformers' own trainer.
+    trainer = RerankerTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss, callbacks=[progress])
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return Trained(model, progress.step_seconds, contender.read_counts(loss), tuple(progress.losses))

@@ -26,10 +26,11 @@ from loss_client.client.ranking import RankedDocument
 from loss_client.client.scores import ScoreMatrix, ScoreType, ScoreUsage
 
 if TYPE_CHECKING:
-    from loss_client.callbacks import RerankerMarginCallback, RerankerMetricsCallback
+    from loss_client.callbacks import RerankerMarginCallback, RerankerMetricsCallback, RerankerResumeCallback
     from loss_client.collator import RerankerDataCollator
     from loss_client.cross_encoder import RemoteCrossEncoder
     from loss_client.loss import RerankerCachedGISTEmbedLoss
+    from loss_client.trainer import RerankerTrainer
 
 _LAZY = {
     "RemoteCrossEncoder": "loss_client.cross_encoder",
@@ -37,6 +38,8 @@ _LAZY = {
     "RerankerDataCollator": "loss_client.collator",
     "RerankerMarginCallback": "loss_client.callbacks",
     "RerankerMetricsCallback": "loss_client.callbacks",
+    "RerankerResumeCallback": "loss_client.callbacks",
+    "RerankerTrainer": "loss_client.trainer",
 }
 
 __all__ = [
@@ -55,7 +58,9 @@ __all__ = [
     "RerankerMarginCallback",
     "RerankerMetricsCallback",
     "RerankerRequestError",
+    "RerankerResumeCallback",
     "RerankerTimeoutError",
+    "RerankerTrainer",
     "RerankerUnavailableError",
     "ScoreError",
     "ScoreMatrix",

@@ -1,12 +1,13 @@
-"""Callbacks for the trainer: the filter's statistics in the trainer's logs, and a schedule for the margin."""
+"""Callbacks for the trainer: statistics of the filter in its logs, state of the losses in its checkpoints, a margin."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, Protocol, runtime_checkable
 
-from torch import nn
+import torch
+from torch import distributed, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loss_client.filter.statistics import LossStatistics
@@ -20,7 +21,7 @@ class RerankerMetricsCallback(TrainerCallback):
     """Adds the filter's statistics since the last log to the trainer's logs.
 
     The names begin with ``reranker/``, and in evaluation with ``eval_reranker/``, where "eval" is the evaluation's
-    prefix. If several processes train, the figures are those of the first process alone:
+    prefix. If several ranks train, each rank logs the figures of all ranks; a step then means a step of one rank:
 
     - ``masked_share``: share of the negatives that the filter dropped.
     - ``outscored_positives``: share of the anchors for which a document with another text than the positive's scored
@@ -47,9 +48,10 @@ class RerankerMetricsCallback(TrainerCallback):
         self._training, self._evaluation = LossStatistics(), LossStatistics()
 
     def attach(self, trainer: Trainer) -> RerankerMetricsCallback:
-        """Add this callback to a trainer before all others, and return the callback."""
+        """Put this callback before all others of a trainer, and return the callback."""
         handler = trainer.callback_handler
-        handler.add_callback(self)  # type: ignore[no-untyped-call]
+        if self not in handler.callbacks:
+            handler.add_callback(self)  # type: ignore[no-untyped-call]
         handler.callbacks.remove(self)
         handler.callbacks.insert(0, self)
         return self
@@ -85,17 +87,18 @@ class RerankerMetricsCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add the figures to ``logs``, and begin to count anew."""
-        if logs is None:
-            return
-        found: dict[str, float] = {}
         # Each evaluation logs its runtime under its own prefix; training logs "train_runtime" at its end.
-        prefixes = [name.removesuffix("_runtime") for name in logs if name.endswith("_runtime")]
-        if prefixes and prefixes != ["train"]:
-            found = {f"{prefixes[0]}_{name}": value for name, value in _metrics(self._evaluation).items()}
-            self._evaluation.reset()
-        elif self._training.steps:
-            found = _metrics(self._training)
+        prefix = next((name.removesuffix("_runtime") for name in logs or () if name.endswith("_runtime")), None)
+        # Other logs may be of one rank alone, which would wait for the others for ever.
+        if logs is None or (prefix is None and "loss" not in logs):
+            return
+        if prefix in (None, "train"):
+            found = _metrics(_sum_over_ranks(self._training, args.device))
             self._training.reset()
+        else:
+            counts = _sum_over_ranks(self._evaluation, args.device)
+            found = {f"{prefix}_{name}": value for name, value in _metrics(counts).items()}
+            self._evaluation.reset()
         logs.update(found)
         if state.log_history:
             state.log_history[-1].update(found)  # the trainer has copied ``logs`` to it already
@@ -106,6 +109,49 @@ class RerankerMetricsCallback(TrainerCallback):
             # Fewer steps than seen before: the statistics were reset in between.
             total.add(now.since(seen) if now.steps >= seen.steps else now)
             self._seen[number] = now
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """A loss with state that it sets in training, to be saved in checkpoints."""
+
+    def resume_state(self) -> dict[str, float]:
+        """Return the state as numbers by name; empty if there is none yet."""
+
+    def load_resume_state(self, state: dict[str, float]) -> None:
+        """Continue with a state that ``resume_state`` returned."""
+
+
+class RerankerResumeCallback(TrainerCallback):
+    """Saves the state of the losses in the trainer's checkpoints, and restores it when training resumes.
+
+    Each rank restores the state from its copy of the checkpoint. A checkpoint without the state is no error.
+
+    Args:
+        loss: The trainer's loss or losses.
+    """
+
+    # An entry beside those of transformers' ``ExportableState`` callbacks. Those are restored only with an option that
+    # is off by default, and by a new object of the class, which could not know the losses.
+    _KEY = "RerankerLosses"
+
+    def __init__(self, loss: Losses) -> None:
+        self._losses = {name: each for name, each in find_reranker_losses(loss).items() if isinstance(each, Resumable)}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Restore the state that the checkpoint holds, if training resumes."""
+        saved = _saved_states(state).get(self._KEY, {}).get("attributes", {})
+        for name, loss in self._losses.items():
+            if saved.get(name):
+                loss.load_resume_state(saved[name])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the present state where the next checkpoint takes it from."""
+        if self._losses:
+            states = {name: loss.resume_state() for name, loss in self._losses.items()}
+            _saved_states(state)[self._KEY] = {"args": {}, "attributes": states}
 
 
 class RerankerMarginCallback(TrainerCallback):
@@ -134,17 +180,47 @@ class RerankerMarginCallback(TrainerCallback):
             loss.margin = margin
 
 
+def find_reranker_losses(loss: Losses) -> dict[str, RerankerCachedGISTEmbedLoss]:
+    """Find the losses of this package in a trainer's loss or losses, also inside other losses.
+
+    Returns:
+        Each loss once, by its first place: the dataset's name, if there are several, and the path inside the loss.
+    """
+    found: dict[str, RerankerCachedGISTEmbedLoss] = {}
+    for dataset, part in loss.items() if isinstance(loss, Mapping) else [("", loss)]:
+        for place, inner in part.named_modules(prefix=dataset):
+            if isinstance(inner, RerankerCachedGISTEmbedLoss) and inner not in found.values():
+                found[place] = inner
+    return found
+
+
 def reranker_losses(loss: Losses) -> list[RerankerCachedGISTEmbedLoss]:
     """Find the losses of this package in a trainer's loss or losses, also inside other losses.
 
     Raises:
         ValueError: None of them is or holds a ``RerankerCachedGISTEmbedLoss``.
     """
-    parts = loss.values() if isinstance(loss, Mapping) else [loss]
-    found = [inner for part in parts for inner in part.modules() if isinstance(inner, RerankerCachedGISTEmbedLoss)]
+    found = list(find_reranker_losses(loss).values())
     if not found:
         raise ValueError("The callback needs a RerankerCachedGISTEmbedLoss, but the trainer's losses hold none.")
-    return list(dict.fromkeys(found))
+    return found
+
+
+def _saved_states(state: TrainerState) -> dict[str, Any]:
+    """Return the part of a trainer's state that checkpoints keep for callbacks, by name."""
+    states: Any = state.stateful_callbacks  # declared a list; a dict once the state exists
+    assert isinstance(states, dict)
+    return states
+
+
+def _sum_over_ranks(counts: LossStatistics, device: torch.device) -> LossStatistics:
+    """Sum counts over all ranks. Every rank has to call this at the same point of training."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return counts
+    names = [field.name for field in fields(counts)]
+    totals = torch.tensor([getattr(counts, name) for name in names], dtype=torch.float64, device=device)
+    distributed.all_reduce(totals)
+    return LossStatistics(**dict(zip(names, totals.tolist(), strict=True)))
 
 
 def _metrics(counts: LossStatistics) -> dict[str, float]:

@@ -28,8 +28,8 @@ class RerankerDataCollator(SentenceTransformerDataCollator):
     scores have a whole step to arrive. With loader workers, the scoring begins when the batch arrives in the process
     that trains. The scoring of batches that are never trained on is cancelled.
 
-    A trainer passes prompts, router mapping and lengths of its arguments only to the collator that it makes itself.
-    :meth:`for_training` passes them to this one.
+    :class:`RerankerTrainer` makes this collator by itself. Another trainer passes prompts, router mapping and lengths
+    of its arguments only to the collator that it makes; :meth:`for_training` passes them to this one.
 
     Args:
         preprocess_fn: The model's ``preprocess``.
@@ -91,12 +91,17 @@ class RerankerDataCollator(SentenceTransformerDataCollator):
             features: The rows, each a dict by column name.
 
         Returns:
-            The batch of the base class, with the texts of each column.
+            The batch of the base class, with the texts of each column. If the collator has a loss for the dataset that
+            is or holds no ``RerankerCachedGISTEmbedLoss``, the batch of the base class alone.
 
         Raises:
             TypeError: A column that is no label holds a value that is not a string.
             ValueError: There are instructions by dataset, but the rows do not name their dataset.
         """
+        loss = self._loss_of(features[0].get("dataset_name")) if features else None
+        if loss is not None and _reranker_loss_in(loss) is None:
+            collated: dict[str, Any] = super().__call__(features)
+            return collated
         texts = {name: self._texts(name, features) for name in self._text_columns(features)}
         # Before the texts are tokenized, so that the reranker works at the same time.
         ticket = self._ticket(texts, features)
@@ -129,12 +134,14 @@ class RerankerDataCollator(SentenceTransformerDataCollator):
             dataset: Name of the batch's dataset, if there are several.
             instruction: The instruction for the reranker. Default: the loss's own.
         """
-        loss = self.loss.get(dataset or "") if isinstance(self.loss, Mapping) else self.loss
-        parts = loss.modules() if loss is not None else ()
-        inner = next((part for part in parts if isinstance(part, RerankerCachedGISTEmbedLoss)), None)
+        loss = self._loss_of(dataset)
+        inner = None if loss is None else _reranker_loss_in(loss)
         if inner is None or len(columns) < 2:
             return None
         return inner.begin(columns, instruction)
+
+    def _loss_of(self, dataset: str | None) -> nn.Module | None:
+        return self.loss.get(dataset or "") if isinstance(self.loss, Mapping) else self.loss
 
     def _text_columns(self, features: list[dict[str, Any]]) -> list[str]:
         names = [name for name in features[0] if name != "dataset_name"] if features else []
@@ -153,3 +160,7 @@ class RerankerDataCollator(SentenceTransformerDataCollator):
                 )
             texts.append(text)
         return texts
+
+
+def _reranker_loss_in(loss: nn.Module) -> RerankerCachedGISTEmbedLoss | None:
+    return next((part for part in loss.modules() if isinstance(part, RerankerCachedGISTEmbedLoss)), None)

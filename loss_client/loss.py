@@ -114,8 +114,9 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
 
     Requirements:
         1. A running reranker service.
-        2. A :class:`RerankerDataCollator` in the trainer, so that the reranker reads the dataset's own texts. Without
-           it the texts are decoded from token ids, which loses a part of them.
+        2. A :class:`RerankerTrainer`, or a :class:`RerankerDataCollator` in another trainer, so that the reranker reads
+           the dataset's own texts, one batch ahead. Without it the texts are decoded from token ids, which loses a part
+           of them, and each step waits for its own scores.
         3. Large batches, for the best results.
 
     Inputs:
@@ -143,26 +144,17 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         ::
 
             from datasets import Dataset
-            from sentence_transformers import (
-                SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-            )
-            from loss_client import RerankerCachedGISTEmbedLoss, RerankerDataCollator
+            from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+            from loss_client import RerankerCachedGISTEmbedLoss, RerankerTrainer
 
             model = SentenceTransformer("microsoft/mpnet-base")
             train_dataset = Dataset.from_dict({
                 "anchor": ["It's nice weather outside today.", "He drove to work."],
                 "positive": ["It's so sunny.", "He took the car to the office."],
             })
-            loss = RerankerCachedGISTEmbedLoss(model, "localhost:50051", mini_batch_size=64, margin=0.05)
-
             args = SentenceTransformerTrainingArguments("output", per_device_train_batch_size=512)
-            trainer = SentenceTransformerTrainer(
-                model=model,
-                args=args,
-                train_dataset=train_dataset,
-                loss=loss,
-                data_collator=RerankerDataCollator.for_training(model, args),
-            )
+            loss = RerankerCachedGISTEmbedLoss(model, "localhost:50051", mini_batch_size=64, margin=0.05)
+            trainer = RerankerTrainer(model=model, args=args, train_dataset=train_dataset, loss=loss)
             trainer.train()
 
     Attributes:

@@ -1,10 +1,12 @@
-"""The loss in DistributedDataParallel, with one process and with two: exact, and one synchronisation a step."""
+"""The loss in DistributedDataParallel: exact, one synchronisation a step, and figures of all ranks in the logs."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,10 +14,13 @@ from sentence_transformers import SentenceTransformer
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
+from loss_client.trainer import RerankerTrainer
+
 from .models import build_bi_encoder
 from .ranks import WAIT, run_ranks
 from .test_loss_surroundings import BOTH, MASS, expected_of, make
-from .training import MemoryScorer, assert_same_gradients, features, gradients, random_scores, texts
+from .test_prefetch import arguments, used
+from .training import MemoryScorer, assert_same_gradients, dataset, features, gradients, random_scores, texts
 
 RANKS, ROWS = 2, 5
 SETTINGS: list[dict[str, Any]] = [{"find_unused_parameters": True}, {"find_unused_parameters": False}]
@@ -110,3 +115,48 @@ def test_gradients_are_the_mean_of_the_ranks_and_synchronised_once(directory: Pa
             assert_same_gradients(found["two"], two)
             # All gradients fit into one bucket: one call for each synchronisation, none under no_sync.
             assert [found[name] for name in ("synchronised", "before", "after")] == [1, 1, 2]
+
+
+def train(rank: int, directory: Path) -> None:
+    """Run a rank: train three steps, the last of them with different numbers of rows, and evaluate."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+    os.environ |= {"MASTER_ADDR": "unused", "MASTER_PORT": "0"}  # the ranks meet by a file
+    dist.init_process_group("gloo", f"file://{directory / 'meet-train'}", WAIT, world_size=RANKS, rank=rank)
+    try:
+        model = SentenceTransformer(str(directory / "student"), device="cpu")
+        scorer = MemoryScorer(random_scores())
+        args = arguments(directory, logging_steps=2, ddp_backend="gloo", ddp_find_unused_parameters=True)
+        args.dataloader_drop_last = False  # sentence-transformers sets it where several ranks train
+        trainer = RerankerTrainer(
+            model=model, args=args, train_dataset=dataset(3, 22), eval_dataset=dataset(3, 12),
+            loss=make(model, scorer, margin=0.0),
+        )  # fmt: skip
+        trainer.train()
+        if rank == 0:
+            trainer.log({"learned": 1.0})  # logged by one rank alone, which must not wait for the other
+        trainer.evaluate()
+        jobs = [(job.queries, job.documents) for job in scorer.jobs if used(job)]
+        history = [entry for entry in trainer.state.log_history if "learned" not in entry]
+        torch.save({"jobs": jobs, "history": history}, directory / f"trained-{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_every_rank_logs_the_figures_of_all_ranks(directory: Path) -> None:
+    run_ranks(train, (directory,), RANKS)
+    results = [torch.load(directory / f"trained-{rank}.pt") for rank in range(RANKS)]
+    jobs = [result["jobs"] for result in results]
+    sizes = [[len(queries) for queries, _ in of_rank] for of_rank in jobs]
+    assert [size[:3] for size in sizes] == [[4, 4, 4], [4, 4, 2]]
+    score = random_scores()
+    for position, (prefix, begin, end) in enumerate([("", 0, 2), ("", 2, 3), ("eval_", 3, None)]):
+        grids = [score(*job) for of_rank in jobs for job in of_rank[begin:end]]
+        positives = [grid.diagonal() for grid in grids]
+        above = sum(int((grid > own[:, None]).sum()) for grid, own in zip(grids, positives, strict=True))
+        negatives = sum(grid.size - len(grid) for grid in grids)
+        for result in results:
+            entry = result["history"][position]
+            assert entry[f"{prefix}reranker/masked_share"] == pytest.approx(above / negatives)
+            assert entry[f"{prefix}reranker/pairs"] == pytest.approx(np.mean([grid.size for grid in grids]))
+            assert entry[f"{prefix}reranker/positive_score"] == pytest.approx(np.mean(np.concatenate(positives)))

@@ -57,7 +57,8 @@ class TextReader:
             "The batch has no raw texts, so the reranker gets texts that are decoded from token ids. They lack what "
             "the tokenizer drops (letter case and accents with an uncased model, spaces around punctuation) and "
             "everything beyond the model's maximum length, and they include prompts. The first text that the "
-            "reranker gets is %r. Pass data_collator=RerankerDataCollator.for_training(model, args) to the trainer.",
+            "reranker gets is %r. Use RerankerTrainer, or pass "
+            "data_collator=RerankerDataCollator.for_training(model, args, loss) to the trainer.",
             texts[0][:200],
         )
 
@@ -83,7 +84,7 @@ def decode(features: dict[str, Any], tokenizer: Any) -> list[str]:
     if not isinstance(ids, torch.Tensor) or tokenizer is None:
         raise ValueError(
             "The reranker needs texts, but a column of the batch has neither its raw texts nor token ids to decode. "
-            "Give the trainer a RerankerDataCollator, and use columns of strings only."
+            "Use RerankerTrainer, or give the trainer a RerankerDataCollator, and use columns of strings only."
         )
     bounds = features.get("cu_seq_lens_q")
     if bounds is not None:
