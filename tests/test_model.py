@@ -42,7 +42,7 @@ def test_kind_and_lengths(build, kind: str, max_length: int, default_length: int
 
 
 def test_the_real_bi_encoder() -> None:
-    spec = read_model(str(models.minilm()))
+    spec = read_model(str(models.all_minilm()))
     assert (spec.kind, spec.pooling, spec.max_length, spec.default_length) == ("bi-encoder", "mean", 512, 256)
 
 
