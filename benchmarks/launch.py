@@ -20,7 +20,7 @@ from examples.serving import server_command
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What the sides run on.
+    """The machine that all sides run on.
 
     Attributes:
         cuda: Whether there is a GPU.

@@ -79,7 +79,7 @@ def bi_encoder_server(bi_encoder: Path) -> Iterator[ServerProcess]:
 
 @pytest.fixture
 def forked_children(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What examples, benchmarks and the quality study start in this process is forked with its libraries imported."""
+    """Fork the processes that examples, benchmarks and the quality study start, with their libraries imported."""
     monkeypatch.setattr(Child, "popen", ForkedProgram)
 
 

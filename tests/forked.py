@@ -25,11 +25,11 @@ multiprocessing.set_forkserver_preload(["tests.preloaded"])
 
 
 class ForkedProgram:
-    """Takes the place of ``subprocess.Popen`` for ``[sys.executable, "-m", ...]`` and ``[sys.executable, "-c", ...]``.
+    """Replacement of ``subprocess.Popen`` for ``[sys.executable, "-m", ...]`` and ``[sys.executable, "-c", ...]``.
 
     Attributes:
-        stdout: What the program writes, as text; set with ``stdout=subprocess.PIPE``.
-        stderr: The same of its standard error.
+        stdout: Output of the program, as text; set with ``stdout=subprocess.PIPE``.
+        stderr: Its standard error, likewise.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class ForkedProgram:
 
 
 class _Start:
-    """What the forked process does; travels there by pickle."""
+    """Start of a program in the forked process; it gets there by pickle."""
 
     def __init__(
         self,

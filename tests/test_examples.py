@@ -14,7 +14,7 @@ from .servers import ServerProcess
 
 
 def test_training_on_two_ranks(bi_encoder_server: ServerProcess, tmp_path: Path) -> None:
-    # What torchrun does, but for the start of an interpreter for itself and for each rank.
+    # As torchrun does it, except that no interpreter is started for the launcher and for each rank.
     program = f"""
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from examples.train_distributed import train
