@@ -34,6 +34,7 @@ from benchmarks.rounds import Spread
 from examples.docstrings import PACKAGES, collect, text_key
 from examples.student import load_minilm, load_student
 from loss_client import RerankerCachedGISTEmbedLoss, ScoreUsage
+from loss_client.client.scores import RawScale
 from loss_client.filter.candidates import Candidates
 from loss_client.filter.statistics import LossStatistics
 
@@ -105,6 +106,10 @@ class Guide:
         scores = _Scores(grid.numpy()[query_ids, document_ids][:, None])
         self.seconds += time.perf_counter() - began
         return scores
+
+    def raw_scale(self, timeout: float | None) -> RawScale:
+        """See ``ScoringClient``."""
+        return "cosine"
 
     def _of(self, texts: Sequence[str]) -> Tensor:
         return self._vectors[[self._place[text] for text in texts]]

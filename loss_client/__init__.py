@@ -29,10 +29,12 @@ if TYPE_CHECKING:
     from loss_client.callbacks import RerankerMarginCallback, RerankerMetricsCallback, RerankerResumeCallback
     from loss_client.collator import RerankerDataCollator
     from loss_client.cross_encoder import RemoteCrossEncoder
+    from loss_client.filter.distillation import Distillation
     from loss_client.loss import RerankerCachedGISTEmbedLoss
     from loss_client.trainer import RerankerTrainer
 
 _LAZY = {
+    "Distillation": "loss_client.filter.distillation",
     "RemoteCrossEncoder": "loss_client.cross_encoder",
     "RerankerCachedGISTEmbedLoss": "loss_client.loss",
     "RerankerDataCollator": "loss_client.collator",
@@ -44,6 +46,7 @@ _LAZY = {
 
 __all__ = [
     "ClientClosedError",
+    "Distillation",
     "FieldViolation",
     "IncompatibleServerError",
     "JobCancelledError",

@@ -86,7 +86,7 @@ def describe_reranker(client: object) -> dict[str, str] | None:
         return None
 
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: object, choices: Sequence[str | None]) -> None:
     """Raise ``ValueError`` unless the argument ``name`` has one of the values in ``choices``."""
     if value not in choices:
         raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, not {value!r}.")
@@ -97,3 +97,10 @@ def check_positive(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be greater than 0, not {value!r}.")
+
+
+def check_not_negative(**values: float | None) -> None:
+    """Raise ``ValueError`` for an argument that is neither ``None`` nor a finite number of 0 or more."""
+    for name, value in values.items():
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be a finite number, 0 or more, not {value!r}.")

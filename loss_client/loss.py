@@ -15,10 +15,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import CachedLossMixin, has_static_embedding_input
 from torch import Tensor, nn
@@ -29,17 +32,22 @@ from loss_client.arguments import (
     accept_former_names,
     check_choice,
     check_margin,
+    check_not_negative,
     check_positive,
     describe_reranker,
 )
 from loss_client.client.client import RerankerClient
-from loss_client.client.scores import ScoreType
+from loss_client.client.scores import RawScale, ScoreType
 from loss_client.filter.candidates import Candidates, CandidateStep
+from loss_client.filter.contrast import Hardness, HardnessMode, contrastive_loss
+from loss_client.filter.distillation import Distillation
+from loss_client.filter.distiller import Distiller
 from loss_client.filter.gather import gather_embeddings
 from loss_client.filter.grid import GridStep
 from loss_client.filter.jobs import ScoreRows, ScoringClient
 from loss_client.filter.masking import MarginStrategy
 from loss_client.filter.prefetch import TICKET, Ticket
+from loss_client.filter.scale import probabilities
 from loss_client.filter.statistics import LossStatistics
 from loss_client.filter.step import ContrastFilter, FilterSettings, FilterStep, OnError
 from loss_client.filter.texts import TextReader
@@ -185,6 +193,11 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         epsilon: float = 1e-3,
         max_candidates: int | None = None,
         on_error: OnError = "raise",
+        distillation: Distillation | None = None,
+        hardness_mode: HardnessMode | None = None,
+        hardness_strength: float = 0.0,
+        promote_margin: float | None = None,
+        max_outscorers: int | None = None,
     ) -> None:
         super().__init__()
         if has_static_embedding_input(model):
@@ -209,6 +222,15 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             max_length=max_length,
             timeout=timeout,
         )
+        check_choice("hardness_mode", hardness_mode, (None, *get_args(HardnessMode)))
+        check_not_negative(
+            hardness_strength=hardness_strength, promote_margin=promote_margin, max_outscorers=max_outscorers
+        )
+        if promote_margin is not None and candidates == "mass":
+            raise ValueError(
+                "promote_margin needs candidates='all': with candidates='mass' a document without a score might have "
+                "become a positive, so that the bound of epsilon would not hold."
+            )
         self.model = model
         self.temperature = temperature
         self.mini_batch_size = mini_batch_size
@@ -229,12 +251,19 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         self.epsilon = epsilon
         self.max_candidates = max_candidates
         self.on_error = on_error
+        self.distillation = distillation
+        self.hardness_mode = hardness_mode
+        self.hardness_strength = hardness_strength
+        self.promote_margin = promote_margin
+        self.max_outscorers = max_outscorers
         self.statistics = LossStatistics()
         # Connects at first use; a copy or a pickle makes its own connections.
         self._client = reranker if isinstance(reranker, ScoringClient) else RerankerClient(reranker)
         self._served: dict[str, str] | None = None
         self._texts = TextReader()
         self._steps_to_next_warning = 1
+        self._distiller = Distiller()
+        self._raw_scale: RawScale | None = None  # unknown before the first step that needs it
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         """Compute the loss of one batch.
@@ -253,6 +282,8 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         """
         # Copies, because the texts are removed for the model but have to stay in the caller's batch.
         features = [dict(column) for column in sentence_features]
+        if self.distillation is not None:
+            self.distillation.check_columns(len(features))
         step = self._take(features)
         try:
             step.settle(self._settings())
@@ -261,6 +292,8 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             step.cancel()
             raise
         self.statistics.add(step.statistics())
+        if self.distillation is not None:
+            self._distiller.check_underflow(self.distillation, step, type(self).__name__)
         if step.error is not None:
             self._warn_of_unfiltered(step.error)
         return loss
@@ -292,7 +325,10 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             leaves = [root.detach().requires_grad_() for root in roots] if with_backward else roots
 
             with torch.no_grad():
-                step.select(self.mini_batch_size, lambda begin, end: self._logits(leaves, step, begin, end))
+                step.select(self.mini_batch_size, lambda begin, end: self._contrast_logits(leaves, step, begin, end))
+                if self.distillation is not None:
+                    training = with_backward and self.model.training
+                    self._distiller.set_temperature(self.distillation, step, size, device, training)
             total = torch.zeros((), device=device)
             for begin in trange(
                 0, size, self.mini_batch_size, desc="Calculating loss", disable=not self.show_progress_bar
@@ -312,8 +348,38 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         logits = self._logits(embeddings, step, begin, end)
         own = torch.arange(begin, end, device=logits.device) + step.rows.offset
         mask = torch.from_numpy(step.mask(begin, end)).to(logits.device)
-        step.observe(begin, end, logits.detach())
-        return functional.cross_entropy(logits.masked_fill(mask, -torch.inf), own, reduction="sum")
+        positives, without = (
+            None if flags is None else torch.from_numpy(flags).to(logits.device)
+            for flags in (step.positives(begin, end), step.dropped(begin, end))
+        )
+        if positives is not None:
+            mask &= ~positives
+        contrasted = self._penalized(logits, own, step, positives)
+        step.observe(begin, end, contrasted.detach())
+        loss = contrastive_loss(contrasted, own, mask, positives, without)
+        settings = self.distillation
+        if settings is not None:
+            loss = loss + settings.weight * self._distiller.loss(
+                settings, step, begin, end, logits, self.temperature, self._probabilities
+            )
+        return loss
+
+    def _contrast_logits(self, embeddings: list[Tensor], step: FilterStep, begin: int, end: int) -> Tensor:
+        """Compute the logits of the contrastive term; for the arguments see ``_logits``."""
+        own = torch.arange(begin, end, device=embeddings[0].device) + step.rows.offset
+        return self._penalized(self._logits(embeddings, step, begin, end), own, step, None)
+
+    def _penalized(self, logits: Tensor, own: Tensor, step: FilterStep, positives: Tensor | None) -> Tensor:
+        """Add the hardness penalties of negatives to logits of shape ``(rows, candidates)``."""
+        if self.hardness_mode is None or not self.hardness_strength:
+            return logits
+        rows = sum(step.rows.sizes)
+        blocks = range(0, logits.shape[1], rows)
+        starts = [0, *blocks[1 + self.contrast_anchors + self.contrast_positives :]]
+        penalties = Hardness(self.hardness_mode, self.hardness_strength).penalties(
+            logits.detach() * self.temperature, own, starts, rows
+        )
+        return logits + (penalties if positives is None else penalties.masked_fill(positives, 0))
 
     def _logits(self, embeddings: list[Tensor], step: FilterStep, begin: int, end: int) -> Tensor:
         """Compute cosine / temperature of some anchors with their candidates, shape ``(end - begin, candidates)``.
@@ -357,7 +423,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
     def _source(self) -> Hashable:
         """Settings that decide a step's scores: a step of other settings is of no use."""
         return (
-            *(id(self._client), self.instruction, self.max_length, self.score_type),
+            *(id(self._client), self.instruction, self.max_length, self._asked_type),
             *(self.candidates, self.epsilon, self.max_candidates),
             *(self.contrast_anchors, self.contrast_positives, self.contrast_filter),
         )
@@ -372,7 +438,32 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             contrast_filter=self.contrast_filter,
             gather=self.gather_across_devices,
             on_error=self.on_error,
+            promote_margin=self.promote_margin,
+            max_outscorers=self.max_outscorers,
+            distill=None if self.distillation is None else self.distillation.over,
+            convert=None if self.distillation is None else self._in_units,
         )
+
+    @property
+    def _asked_type(self) -> ScoreType:
+        """Scores that the loss asks for. Targets need raw scores, from which it computes probabilities by itself."""
+        return self.score_type if self.distillation is None else "raw"
+
+    def _in_units(self, raw: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return raw scores in the margin's units."""
+        if self.score_type == "probability":
+            return self._probabilities(raw)
+        if self.distillation is not None and self.distillation.target == "bce":
+            self._scale()  # now, because here an error of the client is handled as on_error says
+        return raw
+
+    def _probabilities(self, raw: NDArray[np.float32]) -> NDArray[np.float32]:
+        return probabilities(raw, self._scale())
+
+    def _scale(self) -> RawScale:
+        if self._raw_scale is None:
+            self._raw_scale = self._client.raw_scale(self.timeout)
+        return self._raw_scale
 
     def _ask(
         self, begin_job: Callable[..., ScoreRows], *texts_and_ids: Any, instruction: str | None, **more: Any
@@ -382,7 +473,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             **more,
             instruction=instruction,
             max_length=self.max_length,
-            score_type=self.score_type,
+            score_type=self._asked_type,
             chunk_pairs=self.chunk_pairs,
             timeout=self.timeout,
         )
@@ -438,7 +529,33 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             "epsilon": self.epsilon,
             "max_candidates": self.max_candidates,
             "on_error": self.on_error,
+            "distillation": None if self.distillation is None else asdict(self.distillation),
+            "hardness_mode": self.hardness_mode,
+            "hardness_strength": self.hardness_strength,
+            "promote_margin": self.promote_margin,
+            "max_outscorers": self.max_outscorers,
         }
+
+    @property
+    def distill_temperature(self) -> float | None:
+        """The guide's temperature; ``None`` without distillation, and before ``"auto"`` has set it."""
+        return None if self.distillation is None else self._distiller.temperature(self.distillation)
+
+    def distillation_state(self) -> dict[str, Any]:
+        """Return the state of ``temperature="auto"``, a small dict that can be written as JSON.
+
+        Save it beside the trainer's state, and give it to :meth:`load_distillation_state` before training is resumed:
+        otherwise the temperature is set anew. All ranks have the same state.
+        """
+        return self._distiller.state()
+
+    def load_distillation_state(self, state: dict[str, Any]) -> None:
+        """Take the state that :meth:`distillation_state` returned.
+
+        Raises:
+            ValueError: The state has another form.
+        """
+        self._distiller.load(state)
 
     @property
     def citation(self) -> str:

@@ -127,7 +127,8 @@ def pairwise(
         return bool(table[position[query], position[document]] > limit)
 
     def relevant(row: int, document: str) -> bool:
-        return document == positives[row] or above(anchors[row], document, row)
+        labelled = {positives[other] for other in rows if anchors[other] == anchors[row]}
+        return document in labelled or above(anchors[row], document, row)
 
     def related(row: int, other: int) -> bool:
         same = row == other or anchors[row] == anchors[other]

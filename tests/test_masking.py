@@ -119,7 +119,8 @@ def expected_mask(options: FilterSettings, seed: int, row: int) -> list[bool]:
         return np.float32(own - np.float32(width))
 
     def relevant(anchor: int, document: str) -> bool:
-        return bool(document == POSITIVES[anchor] or pair(ANCHORS[anchor], document) > limit(anchor))
+        labelled = {POSITIVES[other] for other in batch if ANCHORS[other] == ANCHORS[anchor]}
+        return bool(document in labelled or pair(ANCHORS[anchor], document) > limit(anchor))
 
     def known(i: int, j: int) -> bool:
         return ANCHORS[i] == ANCHORS[j] or relevant(i, POSITIVES[j]) or relevant(j, POSITIVES[i])

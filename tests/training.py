@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense
 from torch import Tensor, nn
 
-from loss_client.client.scores import ScoreUsage
+from loss_client.client.scores import RawScale, ScoreUsage
 
 from .models import build_bi_encoder, summary_and_body
 
@@ -158,10 +158,14 @@ class MemoryScorer:
         jobs: Every job so far, in order.
     """
 
-    def __init__(self, score: Score, error: Exception | None = None) -> None:
+    def __init__(self, score: Score, error: Exception | None = None, scale: RawScale = "logit") -> None:
         self._score = score
+        self._scale = scale
         self._error = error
         self.jobs: list[MemoryScores] = []
+
+    def raw_scale(self, timeout: float | None) -> RawScale:
+        return self._scale
 
     def stream_grid(self, queries: Sequence[str], documents: Sequence[str], **options: Any) -> MemoryScores:
         job = MemoryScores(list(queries), list(documents), options, self._score(queries, documents), error=self._error)

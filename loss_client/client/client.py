@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from loss_client.client.background import Background
 from loss_client.client.channels import Channels, Patience
 from loss_client.client.endpoints import ChannelSettings
-from loss_client.client.errors import ClientClosedError
+from loss_client.client.errors import ClientClosedError, IncompatibleServerError
 from loss_client.client.job import Ids, Job, Pairs, pair_grid, pair_list
 from loss_client.client.memory import ScoreMemory
 from loss_client.client.options import (
@@ -28,12 +28,18 @@ from loss_client.client.options import (
 )
 from loss_client.client.ranking import RankedDocument, read_ranking
 from loss_client.client.run import run_job
-from loss_client.client.scores import ScoreMatrix, ScoreType
+from loss_client.client.scores import RawScale, ScoreMatrix, ScoreType
 from loss_client.client.targets import parse_targets
 from loss_client.client.texts import TextTable
 from reranker.v1 import reranker_pb2 as pb
 
 T = TypeVar("T")
+
+_RAW_SCALES: dict[int, RawScale] = {
+    pb.MODEL_KIND_CROSS_ENCODER: "logit",
+    pb.MODEL_KIND_CAUSAL_RERANKER: "logit",
+    pb.MODEL_KIND_BI_ENCODER: "cosine",
+}
 
 
 class RerankerClient:
@@ -255,6 +261,23 @@ class RerankerClient:
             RerankerError: The server could not be reached in time.
         """
         return self._call(lambda stub: stub.GetModelInfo, pb.GetModelInfoRequest(), timeout)
+
+    def raw_scale(self, timeout: float | None = None) -> RawScale:
+        """Ask a server whether its raw scores are logits or cosines.
+
+        Raises:
+            IncompatibleServerError: The server speaks another major version of the contract, or names a kind of model
+                that this client does not know.
+            RerankerError: The server could not be reached in time.
+        """
+        kind = self.model_info(timeout).kind
+        scale = _RAW_SCALES.get(kind)
+        if scale is None:
+            raise IncompatibleServerError(
+                f"the server names kind {kind} for its model; this client knows only the kinds {sorted(_RAW_SCALES)} "
+                "and cannot tell how their raw scores become probabilities: update the client"
+            )
+        return scale
 
     def close(self) -> None:
         """End all jobs, connections and the thread. Calls that wait for scores raise ``ClientClosedError``."""

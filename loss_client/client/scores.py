@@ -18,6 +18,9 @@ from reranker.v1 import reranker_pb2
 ScoreType = Literal["probability", "raw"]
 """Scale of the scores: probabilities in [0, 1], or the model's own numbers (logits; for a bi-encoder cosines)."""
 
+RawScale = Literal["logit", "cosine"]
+"""Number that a raw score is: the logit of a cross-encoder or causal reranker, or the cosine of a bi-encoder."""
+
 Positions = slice | Sequence[int] | NDArray[np.integer[Any]]
 
 # Scores of one block of rows. Blocks are allocated and freed one by one, so a whole matrix need not be in memory.

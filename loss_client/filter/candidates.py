@@ -24,6 +24,7 @@ from loss_client.filter.mass import choose, unscored_share
 from loss_client.filter.pair_scores import PairScores
 from loss_client.filter.statistics import LossStatistics
 from loss_client.filter.step import FilterStep
+from loss_client.filter.targets import Places, Targets
 
 Candidates = Literal["all", "mass"]
 """Rule for the pairs of a batch that are scored; see ``RerankerCachedGISTEmbedLoss``."""
@@ -69,7 +70,8 @@ class CandidateStep(FilterStep):
         self._all_anchor_queries = queries.ids[-1]
         self._document_ids = documents.ids[: len(merged) - 1]
         self._anchor_documents = documents.ids[-1]
-        self._scores = PairScores(len(queries.texts), len(documents.texts))
+        self._clear()
+        self._places = Places(self._document_ids, len(documents.texts), settings.contrast_blocks)
         self._repeats = np.bincount(np.concatenate(self._document_ids), minlength=len(documents.texts))
         self._rows_counted = 0
         # Candidates of each row chosen so far, over all calls: MatryoshkaLoss calls ``select`` for each dimension.
@@ -102,7 +104,14 @@ class CandidateStep(FilterStep):
                 self._fetch(np.unique(np.concatenate(wanted)))
         except RerankerError as error:
             self._failed(error)
-            self._scores = PairScores(len(self._query_texts), len(self._document_texts))
+            self._clear()
+
+    def _clear(self) -> None:
+        """Begin without scores: those in the margin's units, and with distillation the raw ones."""
+        shape = len(self._query_texts), len(self._document_texts)
+        self._scores = self._raw = PairScores(*shape)
+        if self._settings.convert is not None:
+            self._raw = PairScores(*shape)
 
     def _first_wanted(self) -> list[NDArray[np.int64]]:
         """Read the scores of the anchors' own documents; return the codes of further pairs that every choice needs."""
@@ -143,6 +152,9 @@ class CandidateStep(FilterStep):
                 f"{len(wrong)} of {len(scores)} scores are not finite, the first one {wrong[0]}. The filter needs "
                 "finite scores: check the model that the reranker serves and its number format."
             )
+        if self._settings.convert is not None:
+            self._raw.add(codes, scores)
+            scores = self._settings.convert(scores)
         self._scores.add(codes, scores)
 
     def _limits(self, codes: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -158,6 +170,8 @@ class CandidateStep(FilterStep):
         scores = self._scores.rows(queries)  # (end - begin, distinct documents)
         known, relevant = ~np.isnan(scores), scores > limits  # a comparison with NaN is false
         known[lines, own_documents] = relevant[lines, own_documents] = True
+        for flags in (known, relevant):
+            self._equal_anchors.mark(flags, own)
 
         decided = [known[:, ids] for ids in self._document_ids]
         masked = [relevant[:, ids] for ids in self._document_ids]
@@ -192,7 +206,7 @@ class CandidateStep(FilterStep):
         # Scores of these rows' positives with the other rows' anchors, compared with the other rows' thresholds.
         back = self._scores.columns(own_documents)[self._all_anchor_queries].T  # (end - begin, rows of all ranks)
         limits = self._limits(self._all_anchor_queries * documents + positives)
-        same = same_id(own_documents, positives)
+        same = same_id(own_documents, positives) | self._equal_anchors.holders(own_documents)
         back_known = (~np.isnan(back) & ~np.isnan(limits)) | same
         related = relevant[:, positives] | (back > limits) | same
         return related | (known[:, positives] & back_known), related
@@ -221,6 +235,31 @@ class CandidateStep(FilterStep):
         """See :meth:`FilterStep.mask`."""
         return self._state(begin, end)[1]
 
+    def positives(self, begin: int, end: int) -> None:
+        """Return ``None``: promotion needs every score."""
+
+    def dropped(self, begin: int, end: int) -> NDArray[np.bool_] | None:
+        """See :meth:`FilterStep.dropped`; documents without a score do not count."""
+        most = self._settings.max_outscorers
+        return None if most is None else self._outscorers(begin, end) > most
+
+    def _outscorers(self, begin: int, end: int) -> NDArray[np.intp]:
+        own = self._own[begin:end]
+        scores = self._scores.rows(self._anchor_queries[begin:end])
+        above_own = scores > scores[np.arange(len(own)), self._own_documents[begin:end], None]
+        labelled = np.zeros_like(above_own)
+        self._equal_anchors.mark(labelled, own)
+        counts: NDArray[np.intp] = (above_own & ~labelled & (self._repeats > 0)).sum(axis=1)
+        return counts
+
+    def targets(self, begin: int, end: int) -> Targets:
+        """See :meth:`FilterStep.targets`."""
+        own = self._own[begin:end]
+        scores = self._raw.rows(self._anchor_queries[begin:end])
+        if self._settings.distill == "batch":
+            return self._places.of_batch(own, scores)
+        return self._places.of_row(own, scores[np.arange(len(own))[:, None], self._places.row_ids(own)])
+
     def observe(self, begin: int, end: int, logits: Tensor) -> None:
         """See :meth:`FilterStep.observe`."""
         # MatryoshkaLoss computes the loss of the same rows once for each of its dimensions.
@@ -237,10 +276,13 @@ class CandidateStep(FilterStep):
             counts.capped_anchors += int((shares > self._epsilon * _ROUNDING).sum())
         scores = self._scores.rows(self._anchor_queries[begin:end])
         own_scores = scores[np.arange(rows), self._own_documents[begin:end]]
-        contrast = len(self._anchor_ids) * (self._settings.contrast_anchors + self._settings.contrast_positives)
+        contrast = len(self._anchor_ids) * self._settings.contrast_blocks
         every, others = len(self._anchor_ids), masked[:, len(self._anchor_ids) + contrast :]
         counts.negatives += rows * (int(self._repeats.sum()) - 1)
         counts.masked_negatives += int(masked[:, :every].sum() + others.sum())
+        dropped = self.dropped(begin, end)
+        if dropped is not None:
+            counts.dropped_anchors += int(dropped.sum())
         if self.error is None:
             known = ~np.isnan(scores)
             counts.scored_anchors += rows

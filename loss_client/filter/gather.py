@@ -102,6 +102,20 @@ def gather_flags(flags: NDArray[np.bool_], rows: Rows) -> NDArray[np.bool_]:
     return np.unpackbits(np.concatenate(packed), axis=1, count=flags.shape[1]).astype(np.bool_)
 
 
+def sum_over_ranks(values: NDArray[np.float64], device: torch.device) -> NDArray[np.float64]:
+    """Return the sum of each value over all ranks.
+
+    Args:
+        values: This rank's values.
+        device: Device of this rank's model, on which the backend can communicate.
+    """
+    if get_world_size() == 1:
+        return values
+    total = torch.from_numpy(values).to(device)
+    dist.all_reduce(total)
+    return total.cpu().numpy()
+
+
 def _gather_objects(value: Any) -> list[Any]:
     """Gather one picklable object of each rank, in rank order."""
     if get_world_size() == 1:

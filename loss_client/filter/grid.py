@@ -12,8 +12,9 @@ from loss_client.client.errors import RerankerError
 from loss_client.filter.gather import gather_flags
 from loss_client.filter.interning import intern
 from loss_client.filter.jobs import AskForGrid, ScoreRows
-from loss_client.filter.masking import above, related, same_id, thresholds
+from loss_client.filter.masking import above, check_finite, related, same_id, thresholds
 from loss_client.filter.step import FilterStep
+from loss_client.filter.targets import Places, Targets
 
 _BLOCK_ROWS = 256
 
@@ -109,6 +110,16 @@ class GridStep(FilterStep):
         if self._positive_grid is not None:
             self._relevant_positives = np.zeros((local, -(-self._positive_grid.documents // 8)), dtype=np.uint8)
         self._related: NDArray[np.bool_] | None = None
+        settings = self._settings
+        self._places = Places(self._document_ids, documents, settings.contrast_blocks)
+        if settings.promote_margin is not None:
+            self._promoted = np.zeros_like(self._relevant)
+        self._outscorers = np.zeros(local, dtype=np.intp)
+        # Raw scores for the distillation term, which may be computed several times (MatryoshkaLoss).
+        self._arrived = np.zeros(local, dtype=np.bool_)
+        if settings.distill is not None:
+            kept = len(self._document_ids) if settings.distill == "row" else documents
+            self._raw = np.empty((local, kept), dtype=np.float32)
 
     def select(self, size: int, logits: Callable[[int, int], Tensor]) -> None:
         """Return at once: all pairs are being scored."""
@@ -138,11 +149,40 @@ class GridStep(FilterStep):
                 contrast.append(found[:, columns] | same_id(columns[own], columns))
         return np.concatenate([blocks[0], *contrast, *blocks[1:]], axis=1)
 
+    def positives(self, begin: int, end: int) -> NDArray[np.bool_] | None:
+        """See :meth:`FilterStep.positives`."""
+        if self._settings.promote_margin is None:
+            return None
+        self._decide(begin, end)
+        own = np.arange(begin, end) + self.rows.offset
+        blocks = len(self._document_ids) + self._settings.contrast_blocks
+        found = np.zeros((end - begin, blocks * len(self._anchor_ids)), dtype=np.bool_)
+        found[np.arange(end - begin), own] = True
+        lines, texts = np.nonzero(_unpacked(self._promoted[begin:end], self._grid.documents))
+        found[lines, self._places.columns(own)[lines, texts]] = True
+        return found
+
+    def dropped(self, begin: int, end: int) -> NDArray[np.bool_] | None:
+        """See :meth:`FilterStep.dropped`."""
+        if self._settings.max_outscorers is None:
+            return None
+        self._decide(begin, end)
+        return self._outscorers[begin:end] > self._settings.max_outscorers
+
+    def targets(self, begin: int, end: int) -> Targets:
+        """See :meth:`FilterStep.targets`."""
+        self._decide(begin, end)
+        own = np.arange(begin, end) + self.rows.offset
+        scores = np.where(self._arrived[begin:end, None], self._raw[begin:end], np.float32(np.nan))
+        place = self._places.of_row if self._settings.distill == "row" else self._places.of_batch
+        return place(own, scores)
+
     def _decide(self, begin: int, end: int) -> None:
         """Turn the scores of rows into bits, if that has not been done, and free the scores."""
         rows = np.arange(begin, end)[~self._decided[begin:end]]
         if not len(rows):
             return
+        settings = self._settings
         lines, positives = np.arange(len(rows)), self._document_ids[0][rows + self.rows.offset]
         relevant = np.zeros((len(rows), self._grid.documents), dtype=np.bool_)
         if self.error is None:
@@ -152,10 +192,17 @@ class GridStep(FilterStep):
                 self._failed(error)
         # Documents with the positive's text have the positive's id, and are masked whatever the margin is.
         relevant[lines, positives] = True
+        self._equal_anchors.mark(relevant, rows + self.rows.offset)
         self._relevant[rows] = np.packbits(relevant, axis=1)
         self._decided[rows] = True
         self._counts.negatives += len(rows) * (int(self._repeats.sum()) - 1)
         self._counts.masked_negatives += int((relevant @ self._repeats).sum()) - len(rows)
+        if settings.promote_margin is not None:
+            promoted = int(np.unpackbits(self._promoted[rows]).sum())
+            self._counts.promoted_negatives += promoted
+            self._counts.masked_negatives -= promoted
+        if settings.max_outscorers is not None:
+            self._counts.dropped_anchors += int((self._outscorers[rows] > settings.max_outscorers).sum())
 
     def _compare(self, rows: NDArray[np.intp], positives: NDArray[np.intp]) -> NDArray[np.bool_]:
         """Return which documents score above each row's threshold.
@@ -165,22 +212,44 @@ class GridStep(FilterStep):
             positives: The id of each row's own positive.
         """
         settings, counts, lines = self._settings, self._counts, np.arange(len(rows))
-        scores = self._grid.read(rows)  # (rows, distinct documents)
+        raw = self._grid.read(rows)  # (rows, distinct documents)
+        scores = self._in_units(raw)
         own_scores = scores[lines, positives]
         limits = thresholds(own_scores, settings.margin, settings.margin_strategy)
         relevant = above(scores, limits)
         if self._positive_grid is not None:
-            found = above(self._positive_grid.read(rows), limits)
+            found = above(self._in_units(self._positive_grid.read(rows)), limits)
             self._relevant_positives[rows] = np.packbits(found, axis=1)
             self._positive_grid.release(rows)
         self._grid.release(rows)
-        counts.outscored_positives += int(((scores > own_scores[:, None]) & (self._repeats > 0)).any(axis=1).sum())
+        outscoring = (scores > own_scores[:, None]) & (self._repeats > 0)
+        if settings.promote_margin is not None:
+            promoted = scores > thresholds(own_scores, -settings.promote_margin, settings.margin_strategy)[:, None]
+            promoted &= self._repeats > 0
+            relevant |= promoted
+            self._promoted[rows] = np.packbits(promoted, axis=1)
+        if settings.max_outscorers is not None:
+            labelled = np.zeros_like(outscoring)
+            self._equal_anchors.mark(labelled, rows + self.rows.offset)
+            self._outscorers[rows] = (outscoring & ~labelled).sum(axis=1)
+        if settings.distill is not None:
+            own = self._places.row_ids(rows + self.rows.offset)
+            self._raw[rows] = raw[lines[:, None], own] if settings.distill == "row" else raw
+            self._arrived[rows] = True
+        counts.outscored_positives += int(outscoring.any(axis=1).sum())
         counts.scored_anchors += len(rows)
         counts.scored_negatives += len(rows) * (int(self._repeats.sum()) - 1)
         counts.positive_scores += float(own_scores.sum(dtype=np.float64))
         counts.negative_scores += float((scores @ self._repeats.astype(np.float32)).sum(dtype=np.float64))
         counts.negative_scores -= float(own_scores.sum(dtype=np.float64))
         return relevant
+
+    def _in_units(self, raw: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return scores in the margin's units, as they have arrived without distillation."""
+        if self._settings.convert is None:
+            return raw
+        check_finite(raw)  # an infinite logit has a finite probability
+        return self._settings.convert(raw)
 
     def _related_rows(self) -> NDArray[np.bool_]:
         """Return which rows of all ranks are related, shape ``(rows of all ranks, rows of all ranks)``.

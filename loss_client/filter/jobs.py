@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from loss_client.client.scores import ScoreType, ScoreUsage
+from loss_client.client.scores import RawScale, ScoreType, ScoreUsage
 
 
 class ScoreRows(Protocol):
@@ -72,6 +72,9 @@ class ScoringClient(Protocol):
         recurring: bool,
     ) -> ScoreRows:
         """Begin to score pairs, given by the positions of their texts, a row of one column each; returns at once."""
+
+    def raw_scale(self, timeout: float | None) -> RawScale:
+        """Return whether raw scores are logits or cosines; asks the server, at most ``timeout`` seconds."""
 
 
 class AskForGrid(Protocol):

@@ -49,6 +49,12 @@ def above(scores: NDArray[np.float32], limits: NDArray[np.float32]) -> NDArray[n
     Raises:
         ScoreError: A score is NaN or infinite.
     """
+    check_finite(scores)
+    return scores > limits[:, None]
+
+
+def check_finite(scores: NDArray[np.float32]) -> None:
+    """Raise ``ScoreError`` if one of the scores, shape ``(rows, documents)``, is NaN or infinite."""
     # Comparisons with NaN are false: a NaN score would keep its negative without an error.
     finite = np.isfinite(scores)
     if not finite.all():
@@ -58,7 +64,6 @@ def above(scores: NDArray[np.float32], limits: NDArray[np.float32]) -> NDArray[n
             f"{scores[row, document]} at row {row}, document {document}. The filter needs finite scores: check the "
             "model that the reranker serves and its number format."
         )
-    return scores > limits[:, None]
 
 
 def same_id(rows: NDArray[np.intp], columns: NDArray[np.intp]) -> NDArray[np.bool_]:

@@ -12,15 +12,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from loss_client.client.errors import IncompatibleServerError, RerankerError
+from loss_client.filter.equal_anchors import EqualAnchors
 from loss_client.filter.gather import Rows, gather_columns
 from loss_client.filter.interning import intern
 from loss_client.filter.jobs import ScoreRows
 from loss_client.filter.masking import MarginStrategy
 from loss_client.filter.statistics import LossStatistics
+from loss_client.filter.targets import DistillOver, Targets
 
 ContrastFilter = Literal["known", "scores"]
 """Source of the filter for pairs of anchors and pairs of positives; see ``RerankerCachedGISTEmbedLoss``."""
@@ -31,7 +34,12 @@ OnError = Literal["raise", "unfiltered"]
 
 @dataclass(frozen=True, slots=True)
 class FilterSettings:
-    """Settings by which scores become masks; see ``RerankerCachedGISTEmbedLoss`` for the meaning of each."""
+    """Settings by which scores become masks and targets; see ``RerankerCachedGISTEmbedLoss`` for most of them.
+
+    Attributes:
+        distill: Documents whose raw scores are targets; ``None`` without distillation.
+        convert: With distillation, turns the raw scores that arrive into scores in the margin's units.
+    """
 
     margin_strategy: MarginStrategy
     margin: float
@@ -40,6 +48,35 @@ class FilterSettings:
     contrast_filter: ContrastFilter
     gather: bool = False
     on_error: OnError = "raise"
+    promote_margin: float | None = None
+    max_outscorers: int | None = None
+    distill: DistillOver | None = None
+    convert: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None
+
+    @property
+    def contrast_blocks(self) -> int:
+        """Number of blocks of contrast terms among the candidates."""
+        return self.contrast_anchors + self.contrast_positives
+
+
+class _Distilled:
+    """Sums over the rows of a step, each counted once: MatryoshkaLoss computes the loss of a row several times."""
+
+    def __init__(self) -> None:
+        self._rows = 0
+        self._sums: list[Tensor] = []  # tensors, because reading each one would wait for the device
+
+    def add(self, begin: int, end: int, sums: Tensor) -> None:
+        """Add the sums of rows, unless these rows have been counted."""
+        if begin >= self._rows:
+            self._rows = end
+            self._sums.append(sums)
+
+    def values(self) -> list[float]:
+        """Return the four sums."""
+        if not self._sums:
+            return [0.0] * 4
+        return [float(value) for value in torch.stack(self._sums).sum(0).tolist()]
 
 
 class FilterStep(ABC):
@@ -56,16 +93,20 @@ class FilterStep(ABC):
         rows: Position of this rank's rows among the rows of all ranks; set by ``settle``.
         source: Settings that the step was begun with; the loss uses the step only while they are its own.
         error: The error that ended the scoring, with ``on_error="unfiltered"``.
+        temperature: The guide's temperature in this step, once the loss has set it.
     """
 
     rows: Rows
+    _document_ids: Sequence[NDArray[np.intp]]  # for each column (rows of all ranks,)
 
     def __init__(self, columns: Sequence[Sequence[str]]) -> None:
         self.error: RerankerError | None = None
         self.source: Hashable = None
+        self.temperature: float | None = None
         self._columns = columns
         self._counts = LossStatistics(steps=1, anchors=len(columns[0]))
         self._jobs: list[ScoreRows] = []
+        self._distilled = _Distilled()
 
     def settle(self, settings: FilterSettings) -> None:
         """Take the loss's present settings and the other ranks' texts, and begin to score the pairs that they add.
@@ -80,10 +121,11 @@ class FilterStep(ABC):
             merged, self.rows = gather_columns(self._columns)
         self._anchor_ids = intern([merged[0]]).ids[0]  # (rows of all ranks,)
         self._lay_out(merged)
+        self._equal_anchors = EqualAnchors(self._anchor_ids, self._document_ids[0])
 
     @abstractmethod
     def _lay_out(self, merged: Sequence[Sequence[str]]) -> None:
-        """Take the texts of all ranks, by column."""
+        """Take the texts of all ranks, by column, and set ``_document_ids``."""
 
     @abstractmethod
     def select(self, size: int, logits: Callable[[int, int], Tensor]) -> None:
@@ -105,11 +147,40 @@ class FilterStep(ABC):
         Returns:
             Shape ``(end - begin, candidates)``. Candidates are in the order of the loss's logits: all positives, all
             anchors (with ``contrast_anchors``), all positives again as negatives of the anchor's positive (with
-            ``contrast_positives``), then each column of negatives. An anchor's own positive is never masked.
+            ``contrast_positives``), then each column of negatives. An anchor's own positive is never masked; the
+            positives of rows with the same anchor always are.
 
         Raises:
             RerankerError: Scores did not arrive, or one is NaN or infinite; with ``on_error="raise"``.
         """
+
+    @abstractmethod
+    def positives(self, begin: int, end: int) -> NDArray[np.bool_] | None:
+        """Return which candidates of some anchors are positives; ``None`` without ``promote_margin``.
+
+        They are the anchor's own positive, and one candidate for each text that scores above it by more than the
+        margin. For the shape see :meth:`mask`, which masks promoted candidates too.
+        """
+
+    @abstractmethod
+    def dropped(self, begin: int, end: int) -> NDArray[np.bool_] | None:
+        """Return the anchors whose positive more than ``max_outscorers`` documents outscore; ``None`` without a limit.
+
+        Positives of rows with the same anchor do not count. Shape ``(end - begin,)``.
+        """
+
+    @abstractmethod
+    def targets(self, begin: int, end: int) -> Targets:
+        """Wait for the scores of some anchors and return their raw scores; only with distillation."""
+
+    def count_distilled(self, begin: int, end: int, sums: Tensor) -> None:
+        """Add to the statistics of some rows (anchors, distillation loss, entropy, underflows), shape ``(4,)``."""
+        self._distilled.add(begin, end, sums)
+
+    @property
+    def underflows(self) -> int:
+        """Number of the guide's probabilities that were exactly 0."""
+        return int(self._distilled.values()[3])
 
     @abstractmethod
     def observe(self, begin: int, end: int, logits: Tensor) -> None:
@@ -124,6 +195,8 @@ class FilterStep(ABC):
         counts.remembered_pairs = sum(usage.remembered_pairs for usage in usages)
         counts.reconnects = sum(usage.reconnects for usage in usages)
         counts.pairs = sum(job.shape[0] * job.shape[1] for job in self._jobs)
+        distilled, counts.distillation_loss, counts.guide_entropy, _ = self._distilled.values()
+        counts.distilled_anchors = int(distilled)
         counts.seconds_waited = sum(job.seconds_waited for job in self._jobs)
         return counts
 
