@@ -62,11 +62,37 @@ def make(model: Any, scorer: Any, **options: Any) -> RerankerCachedGISTEmbedLoss
     return RerankerCachedGISTEmbedLoss(model, scorer, **{"temperature": 0.05, "score_type": "raw", **options})
 
 
-def masks(loss: RerankerCachedGISTEmbedLoss, columns: list[list[str]]) -> np.ndarray:
-    """Return the loss's mask of a batch."""
-    step = loss.begin(columns)
-    step.settle(loss._settings())
-    return step.mask(0, len(columns[0]))
+def masks(
+    columns: list[list[str]], contrast: tuple[bool, bool] = (False, False), by: str = "known", score: Any = None
+) -> np.ndarray:
+    """Return the mask of a batch with margin 0 by its definition, pair by pair, in the order of the loss's logits."""
+    score = score or random_scores()
+    anchors, positives, *negatives = columns
+    every = list(dict.fromkeys(text for column in columns for text in column))
+    table = score(every, every)
+    rows = range(len(anchors))
+
+    def above(row: int, query: str, document: str) -> bool:
+        own = table[every.index(anchors[row]), every.index(positives[row])]
+        return bool(table[every.index(query), every.index(document)] > own)
+
+    def relevant(row: int, document: str) -> bool:
+        labelled = {positives[other] for other in rows if anchors[other] == anchors[row]}
+        return document in labelled or above(row, anchors[row], document)
+
+    def known(row: int, other: int) -> bool:
+        return anchors[row] == anchors[other] or relevant(row, positives[other]) or relevant(other, positives[row])
+
+    found = []
+    for row in rows:
+        mask = [other != row and relevant(row, positives[other]) for other in rows]
+        for wanted, side in zip(contrast, (anchors, positives), strict=True):
+            for other in rows if wanted else ():
+                same = side[row] == side[other]
+                mask.append(known(row, other) if by == "known" else same or above(row, side[row], side[other]))
+        mask += [relevant(row, text) for column in negatives for text in column]
+        found.append(mask)
+    return np.array(found)
 
 
 @pytest.mark.parametrize("columns", [2, 3, 5])
@@ -125,7 +151,7 @@ def test_equals_the_unfiltered_loss_where_nothing_is_above_the_threshold(model: 
 def loops(
     model: SentenceTransformer, columns: list[list[str]], mask: np.ndarray, contrast: tuple[bool, bool]
 ) -> Tensor:
-    """Compute the loss pair by pair, with ordinary autograd; ``mask`` is that of ``FilterStep.mask``."""
+    """Compute the loss pair by pair, with ordinary autograd; ``mask`` is in the order of the loss's logits."""
     embedded = [model(model.preprocess(column))["sentence_embedding"] for column in columns]
     anchors, positives, *negatives = embedded
     losses = []
@@ -157,7 +183,7 @@ def test_equals_the_sum_over_pairs_with_repeated_texts(
         contrast_filter=by,
     )
     found = loss_and_gradients(loss, features(model, columns))
-    mask = masks(loss, columns)
+    mask = masks(columns, contrast, by)
     loss.zero_grad()
     expected = loops(model, columns, mask, contrast)
     expected.backward()
@@ -198,7 +224,7 @@ def test_dropout_is_replayed(model: SentenceTransformer) -> None:
     loss = make(model, MemoryScorer(random_scores()))
     torch.manual_seed(3)
     found = loss_and_gradients(loss, features(model, batch))
-    mask = masks(loss, batch)
+    mask = masks(batch)
     loss.zero_grad()
     torch.manual_seed(3)
     expected = loops(model, batch, mask, (False, False))
@@ -263,7 +289,7 @@ def test_under_autocast_the_cosines_keep_their_digits(model: SentenceTransformer
     with torch.autocast("cpu", dtype=dtype):
         embedded = [model(model.preprocess(column))["sentence_embedding"].detach() for column in batch]
         found, grads = loss_and_gradients(loss, features(model, batch))
-    mask = torch.from_numpy(masks(loss, batch))
+    mask = torch.from_numpy(masks(batch))
     documents = torch.cat(embedded[1:]).double()
     logits = nn.functional.cosine_similarity(embedded[0].double()[:, None], documents[None], dim=-1) / 0.01
     expected = nn.functional.cross_entropy(logits.masked_fill(mask, -torch.inf), torch.arange(6))
