@@ -70,7 +70,11 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         - "absolute": those that score above ``positive_score - margin``.
         - "relative": those that score above ``positive_score - abs(positive_score) * margin``.
 
-    A document with the same text as the positive is always dropped. The anchor's own positive is never dropped.
+    A document with the same text as the positive is always dropped, and so is the positive of another row with the same
+    anchor. The anchor's own positive is never dropped.
+
+    The scores say more than which negatives are false. With ``distillation`` the loss also teaches the model the scores
+    themselves; see :class:`Distillation`. The other options change the contrastive term only.
 
     Args:
         model: The SentenceTransformer to train.
@@ -110,6 +114,23 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             Default: no limit.
         on_error: ``"raise"``: a step fails if its scores do not arrive. ``"unfiltered"``: the step trains without the
             filter, is counted, and leads to a warning. A server with another contract always ends training.
+        distillation: Adds a term that teaches the model the reranker's scores. The loss then asks for raw scores,
+            because probabilities saturate, and computes the probabilities for the margin by itself. It keeps raw scores
+            in float32 until the step ends: anchors x columns with ``over="row"``, anchors x distinct documents with
+            ``over="batch"``. With ``candidates="mass"`` the distributions are over the documents that have a score.
+        hardness_mode: Adds ``hardness_strength * cosine``, without gradient, to the logits of negatives, so that
+            similar negatives count more; as in :class:`CachedMultipleNegativesRankingLoss`.
+            ``"in_batch_negatives"``: those of other rows. ``"hard_negatives"``: those of the anchor's own row.
+            ``"all_negatives"``: both. Negatives that are dropped stay dropped. The logits of ``contrast_anchors`` and
+            ``contrast_positives`` get no penalty.
+        hardness_strength: See ``hardness_mode``.
+        promote_margin: Makes each text that scores above the positive, by more than this margin, a further positive of
+            the anchor, in the sense of ``margin_strategy``. The anchor's loss is then the log-sum-exp of its logits
+            less the mean logit of its positives. Not with ``candidates="mass"``. Default: no promotion.
+        max_outscorers: Leaves an anchor out of the contrastive term if more documents than this many score above its
+            positive: then the label itself is in doubt. The anchor still counts in the mean, and keeps its distillation
+            term. Positives of rows with the same anchor do not count; with ``candidates="mass"`` only scored documents
+            do. Default: no limit.
 
     Raises:
         ValueError: An argument or a batch cannot work. The message says why.
@@ -119,6 +140,10 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
           https://huggingface.co/papers/2402.16829
         - Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup:
           https://huggingface.co/papers/2101.06983
+        - Distillation beside a contrastive term whose false negatives are masked:
+          https://huggingface.co/papers/2505.19274; margins: https://huggingface.co/papers/2104.06967; graded binary
+          cross-entropy: https://huggingface.co/papers/2508.06781
+        - Hardness: https://huggingface.co/papers/2503.04812
 
     Requirements:
         1. A running reranker service.
@@ -166,7 +191,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             trainer.train()
 
     Attributes:
-        statistics: Counts of the filter since the last ``statistics.reset()``.
+        statistics: Counts of the filter and sums of the distillation term since the last ``statistics.reset()``.
     """
 
     @accept_former_names(reranker_url="reranker", reranker_batch_size="chunk_pairs")
@@ -226,6 +251,11 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         check_not_negative(
             hardness_strength=hardness_strength, promote_margin=promote_margin, max_outscorers=max_outscorers
         )
+        if hardness_mode is not None and not hardness_strength:
+            logger.warning(
+                "hardness_mode=%r has no effect with hardness_strength=0.0. Set a hardness_strength above 0.",
+                hardness_mode,
+            )
         if promote_margin is not None and candidates == "mass":
             raise ValueError(
                 "promote_margin needs candidates='all': with candidates='mass' a document without a score might have "

@@ -17,32 +17,31 @@ class Guide:
         scored: Where there is a score, shape ``(rows, K)``.
         logits: Scores over the temperature, 0 where there is none, shape ``(rows, K)``.
         log_probabilities: Logarithms of the distributions, 0 where there is no score, shape ``(rows, K)``.
+        probabilities: The distributions, 0 where there is no score, shape ``(rows, K)``.
     """
 
     scored: Tensor
     logits: Tensor
     log_probabilities: Tensor
+    probabilities: Tensor
 
     @classmethod
     def of(cls, scores: Tensor, temperature: float) -> Guide:
         """Return the softmax of scores over a temperature; scores that are NaN have no part in it."""
         scored = ~scores.isnan()
         logits = torch.where(scored, scores, 0) / temperature
-        return cls(scored, logits, log_softmax(logits, scored))
+        logarithms = log_softmax(logits, scored)
+        return cls(scored, logits, logarithms, logarithms.exp().masked_fill(~scored, 0))
 
     @property
     def entropies(self) -> Tensor:
         """Entropy of each row's distribution in nats, shape ``(rows,)``; 0 for a row without scores."""
-        return -(self._probabilities * self.log_probabilities).sum(1)
+        return -(self.probabilities * self.log_probabilities).sum(1)
 
     @property
     def underflows(self) -> Tensor:
         """Number of documents whose probability is exactly 0, a scalar."""
-        return (self.scored & (self.log_probabilities.exp() == 0)).sum()
-
-    @property
-    def _probabilities(self) -> Tensor:
-        return self.log_probabilities.exp().masked_fill(~self.scored, 0)
+        return (self.scored & (self.probabilities == 0)).sum()
 
     def divergences(self, student: Tensor) -> Tensor:
         """Return KL(guide || student) of each row, shape ``(rows,)``.
@@ -51,7 +50,7 @@ class Guide:
             student: The student's logits of the same documents, shape ``(rows, K)``.
         """
         # Products with a logarithm, not with a quotient: a probability of 0 then gives 0.
-        return (self._probabilities * (self.log_probabilities - log_softmax(student, self.scored))).sum(1)
+        return (self.probabilities * (self.log_probabilities - log_softmax(student, self.scored))).sum(1)
 
     def margin_errors(self, student: Tensor, own: Tensor) -> Tensor:
         """Return for each row the mean squared difference of student's and guide's margins, shape ``(rows,)``.
