@@ -227,6 +227,18 @@ def test_hardness_promotion_and_dropped_rows_beside_distillation(
     assert promoted or dropped or "hardness" in more
 
 
+def test_contrast_terms_get_no_penalty(model: SentenceTransformer) -> None:
+    columns = texts(3, 4)
+    loss = make(model, None, **BOTH, hardness_mode="all_negatives", hardness_strength=2.0)
+    step = loss.begin(columns)
+    step.settle(loss._settings())
+    logits = torch.ones(2, 16)
+    penalties = loss._penalized(logits, torch.tensor([1, 2]), step, None) - logits
+    expected = [[1.0] * 4 + [0.0] * 8 + [1.0] * 4 for _ in range(2)]
+    expected[0][1] = expected[1][2] = 0.0
+    assert torch.allclose(penalties, 2.0 * TEMPERATURE * torch.tensor(expected))
+
+
 # Without distillation
 
 
