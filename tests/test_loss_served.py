@@ -16,7 +16,13 @@ from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback, TrainerState
 
-from loss_client import RerankerCachedGISTEmbedLoss, RerankerClient, RerankerDataCollator, RerankerUnavailableError
+from loss_client import (
+    Distillation,
+    RerankerCachedGISTEmbedLoss,
+    RerankerClient,
+    RerankerDataCollator,
+    RerankerUnavailableError,
+)
 
 from .holding import LONG_TOKENS
 from .scrapes import scrape
@@ -106,6 +112,27 @@ def test_a_cross_encoder_judges_by_probability(
         assert found[0] == pytest.approx(expected[0], abs=1e-5)
         assert_same_gradients(found[1], expected[1])
         assert 0 < loss.statistics.masked_negatives < loss.statistics.negatives
+
+
+@pytest.mark.parametrize("kind", ["cross_encoder", "bi_encoder"])
+def test_distillation_masks_by_the_servers_probabilities(
+    model: SentenceTransformer, kind: str, request: pytest.FixtureRequest
+) -> None:
+    server: ServerProcess = request.getfixturevalue(f"{kind}_server")
+    columns = texts(3, 12)
+    masks, scores = [], []
+    for distillation in (None, Distillation(over="batch")):
+        loss = RerankerCachedGISTEmbedLoss(model, server.address, margin=0.01, distillation=distillation)
+        step = loss.begin(columns)
+        step.settle(loss._settings())
+        masks.append(step.mask(0, 12))
+        if distillation is not None:
+            scores.append(step.targets(0, 12).scores)
+    assert 0 < masks[0].sum() < masks[0].size
+    assert np.array_equal(masks[0], masks[1])
+    with RerankerClient(server.address) as client:
+        raw = client.score_grid(columns[0], columns[1] + columns[2], score_type="raw")
+    assert np.allclose(scores[0], raw, rtol=0, atol=1e-6)  # chunks of other sizes round cosines differently
 
 
 @pytest.mark.parametrize("workers", [0, 2])
