@@ -31,6 +31,10 @@ class RerankerMetricsCallback(TrainerCallback):
       the server's cache and from the client's memory; ``skipped_pairs``: mean number of pairs that were not scored.
     - ``seconds_waited``: mean seconds that a step waited for scores.
     - ``unscored_share``: with ``candidates="mass"``, mean share of the softmax denominator without a score.
+    - ``distillation_loss``: with distillation, mean of the term (the KL with ``target="kl"``), before its weight.
+    - ``guide_entropy``: with distillation, mean entropy of the guide's distributions, in nats.
+    - ``dropped_anchors``: with ``max_outscorers``, share of the anchors without a contrastive term;
+      ``promoted_negatives``: with ``promote_margin``, share of the negatives that became positives.
     - ``reconnects``, ``unfiltered_steps``: their numbers.
 
     A callback among a trainer's ``callbacks`` runs after those of TensorBoard, W&B and the like, which then do not log
@@ -115,10 +119,10 @@ class RerankerMetricsCallback(TrainerCallback):
 class Resumable(Protocol):
     """A loss with state that it sets in training, to be saved in checkpoints."""
 
-    def resume_state(self) -> dict[str, float]:
-        """Return the state as numbers by name; empty if there is none yet."""
+    def resume_state(self) -> dict[str, Any]:
+        """Return the state, a dict that can be written as JSON; empty if there is none."""
 
-    def load_resume_state(self, state: dict[str, float]) -> None:
+    def load_resume_state(self, state: dict[str, Any]) -> None:
         """Continue with a state that ``resume_state`` returned."""
 
 
@@ -238,6 +242,13 @@ def _metrics(counts: LossStatistics) -> dict[str, float]:
         if counts.scored_negatives:
             values["negative_score"] = counts.negative_scores / counts.scored_negatives
         values["unscored_share"] = counts.unscored_share / counts.scored_anchors
+    if counts.distilled_anchors:
+        values["distillation_loss"] = counts.distillation_loss / counts.distilled_anchors
+        values["guide_entropy"] = counts.guide_entropy / counts.distilled_anchors
+    if counts.dropped_anchors:
+        values["dropped_anchors"] = counts.dropped_anchors / counts.anchors
+    if counts.promoted_negatives:
+        values["promoted_negatives"] = counts.promoted_negatives / counts.negatives
     values["reconnects"] = counts.reconnects
     values["unfiltered_steps"] = counts.unfiltered_steps
     return {f"reranker/{name}": value for name, value in values.items()}

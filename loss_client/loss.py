@@ -571,16 +571,17 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         """The guide's temperature; ``None`` without distillation, and before ``"auto"`` has set it."""
         return None if self.distillation is None else self._distiller.temperature(self.distillation)
 
-    def distillation_state(self) -> dict[str, Any]:
-        """Return the state of ``temperature="auto"``, a small dict that can be written as JSON.
+    def resume_state(self) -> dict[str, Any]:
+        """Return the state of ``temperature="auto"``, a small dict that can be written as JSON; empty without it.
 
-        Save it beside the trainer's state, and give it to :meth:`load_distillation_state` before training is resumed:
-        otherwise the temperature is set anew. All ranks have the same state.
+        :class:`RerankerTrainer` saves it in checkpoints. With another trainer, save it yourself and give it to
+        :meth:`load_resume_state` before training resumes: otherwise the temperature is set anew. All ranks have the
+        same state.
         """
-        return self._distiller.state()
+        return self._distiller.state() if self.distillation is not None and self.distillation.calibrates else {}
 
-    def load_distillation_state(self, state: dict[str, Any]) -> None:
-        """Take the state that :meth:`distillation_state` returned.
+    def load_resume_state(self, state: dict[str, Any]) -> None:
+        """Continue with a state that :meth:`resume_state` returned.
 
         Raises:
             ValueError: The state has another form.

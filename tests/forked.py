@@ -16,12 +16,20 @@ import subprocess
 import sys
 import types
 from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import IO, Any
 
-# The process has one fork server: this goes for whatever starts it.
-multiprocessing.set_forkserver_preload(["tests.preloaded"])
+
+def ensure_fork_server() -> None:
+    """Start the fork server, if it is not running yet.
+
+    A process has only one fork server. Tests that start vLLM in the tests' own process call this first: the engine
+    would otherwise start a fork server whose processes block SIGINT.
+    """
+    multiprocessing.set_forkserver_preload(["tests.preloaded"])
+    forkserver.ensure_running()
 
 
 class ForkedProgram:
@@ -49,6 +57,7 @@ class ForkedProgram:
         assert command[0] == sys.executable, command
         assert stdin == subprocess.DEVNULL
         assert text
+        ensure_fork_server()
         self.args = command
         self.stdout: IO[str] | None = None
         self.stderr: IO[str] | None = None

@@ -374,14 +374,14 @@ def test_the_temperature_is_frozen_logged_saved_and_left_alone_by_evaluation(
                 model.train()
     assert loss.distill_temperature == frozen
     assert [f"{frozen:.4g}" in record.getMessage() for record in caplog.records] == [True]
-    state = json.loads(json.dumps(loss.distillation_state()))
+    state = json.loads(json.dumps(loss.resume_state()))
     other = make(model, settings, mini_batch_size=1)
-    other.load_distillation_state(state)
+    other.load_resume_state(state)
     assert other.distill_temperature == frozen
     assert other(wide, None) is not None
     assert other.distill_temperature == frozen
     with pytest.raises(ValueError, match="another version"):
-        other.load_distillation_state({"steps": 3})
+        other.load_resume_state({"steps": 3})
 
 
 def test_the_temperature_does_not_depend_on_mini_batches_and_adds_up_over_ranks(model: SentenceTransformer) -> None:

@@ -291,15 +291,19 @@ _INDUCTOR = pytest.param(
 
 
 @pytest.mark.parametrize(("backend", "options"), [("eager", BOTH), ("aot_eager", {}), ("aot_eager", MASS), _INDUCTOR])
-def test_compiled_models(
-    model: SentenceTransformer, backend: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiled_models(model: SentenceTransformer, backend: str, options: dict[str, Any]) -> None:
+    from torch._inductor import config
+
+    # Without a pool of compiling processes, each of which would import torch.
+    with config.patch(compile_threads=1):
+        check_compiled(model, backend, options)
+
+
+def check_compiled(model: SentenceTransformer, backend: str, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     small = SentenceTransformer(modules=[MeanOfWords(len(model.tokenizer), 32)], device="cpu")
     torch.compiler.reset()
     calls = []
-    # Without a pool of compiling processes, each of which would import torch.
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
     wrapped: Any = torch.compile(small, backend=backend, dynamic=True)
     wrapped.register_forward_pre_hook(lambda *_: calls.append(1))
     columns = batch()

@@ -23,6 +23,7 @@ from reranker_service.engines.vllm_engine import VllmEngine
 from reranker_service.models import read_model
 
 from . import models, references
+from .forked import ensure_fork_server
 from .test_engines import TOLERANCE, inputs
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -32,6 +33,11 @@ BUILDERS = {
     "causal": models.build_qwen3_reranker,
 }
 """Bi-encoders are tested in ``test_default_server``."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fork_server() -> None:
+    ensure_fork_server()
 
 
 class Running:
