@@ -67,8 +67,17 @@ def pool(
 
 
 def for_seed(laid: Sequence[Batch], steps: int, seed: int) -> Dataset:
-    """Draw ``steps`` of the batches with ``seed``; return their rows as a data set for :func:`in_order`."""
-    rows = [row for batch in random.Random(seed).sample(laid, steps) for row in batch]
+    """Return the rows of a seed's ``steps`` batches as a data set for :func:`in_order`; no two seeds share a batch.
+
+    Raises:
+        ValueError: There are no batches for this seed.
+    """
+    chosen = laid[seed * steps : (seed + 1) * steps]
+    if len(chosen) < steps:
+        raise ValueError(
+            f"{len(laid)} batches are enough for {len(laid) // steps} seeds of {steps}, not for seed {seed}"
+        )
+    rows = [row for batch in chosen for row in batch]
     return Dataset.from_dict(dict(zip(("anchor", "positive", "negative"), zip(*rows, strict=True), strict=False)))
 
 

@@ -8,16 +8,18 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from examples.docstrings import PACKAGES, STANDARD_LIBRARY
+from loss_client import Distillation
+from loss_client.filter.contrast import HardnessMode
 from loss_client.filter.masking import MarginStrategy
 from quality.cross_encoder import Recipe as CrossEncoderRecipe
 
-Guide = Literal["bi-encoder", "cross-encoder"]
+Guide = Literal["bi-encoder", "cross-encoder", "mean"]
 Batching = Literal["mined", "related", "random"]
 
 
 @dataclass(frozen=True, slots=True)
 class Margin:
-    """Margin of the loss; in units of cosine for the bi-encoder, of probability for the cross-encoder."""
+    """Margin of the loss; in units of probability for the cross-encoder, otherwise of the bi-encoder's cosine."""
 
     strategy: MarginStrategy
     value: float
@@ -27,43 +29,149 @@ class Margin:
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
-    """Settings of one contender with ``RerankerCachedGISTEmbedLoss``."""
+class Unfiltered:
+    """``CachedMultipleNegativesRankingLoss``.
 
-    guide: Guide
-    margin: Margin
-    candidates: Literal["all", "mass"] = "all"
+    Attributes:
+        hardness: Its hardness mode and strength; ``None`` for neither.
+    """
+
+    hardness: tuple[HardnessMode, float] | None = None
 
     @property
     def name(self) -> str:
         """Name in the tables."""
-        return f"{self.guide}, {self.margin}" + (", mass" if self.candidates == "mass" else "")
+        return "no filter" if self.hardness is None else f"hardness, {_words(self.hardness)}"
+
+
+@dataclass(frozen=True, slots=True)
+class LocalGuide:
+    """``CachedGISTEmbedLoss`` with the bi-encoder in the training process and margin 0."""
+
+    @property
+    def name(self) -> str:
+        """Name in the tables."""
+        return "local guide, absolute 0"
+
+
+@dataclass(frozen=True, slots=True)
+class OwnDocuments:
+    """sentence-transformers' ``DistillKLDivLoss`` over each anchor's positive and mined negative.
+
+    Attributes:
+        guide: Guide whose raw scores are the labels.
+    """
+
+    guide: Guide
+
+    @property
+    def name(self) -> str:
+        """Name in the tables."""
+        return f"{self.guide}, DistillKLDivLoss"
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """``RerankerCachedGISTEmbedLoss``.
+
+    Attributes:
+        guide: Model of the server; ``"mean"`` averages the raw scores of both.
+        margin: Margin of the filter; ``None`` masks every negative, so that the contrastive term is 0 and only the
+            distillation term trains.
+        candidates: Pairs that are scored.
+        distillation: The distillation term.
+        hardness: Hardness mode and strength.
+        promote_margin: Margin above which a document becomes a further positive.
+        max_outscorers: Number of documents above the positive from which on the anchor is left out.
+    """
+
+    guide: Guide
+    margin: Margin | None
+    candidates: Literal["all", "mass"] = "all"
+    distillation: Distillation | None = None
+    hardness: tuple[HardnessMode, float] | None = None
+    promote_margin: float | None = None
+    max_outscorers: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Name in the tables; different for all settings that are compared."""
+        parts = [f"{self.guide}, {self.margin or 'no contrast'}"]
+        if self.candidates == "mass":
+            parts.append("mass")
+        if self.distillation is not None:
+            parts.append(_distillation_name(self.distillation))
+        if self.hardness is not None:
+            parts.append(f"hardness {_words(self.hardness)}")
+        if self.promote_margin is not None:
+            parts.append(f"promote {self.promote_margin:g}")
+        if self.max_outscorers is not None:
+            parts.append(f"outscorers {self.max_outscorers}")
+        return " + ".join(parts)
+
+
+Entrant = Unfiltered | LocalGuide | OwnDocuments | Served
+"""Settings of one contender."""
+
+
+def _words(hardness: tuple[HardnessMode, float]) -> str:
+    mode, strength = hardness
+    return f"{mode.replace('_', ' ')} {strength:g}"
+
+
+def _distillation_name(distillation: Distillation) -> str:
+    """Return target and documents, then the other settings that differ from the defaults."""
+    default = asdict(Distillation(target=distillation.target, over=distillation.over))
+    different = [f"{key} {value}" for key, value in asdict(distillation).items() if value != default[key]]
+    return " ".join([distillation.target.replace("_", " "), distillation.over, *different])
 
 
 @dataclass(frozen=True, slots=True)
 class Regime:
-    """One way to make batches, with the settings that are compared on them.
+    """One way to make batches.
 
     Attributes:
-        name: Name in the tables.
+        name: Name in the ledger.
         batching: ``"mined"``: random anchors, each with a mined hard negative. ``"related"``: pairs from the same or
             neighbouring files of one package. ``"random"``: random pairs.
         batch_size: Anchors of a batch.
         steps: Training steps, one batch each.
-        pool: Number of batches that are made; each seed draws its steps from them.
-        hardness: Compared hardness modes of CachedMultipleNegativesRankingLoss, with their strengths.
-        served: Compared settings of RerankerCachedGISTEmbedLoss.
-        measured: Guides whose filter is measured on all pairs of the pool.
+        seeds: Number of seeds for which batches are made. Each seed has its own ``steps`` batches.
     """
 
     name: str
     batching: Batching
     batch_size: int
     steps: int
-    pool: int
-    hardness: tuple[tuple[str, float], ...]
-    served: tuple[Served, ...]
-    measured: tuple[Guide, ...] = ("bi-encoder", "cross-encoder")
+    seeds: int
+
+    @property
+    def pool(self) -> int:
+        """Number of batches of all seeds."""
+        return self.steps * self.seeds
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Part of the study: some contenders in one regime.
+
+    Attributes:
+        name: Name on the command line; several stages may share it.
+        regime: Name of the regime.
+        table: Heading of the table. Stages with the same heading and regime share a table and its trainings.
+        sources: Data sets.
+        seeds: Seeds, from 0 to the regime's number of seeds less 1.
+        entrants: The contenders, in the order of the table.
+        measured: Guides whose filter is measured on the first batches of the regime.
+    """
+
+    name: str
+    regime: str
+    table: str
+    sources: tuple[str, ...]
+    seeds: tuple[int, ...]
+    entrants: tuple[Entrant, ...]
+    measured: tuple[Guide, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +186,9 @@ class Plan:
         held_out_share: Share of the other modules that is held out for evaluation, between 0 and 1.
         queries: Maximum number of queries in the evaluation of the students.
         guide_queries: Maximum number of queries in the evaluation of the guides.
-        seeds: Seeds of the trainings.
+        measured_batches: Number of batches on which the filter of a guide is measured.
         regimes: Ways to make batches.
+        stages: Contenders, in the order in which they are trained.
         layers: Layers of the student.
         tokens: Maximum tokens of a text, for student and bi-encoder.
         learning_rate: Peak learning rate of all trainings.
@@ -95,8 +204,9 @@ class Plan:
     held_out_share: float
     queries: int
     guide_queries: int
-    seeds: tuple[int, ...]
+    measured_batches: int
     regimes: tuple[Regime, ...]
+    stages: tuple[Stage, ...]
     layers: int
     tokens: int
     learning_rate: float
@@ -106,11 +216,17 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """Digest of all settings that a result depends on; seeds and the compared settings are left out."""
-        regimes = [replace(regime, hardness=(), served=(), measured=()) for regime in self.regimes]
-        same = asdict(replace(self, seeds=(), regimes=tuple(regimes)))
+        """Digest of all settings that a result depends on, except those that a contender's name says."""
+        same = asdict(replace(self, stages=()))
         return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
 
+    def regime(self, name: str) -> Regime:
+        """Return the regime of a name."""
+        return next(one for one in self.regimes if one.name == name)
+
+
+#: Guides with a server of their own.
+SERVED: tuple[Guide, ...] = ("bi-encoder", "cross-encoder")
 
 #: Margins whose filter is measured on the pools; some of them are also used in training.
 MARGINS: dict[Guide, tuple[Margin, ...]] = {
@@ -118,88 +234,112 @@ MARGINS: dict[Guide, tuple[Margin, ...]] = {
         *(Margin("absolute", value) for value in (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)),
         *(Margin("relative", value) for value in (0.05, 0.1, 0.2, 0.4)),
     )
-    for guide in ("bi-encoder", "cross-encoder")
+    for guide in SERVED
 }
 
 
-def _served(guide: Guide, *margins: tuple[MarginStrategy, float]) -> tuple[Served, ...]:
-    return tuple(Served(guide, Margin(*margin)) for margin in margins)
+_IN_BATCH: tuple[HardnessMode, float] = ("in_batch_negatives", 9.0)
+_MARGIN = Margin("absolute", 0.05)
+_BATCH = Distillation(over="batch")
+_ROW = Distillation(over="row")
 
+NO_FILTER, HARDNESS, LOCAL = Unfiltered(), Unfiltered(_IN_BATCH), LocalGuide()
+_FILTER = Served("bi-encoder", _MARGIN)
+_FILTER_KL = Served("bi-encoder", _MARGIN, distillation=_BATCH)
 
-_MASS = Served("cross-encoder", Margin("absolute", 0.05), "mass")
-_IN_BATCH = ("in_batch_negatives", 9.0)
+#: All contenders, with the bi-encoder as guide: its scores cost little, and a setting that does not help with it can be
+#: left out with the cross-encoder, which takes longer to score one seed's batches than to train on them.
+SCREENED: tuple[Entrant, ...] = (
+    NO_FILTER,
+    HARDNESS,
+    LOCAL,
+    OwnDocuments("bi-encoder"),
+    _FILTER,
+    _FILTER_KL,
+    replace(_FILTER, distillation=_ROW),
+    Served("bi-encoder", None, distillation=_BATCH),
+    replace(_FILTER, distillation=Distillation(target="margin_mse")),
+    replace(_FILTER, distillation=Distillation(target="bce")),
+    *(
+        replace(one, **more)
+        for more in ({"hardness": _IN_BATCH}, {"promote_margin": 0.1}, {"max_outscorers": 3})
+        for one in (_FILTER, _FILTER_KL)
+    ),
+)
+
+#: Contenders that are left, with the reason for each. Change the list after the screening: results stay valid.
+FINAL: tuple[Entrant, ...] = (
+    NO_FILTER,  # reference of all differences
+    HARDNESS,  # strongest rival in the study of 16 steps with mined negatives
+    LOCAL,  # the filter that sentence-transformers has already
+    OwnDocuments("bi-encoder"),  # the distillation that sentence-transformers has already
+    _FILTER,  # the loss by default; says what distillation adds
+    _FILTER_KL,  # best in the trial on which the loss's distillation rests
+)
+
+_BETTER: tuple[Guide, ...] = ("cross-encoder", "mean")
+_BOTH = ("docstrings", "code")
+_MINED, _RELATED, _LARGE = "hard negatives", "related texts", "large batches"
 
 FULL = Plan(
-    sources=("docstrings", "code"),
+    sources=_BOTH,
     packages=PACKAGES,
     pairs=12_000,
     guide_share=0.4,
     held_out_share=0.15,
     queries=1_000,
     guide_queries=192,
-    seeds=(0, 1, 2),
+    measured_batches=20,
     regimes=(
-        Regime(
-            "hard negatives",
-            "mined",
-            batch_size=24,
-            steps=16,
-            pool=20,
-            hardness=(_IN_BATCH, ("hard_negatives", 5.0)),
-            served=(
-                *_served("bi-encoder", ("absolute", 0.05), ("relative", 0.1)),
-                *_served("cross-encoder", ("absolute", 0.0), ("absolute", 0.05), ("absolute", 0.2), ("relative", 0.1)),
-                _MASS,
+        # The fourth seed is the screening's, so that the final trainings see batches that no setting was chosen on.
+        Regime(_MINED, "mined", batch_size=24, steps=60, seeds=4),
+        Regime(_RELATED, "related", batch_size=24, steps=60, seeds=3),
+        # One seed takes almost all pairs.
+        Regime(_LARGE, "random", batch_size=96, steps=60, seeds=1),
+    ),
+    stages=(
+        Stage("screening", _MINED, "screening", _BOTH[:1], (3,), SCREENED),
+        Stage("final", _MINED, _MINED, _BOTH, (0, 1, 2), FINAL, measured=("bi-encoder", "cross-encoder")),
+        Stage("final", _RELATED, _RELATED, _BOTH, (0, 1, 2), (NO_FILTER, HARDNESS, LOCAL, _FILTER_KL), ("bi-encoder",)),
+        # One seed, because scoring its batches takes as long as many trainings. The mean uses the same scores.
+        Stage(
+            "cross-encoder",
+            _MINED,
+            _MINED,
+            _BOTH,
+            (0,),
+            tuple(
+                Served(guide, _MARGIN, distillation=distillation)
+                for distillation in (None, _BATCH)
+                for guide in _BETTER
             ),
         ),
-        Regime(
-            "related texts",
-            "related",
-            batch_size=32,
-            steps=16,
-            pool=20,
-            hardness=(_IN_BATCH,),
-            served=(
-                *_served("bi-encoder", ("absolute", 0.05)),
-                *_served("cross-encoder", ("absolute", 0.05)),
-                _MASS,
-            ),
-        ),
-        Regime(
-            "large batches",
-            "random",
-            batch_size=96,
-            steps=8,
-            pool=11,
-            hardness=(_IN_BATCH,),
-            # Without the cross-encoder: even with "mass", half of the pairs are scored at this temperature, and that
-            # takes too long on a CPU.
-            served=_served("bi-encoder", ("absolute", 0.05)),
-            measured=("bi-encoder",),
-        ),
+        Stage("large", _LARGE, _LARGE, _BOTH, (0,), (NO_FILTER, HARDNESS, LOCAL, _FILTER_KL), ("bi-encoder",)),
     ),
     layers=2,
     tokens=48,
     learning_rate=3e-4,
     temperature=0.02,
     mini_batch_size=32,
-    cross_encoder=CrossEncoderRecipe(pairs=1_500, hard=1, easy=2, max_length=64, batch_size=32, learning_rate=2e-4),
+    cross_encoder=CrossEncoderRecipe(pairs=3_000, hard=1, easy=2, max_length=64, batch_size=32, learning_rate=2e-4),
 )
 
 
 def quick() -> Plan:
     """Make a tiny plan with one data set and one seed, which tests that everything runs; its results mean nothing."""
-
-    first, *others = (replace(regime, batch_size=6, steps=2, pool=3) for regime in FULL.regimes)
-    first = replace(first, hardness=first.hardness[:1], served=(first.served[0], first.served[-1]))
+    sources = ("code",)
+    regimes = tuple(replace(regime, batch_size=6, steps=2, seeds=1) for regime in FULL.regimes)
+    stages = [replace(stage, sources=sources, seeds=(0,)) for stage in FULL.stages]
     return replace(
         FULL,
-        sources=("code",),
+        sources=sources,
         packages=(STANDARD_LIBRARY,),
         pairs=400,
         queries=24,
         guide_queries=6,
-        seeds=(0,),
-        regimes=(first, *(replace(other, hardness=(), served=other.served[-1:]) for other in others)),
+        measured_batches=2,
+        regimes=regimes,
+        # The screening has most kinds of contenders; of the other stages two are enough.
+        stages=(stages[0], *(replace(stage, entrants=stage.entrants[-2:]) for stage in stages[1:])),
         cross_encoder=replace(FULL.cross_encoder, pairs=16),
     )

@@ -7,45 +7,60 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
 from examples.serving import reranker_server
-from examples.student import load_minilm, load_student, retrieval_evaluator
+from examples.student import load_minilm, load_student
 from examples.training import Recipe, train
 from loss_client import RerankerClient
-from quality import batches, cross_encoder, guides, report, sources
-from quality.contenders import SCORE_TYPES, contenders, max_length
+from loss_client.client.scores import ScoreType
+from loss_client.filter.jobs import ScoringClient
+from quality import batches, contenders, cross_encoder, evaluation, guides, report, sources
+from quality.contenders import SCORE_TYPES, max_length
 from quality.ledger import Ledger
-from quality.plan import MARGINS, Guide, Plan, Regime
+from quality.mean_guide import MeanScorer, Member, onto
+from quality.plan import MARGINS, SERVED, Entrant, Guide, OwnDocuments, Plan, Regime, Stage
 from quality.sources import KnownRelevance, Parts
 
 # Pairs of a batch in the evaluation of the guides: neighbours in the held-out modules.
 _NEIGHBOURS = 24
 
+#: Least nDCG@10 by which a guide has to be above the bi-encoder to count as clearly better.
+FLOOR = 0.03
+
 
 class Study:
-    """Runs the plan: for each seed, all data sets; for each data set, all regimes.
+    """Runs the plan: evaluates the guides, then trains stage by stage; in a stage for each seed, all data sets.
 
     Args:
         plan: Settings of the study.
         output: Directory for results, models and logs.
         engine: Engine of the servers: ``"torch"``, ``"vllm"`` or ``"auto"``.
         say: Prints one line of progress.
+        stages: Names of the stages to run; ``None`` for all.
     """
 
-    def __init__(self, plan: Plan, output: Path, engine: str, say: Callable[[str], object]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        output: Path,
+        engine: str,
+        say: Callable[[str], object],
+        stages: Collection[str] | None = None,
+    ) -> None:
         self._plan = plan
         self._output = output
         self._engine = engine
         self._say = say
+        self._stages = [stage for stage in plan.stages if stages is None or stage.name in stages]
         self._work = output / "quality"
         self._work.mkdir(parents=True, exist_ok=True)
         self._ledger = Ledger(self._work / "ledger.jsonl", plan.digest)
@@ -73,11 +88,14 @@ class Study:
             self._addresses = {guide: server.wait_ready() for guide, server in started.items()}
             for name in self._plan.sources:
                 self._evaluate_guides(name)
-            for seed in self._plan.seeds:
-                for name in self._plan.sources:
-                    for regime in self._plan.regimes:
-                        self._measure_filters(name, regime)
-                        self._train_all(name, regime, seed)
+            for stage in self._stages:
+                regime = self._plan.regime(stage.regime)
+                for name in stage.sources:
+                    self._measure_filters(name, regime, stage.measured)
+                for seed in stage.seeds:
+                    for name in stage.sources:
+                        for entrant in stage.entrants:
+                            self._train(stage, regime, name, entrant, seed)
         self._write()
 
     def _read(self, name: str) -> None:
@@ -114,32 +132,61 @@ class Study:
         )
         return model
 
-    def _score_grid(self, guide: Guide) -> guides.ScoreGrid:
+    def _score_grid(self, guide: Guide, score_type: ScoreType | None = None) -> guides.ScoreGrid:
         client = RerankerClient(self._addresses[guide])
 
         def score(queries: Sequence[str], documents: Sequence[str]) -> NDArray[np.float32]:
             return client.score_grid(
-                queries, documents, max_length=max_length(self._plan, guide), score_type=SCORE_TYPES[guide], timeout=600
+                queries,
+                documents,
+                max_length=max_length(self._plan, guide),
+                score_type=score_type or SCORE_TYPES[guide],
+                timeout=600,
             )
 
         return score
 
     def _evaluate_guides(self, name: str) -> None:
+        """Evaluate each guide by itself, and the mean of both, before any student is trained."""
         held_out = self._parts[name].held_out
         evaluator = self._evaluator(name)
         for model, load in (("untrained student", self._load_student), ("bi-encoder", lambda: self._local)):
             if ("reference", name, model) not in self._ledger:
-                self._ledger.add(("reference", name, model), self._ndcg(evaluator, load()))
-        for guide in MARGINS:
-            if ("guide", name, guide) in self._ledger:
-                continue
+                self._ledger.add(("reference", name, model), evaluation.evaluate(evaluator, load()))
+        if ("guide", name, "mean") not in self._ledger:
             laid = batches.pool(
                 held_out, "related", _NEIGHBOURS, max(1, self._plan.guide_queries // _NEIGHBOURS), self._local
             )
-            score = self._score_grid(guide)
-            found = guides.evaluate([guides.score(batch, score, self._known[name]) for batch in laid])
-            self._ledger.add(("guide", name, guide), found)
-            self._say(f"{name}, {guide} evaluated on held-out pairs: {found}")
+            scored: dict[Guide, list[guides.ScoredBatch]] = {
+                guide: [guides.score(batch, self._score_grid(guide), self._known[name]) for batch in laid]
+                for guide in SERVED
+            }
+            cosines = scored["bi-encoder"]
+            logits = [
+                guides.score(batch, self._score_grid("cross-encoder", "raw"), self._known[name]) for batch in laid
+            ]
+            factor, shift = onto([batch.scores for batch in cosines], [batch.scores for batch in logits])
+            scored["mean"] = [
+                replace(one, scores=(one.scores + factor * other.scores + shift) / 2)
+                for one, other in zip(cosines, logits, strict=True)
+            ]
+            self._ledger.add(("mean", name), {"factor": factor, "shift": shift})
+            for guide, evaluated in scored.items():
+                self._ledger.add(("guide", name, guide), guides.evaluate(evaluated))
+        found = {guide: record["ndcg"] for (guide,), record in self._ledger.under("guide", name).items()}
+        for guide, ndcg in found.items():
+            above = ndcg - found["bi-encoder"]
+            verdict = "" if guide == "bi-encoder" else f", {above:+.3f} to the bi-encoder (floor: {FLOOR:+.3f})"
+            self._say(f"{name}: {guide} by itself, nDCG@10 on held-out neighbours {ndcg:.3f}{verdict}")
+
+    def _guides(self, name: str) -> dict[Guide, str | ScoringClient]:
+        """Return the address or the client of each guide for a data set."""
+        maps = {"bi-encoder": {}, "cross-encoder": self._ledger.under("mean", name)[()]}
+        members = [
+            Member(RerankerClient(self._addresses[guide]), max_length(self._plan, guide), **maps[guide])
+            for guide in SERVED
+        ]
+        return {**self._addresses, "mean": MeanScorer(members)}
 
     def _pool(self, name: str, regime: Regime) -> list[batches.Batch]:
         if (name, regime.name) not in self._pools:
@@ -148,54 +195,60 @@ class Study:
             )
         return self._pools[name, regime.name]
 
-    def _measure_filters(self, name: str, regime: Regime) -> None:
-        """Score all pairs of the pool; afterwards the trainings find their scores in the servers' caches."""
-        for guide in regime.measured:
+    def _measure_filters(self, name: str, regime: Regime, measured: Sequence[Guide]) -> None:
+        """Score the first batches; afterwards the trainings find these scores in the servers' caches."""
+        for guide in measured:
             wanted = {margin: ("filter", name, regime.name, guide, str(margin)) for margin in MARGINS[guide]}
             if all(key in self._ledger for key in wanted.values()):
                 continue
             began, score = time.monotonic(), self._score_grid(guide)
-            scored = [guides.score(batch, score, self._known[name]) for batch in self._pool(name, regime)]
+            laid = self._pool(name, regime)[: self._plan.measured_batches]
+            scored = [guides.score(batch, score, self._known[name]) for batch in laid]
             for margin, key in wanted.items():
                 self._ledger.add(key, dict(guides.count_masked(scored, margin)))
             pairs = sum(batch.scores.size for batch in scored)
             self._say(f"{name}, {regime.name}: {guide} scored {pairs:,} pairs in {time.monotonic() - began:.0f} s")
 
-    def _train_all(self, name: str, regime: Regime, seed: int) -> None:
-        evaluator = self._evaluator(name)
-        for contender in contenders(self._plan, regime, self._local, self._addresses):
-            key = ("run", name, regime.name, contender.name, str(seed))
-            if key in self._ledger:
-                continue
-            began = time.monotonic()
-            done = train(
-                contender,
-                self._load_student,
-                batches.for_seed(self._pool(name, regime), regime.steps, seed),
-                Recipe(
-                    regime.steps,
-                    regime.batch_size,
-                    self._plan.learning_rate,
-                    seed,
-                    {"batch_sampler": batches.in_order},
-                ),
-                self._work / "trainer",
-                lambda text: None,
-            )
-            record = {
-                **self._ndcg(evaluator, done.model),
-                "loss": contender.loss,
-                "anchors": regime.steps * regime.batch_size,
-                "step_seconds": done.step_seconds,
-                **asdict(done.counts),
-                "last_loss": done.losses[-1][1],
-            }
-            seconds = time.monotonic() - began
-            self._ledger.add(key, {**record, "seconds": seconds})
-            report.write_figures(self._output / "quality.json", self._ledger)
-            self._say(
-                f"{name}, {regime.name}, seed {seed}, {contender.name}: nDCG@10 {record['ndcg']:.4f}, {seconds:.0f} s"
-            )
+    def _train(self, stage: Stage, regime: Regime, name: str, entrant: Entrant, seed: int) -> None:
+        key = ("run", stage.table, name, entrant.name, str(seed))
+        if key in self._ledger:
+            return
+        began = time.monotonic()
+        dataset = batches.for_seed(self._pool(name, regime), regime.steps, seed)
+        if isinstance(entrant, OwnDocuments):
+            dataset = contenders.labelled(dataset, self._score_pairs(entrant.guide))
+        contender = contenders.make(self._plan, entrant, self._local, self._guides(name), dataset)
+        done = train(
+            contender,
+            self._load_student,
+            dataset,
+            Recipe(
+                regime.steps,
+                regime.batch_size,
+                self._plan.learning_rate,
+                seed,
+                {"batch_sampler": batches.in_order},
+            ),
+            self._work / "trainer",
+            lambda text: None,
+        )
+        record = {
+            **evaluation.evaluate(self._evaluator(name), done.model),
+            "loss": contender.loss,
+            "anchors": regime.steps * regime.batch_size,
+            "step_seconds": done.step_seconds,
+            **asdict(done.counts),
+            "last_loss": done.losses[-1][1],
+        }
+        seconds = time.monotonic() - began
+        self._ledger.add(key, {**record, "seconds": seconds})
+        self._say(
+            f"{stage.table}, {name}, seed {seed}, {contender.name}: nDCG@10 {record['ndcg']:.4f}, {seconds:.0f} s"
+        )
+
+    def _score_pairs(self, guide: Guide) -> contenders.ScorePairs:
+        client = RerankerClient(self._addresses[guide])
+        return partial(client.score_pairs, max_length=max_length(self._plan, guide), score_type="raw", timeout=600)
 
     def _write(self) -> None:
         report.write_figures(self._output / "quality.json", self._ledger)
@@ -205,12 +258,8 @@ class Study:
         self._say(report.tables(self._ledger))
         self._say(f"Results are in {self._output}/: quality.json, quality.md, quality.png, quality-margins.png")
 
-    def _evaluator(self, name: str) -> InformationRetrievalEvaluator:
-        return retrieval_evaluator(self._parts[name].held_out, self._plan.queries, seed=0)
-
-    def _ndcg(self, evaluator: InformationRetrievalEvaluator, model: SentenceTransformer) -> dict[str, float]:
-        found = evaluator(model)
-        return {measure: found[f"{evaluator.name}_cosine_{measure}@10"] for measure in ("ndcg", "mrr")}
+    def _evaluator(self, name: str) -> evaluation.ByQueryEvaluator:
+        return evaluation.evaluator(self._parts[name].held_out, self._plan.queries)
 
     def _load_student(self) -> SentenceTransformer:
         return self._shortened(load_student(self._plan.layers))

@@ -1,7 +1,7 @@
 """Command line of the study: trains small models with and without the reranker's filter on real text, and evaluates.
 
-The study takes about an hour on two cores without a GPU. Results are saved as they come: an interrupted study continues
-where it stopped. ``python -m quality.study --help`` lists the settings; docs/quality.md explains them.
+The study is sized for two hours on two cores without a GPU. Results are saved as they come: an interrupted study
+continues where it stopped. ``python -m quality.study --help`` lists the settings; docs/quality.md explains them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from examples.program import prepare_process, run_program
@@ -25,7 +24,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes: tests that everything runs, results mean nothing"
     )
-    parser.add_argument("--seeds", type=int, choices=range(1, 11), help="number of seeds, instead of the plan's")
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        choices=("screening", "final", "cross-encoder", "large"),
+        help="the parts of the study to run; without it, all",
+    )
     parser.add_argument("--engine", choices=("auto", "vllm", "torch"), default="torch", help="engine of the servers")
     parser.add_argument("--output", type=Path, default=Path("bench-results"), help="directory for results and logs")
     return parser.parse_args(arguments)
@@ -46,14 +50,12 @@ def _run(options: argparse.Namespace) -> None:
     from quality.run import Study
 
     plan = quick() if options.quick else FULL
-    if options.seeds is not None:
-        plan = replace(plan, seeds=tuple(range(options.seeds)))
     began = time.monotonic()
 
     def say(text: str) -> None:
         print(f"[{(time.monotonic() - began) / 60:5.1f} min] {text}", flush=True)
 
-    Study(plan, options.output, options.engine, say).run()
+    Study(plan, options.output, options.engine, say, options.stages).run()
 
 
 if __name__ == "__main__":
