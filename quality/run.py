@@ -74,6 +74,10 @@ class Study:
         """Compute the results that are missing in the ledger, and write the report."""
         for name in self._plan.sources:
             self._read(name)
+        for stage in self._stages:
+            for name in stage.sources:
+                # Now, so that too few pairs end the study before anything is trained.
+                self._pool(name, self._plan.regime(stage.regime))
         model = self._make_cross_encoder()
         with ExitStack() as servers:
             flags: dict[Guide, list[str]] = {
