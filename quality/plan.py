@@ -277,7 +277,9 @@ FINAL: tuple[Entrant, ...] = (
     _FILTER_KL,  # best in the trial on which the loss's distillation rests
 )
 
-_BETTER: tuple[Guide, ...] = ("cross-encoder", "mean")
+#: In the study of 16 steps hardness gained less than 0.005 in the mean with related texts and with large batches.
+_WITHOUT_HARDNESS: tuple[Entrant, ...] = (NO_FILTER, LOCAL, _FILTER_KL)
+
 _BOTH = ("docstrings", "code")
 _MINED, _RELATED, _LARGE = "hard negatives", "related texts", "large batches"
 
@@ -300,7 +302,7 @@ FULL = Plan(
     stages=(
         Stage("screening", _MINED, "screening", _BOTH[:1], (3,), SCREENED),
         Stage("final", _MINED, _MINED, _BOTH, (0, 1, 2), FINAL, measured=("bi-encoder", "cross-encoder")),
-        Stage("final", _RELATED, _RELATED, _BOTH, (0, 1, 2), (NO_FILTER, HARDNESS, LOCAL, _FILTER_KL), ("bi-encoder",)),
+        Stage("final", _RELATED, _RELATED, _BOTH, (0, 1, 2), _WITHOUT_HARDNESS, ("bi-encoder",)),
         # One seed, because scoring its batches takes as long as many trainings. The mean uses the same scores.
         Stage(
             "cross-encoder",
@@ -308,13 +310,13 @@ FULL = Plan(
             _MINED,
             _BOTH,
             (0,),
-            tuple(
-                Served(guide, _MARGIN, distillation=distillation)
-                for distillation in (None, _BATCH)
-                for guide in _BETTER
+            (
+                Served("cross-encoder", _MARGIN),
+                Served("cross-encoder", _MARGIN, distillation=_BATCH),
+                Served("mean", _MARGIN, distillation=_BATCH),
             ),
         ),
-        Stage("large", _LARGE, _LARGE, _BOTH, (0,), (NO_FILTER, HARDNESS, LOCAL, _FILTER_KL), ("bi-encoder",)),
+        Stage("large", _LARGE, _LARGE, _BOTH[:1], (0,), _WITHOUT_HARDNESS, ("bi-encoder",)),
     ),
     layers=2,
     tokens=48,
