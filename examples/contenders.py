@@ -1,7 +1,7 @@
-"""Contenders: the losses that the demo compares, without a filter, with a local guide, and with a reranker service.
+"""Contenders: losses without a filter, with a local guide, and with a reranker service.
 
-All three are cached contrastive losses over the same candidates (each anchor against every positive and every mined
-negative of the batch) at the same temperature, so that they differ in the filter alone.
+All are cached contrastive losses over the same candidates (each anchor against every positive and every mined negative
+of the batch) at the same temperature, so that they differ only in what they do with a guide's scores.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from examples.student import MAX_TOKENS
-from loss_client import RerankerCachedGISTEmbedLoss
+from loss_client import Distillation, RerankerCachedGISTEmbedLoss
+from loss_client.filter.jobs import ScoringClient
+
+#: Margin of the demo's filter, in units of probability; of a bi-encoder's cosine it is 0.05.
+MARGIN = 0.025
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +33,14 @@ class FilterCounts:
         negatives: Negatives of all anchors before filtering.
         masked: Negatives that the filter masked.
         seconds_waited: Seconds that training waited for scores.
+        pairs_cached: Pairs of ``pairs_scored`` whose score the reranker service had in its cache.
     """
 
     pairs_scored: int = 0
     negatives: int = 0
     masked: int = 0
     seconds_waited: float = 0.0
+    pairs_cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,24 +98,36 @@ class CountingGISTEmbedLoss(CachedGISTEmbedLoss):
         return super().calculate_loss(reps, reps_guided, with_backward=with_backward)
 
 
-def contenders(guide: SentenceTransformer, reranker: str, temperature: float, mini_batch_size: int) -> list[Contender]:
-    """Make the three contenders of the demo: no filter, local guide, reranker service.
+def contenders(reranker: str, temperature: float, mini_batch_size: int) -> list[Contender]:
+    """Make the contenders of the demo: no filter, filter, filter and distillation.
 
     Args:
-        guide: Local guide.
-        reranker: Address of the reranker. Its inputs are cut to ``MAX_TOKENS`` like those of student and guide.
-        temperature: Temperature of all three losses.
-        mini_batch_size: Texts embedded at a time, in all three.
+        reranker: Address of the reranker. Its inputs are cut to ``MAX_TOKENS`` like those of the student.
+        temperature: Temperature of all losses.
+        mini_batch_size: Texts embedded at a time, in all losses.
     """
     return [
         unfiltered("no filter", temperature, mini_batch_size),
-        guided("local guide", guide, temperature, mini_batch_size),
-        reranked("reranker service", reranker, temperature, mini_batch_size, max_length=MAX_TOKENS),
+        reranked("filter", reranker, temperature, mini_batch_size, MAX_TOKENS, margin=MARGIN),
+        reranked(
+            "filter + distillation",
+            reranker,
+            temperature,
+            mini_batch_size,
+            MAX_TOKENS,
+            margin=MARGIN,
+            distillation=Distillation(),
+        ),
     ]
 
 
 def reranked(
-    name: str, reranker: str, temperature: float, mini_batch_size: int, max_length: int, **options: Any
+    name: str,
+    reranker: str | ScoringClient,
+    temperature: float,
+    mini_batch_size: int,
+    max_length: int | None,
+    **options: Any,
 ) -> Contender:
     """Make a contender with :class:`RerankerCachedGISTEmbedLoss`; ``options`` are further arguments of it."""
     return Contender(
@@ -157,4 +175,4 @@ def _gist_counts(loss: nn.Module) -> FilterCounts:
 def _reranker_counts(loss: nn.Module) -> FilterCounts:
     assert isinstance(loss, RerankerCachedGISTEmbedLoss)
     done = loss.statistics
-    return FilterCounts(done.pairs, done.negatives, done.masked_negatives, done.seconds_waited)
+    return FilterCounts(done.pairs, done.negatives, done.masked_negatives, done.seconds_waited, done.cached_pairs)

@@ -1,9 +1,8 @@
-"""Report of the demo: results as a table, as JSON and as a plot."""
+"""Report of the demo: results as a table, as a sentence, as JSON and as a plot."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich import box
 from rich.table import Table
 
 from examples.contenders import FilterCounts
+from examples.intervals import Interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +21,15 @@ class Result:
     """Result of one model: a row of the table.
 
     Attributes:
-        name: Name of the filter, or of a model that was not trained here.
+        name: Name of the contender, or of a model that was not trained here.
         loss: Name of the loss's class; empty for a model that was not trained here.
         ndcg: nDCG@10 on the held-out queries, in [0, 1].
         mrr: MRR@10 on the held-out queries, in [0, 1].
         step_seconds: Median seconds of one training step; ``None`` for a model that was not trained here.
         counts: Counts of the filter.
         losses: (step, logged training loss); losses with different filters are not comparable.
+        gain: Paired difference of nDCG@10 against the training without a filter; ``None`` for that training itself and
+            for models that were not trained here.
     """
 
     name: str
@@ -37,42 +39,50 @@ class Result:
     step_seconds: float | None = None
     counts: FilterCounts = FilterCounts()  # noqa: RUF009 (frozen)
     losses: tuple[tuple[int, float], ...] = ()
+    gain: Interval | None = None
 
 
-def table(results: Sequence[Result], queries: int) -> Table:
-    """Make a table of the results; ``queries`` is the number of held-out queries."""
-    losses = "; ".join(f"{result.name}: {result.loss}" for result in results if result.loss)
-    made = Table(title=f"Held-out modules, {queries:,} queries", caption=losses, box=box.SIMPLE, padding=(0, 1, 0, 0))
-    made.add_column("filter")
-    for heading in ("nDCG@10", "MRR@10", "s a step", "pairs scored", "negatives masked"):
+def table(results: Sequence[Result], baseline: str, queries: int) -> Table:
+    """Make a table of the results.
+
+    Args:
+        results: The rows.
+        baseline: Name of the result that the gains are measured against.
+        queries: Number of held-out queries.
+    """
+    made = Table(title=f"Held-out modules, {queries:,} queries", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    made.add_column("training")
+    for heading in ("nDCG@10", f"above {baseline} (95%)", "s a step", "masked"):
         made.add_column(heading, justify="right", no_wrap=True)
     for result in results:
         counts = result.counts
-        share = f"{counts.masked:,} ({counts.masked / counts.negatives:.1%})" if counts.negatives else "-"
         made.add_row(
             result.name,
             f"{result.ndcg:.3f}",
-            f"{result.mrr:.3f}",
+            "-" if result.gain is None else str(result.gain),
             "-" if result.step_seconds is None else f"{result.step_seconds:.2f}",
-            f"{counts.pairs_scored:,}" if counts.pairs_scored else "-",
-            share,
+            f"{counts.masked / counts.negatives:.1%}" if counts.negatives else "-",
         )
     return made
 
 
-def verdict(results: Sequence[Result], queries: int) -> str:
-    """Say which trained model has the highest nDCG@10, by how much, and with what standard error.
+def verdict(results: Sequence[Result], baseline: str, queries: int) -> str:
+    """Say in one sentence, from the intervals of the gains, which trainings are better or worse than the baseline."""
+    found = [
+        f"{one.name} is {_compared(one.gain)} {baseline}: {one.gain.mean:+.3f} nDCG@10, 95% interval "
+        f"{one.gain.low:+.3f} to {one.gain.high:+.3f}"
+        for one in results
+        if one.gain is not None
+    ]
+    return f"What came out, with one seed and {queries:,} queries: {'; '.join(found)}."
 
-    The mean of ``queries`` numbers in [0, 1] whose mean is m has a standard error of at most
-    ``sqrt(m (1 - m) / queries)`` (Bhatia and Davis: a variance is at most (1 - m) m).
-    """
-    best, *others = sorted((one for one in results if one.loss), key=lambda one: one.ndcg, reverse=True)
-    error = math.sqrt(best.ndcg * (1 - best.ndcg) / queries)
-    leads = ", ".join(f"{best.ndcg - other.ndcg:.3f} above {other.loss}" for other in others)
-    return (
-        f"Highest nDCG@10: {best.loss}, {leads}. One seed; the standard error of each value over the queries is at "
-        f"most {error:.3f}."
-    )
+
+def _compared(gain: Interval) -> str:
+    if gain.low > 0:
+        return "better than"
+    if gain.high < 0:
+        return "worse than"
+    return "not distinguishable from"
 
 
 def write_results(path: Path, results: Sequence[Result], about: Mapping[str, Any]) -> None:
@@ -81,10 +91,10 @@ def write_results(path: Path, results: Sequence[Result], about: Mapping[str, Any
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def draw(path: Path, results: Sequence[Result], queries: int) -> None:
-    """Plot retrieval quality and step times side by side, as PNG."""
+def draw(path: Path, results: Sequence[Result], baseline: str, queries: int) -> None:
+    """Plot retrieval quality and the gains with their intervals side by side, as PNG; for the arguments see `table`."""
     figure = Figure(figsize=(12, 0.75 * len(results) + 1.6), layout="constrained")
-    quality, times = figure.subplots(ncols=2, width_ratios=(3, 2), sharey=True)
+    quality, gains = figure.subplots(ncols=2, width_ratios=(3, 2), sharey=True)
     places = list(range(len(results)))
     for offset, color, label, values in (
         (-0.2, "tab:blue", "nDCG@10", [result.ndcg for result in results]),
@@ -98,13 +108,12 @@ def draw(path: Path, results: Sequence[Result], queries: int) -> None:
     quality.set_xlabel(f"{queries:,} held-out queries; higher is better")
     quality.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
 
-    trained = [(place, result.step_seconds) for place, result in enumerate(results) if result.step_seconds is not None]
-    bars = times.barh(
-        [place for place, _ in trained], [seconds for _, seconds in trained], height=0.5, color="tab:gray"
-    )
-    times.bar_label(bars, fmt="%.2f s", padding=3)
-    times.margins(x=0.18)
-    times.set_xlabel("seconds a training step (median)")
-    for axes in (quality, times):
+    gains.axvline(0, color="tab:gray", linewidth=1)
+    for place, result in enumerate(results):
+        if (gain := result.gain) is not None:
+            error = [[gain.mean - gain.low], [gain.high - gain.mean]]
+            gains.errorbar(gain.mean, place, xerr=error, fmt="o", color="tab:blue", capsize=4)
+    gains.set_xlabel(f"nDCG@10 above {baseline}, 95% interval")
+    for axes in (quality, gains):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)

@@ -20,6 +20,7 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from sentence_transformers.util import mine_hard_negatives
 
 from examples.docstrings import Pair, text_key
+from examples.intervals import ndcg
 
 STUDENT_LAYERS = 3
 #: Maximum tokens of a text, for the student, the miner and the local guide.
@@ -76,7 +77,30 @@ def mine_triplets(pairs: Sequence[Pair], others: Sequence[Pair], miner: Sentence
     return mined.select_columns(["anchor", "positive", "negative"]), share_above
 
 
-def retrieval_evaluator(pairs: Sequence[Pair], queries: int, seed: int) -> InformationRetrievalEvaluator:
+class RetrievalEvaluator(InformationRetrievalEvaluator):
+    """``InformationRetrievalEvaluator`` that keeps the nDCG@10 of each query.
+
+    Attributes:
+        ndcg_by_query: nDCG@10 of the model that was evaluated last, in the order of ``queries``.
+    """
+
+    ndcg_by_query: Sequence[float] = ()
+
+    def compute_metrics(self, queries_result_list: Any) -> dict[str, Any]:
+        """Compute the metrics of the base class from the documents found for each query."""
+        # The order of the base class: descending score, then ascending name.
+        self.ndcg_by_query = [
+            ndcg(
+                [hit["corpus_id"] for hit in sorted(hits, key=lambda hit: (-hit["score"], hit["corpus_id"]))],
+                self.relevant_docs[query],
+            )
+            for query, hits in zip(self.queries_ids, queries_result_list, strict=True)
+        ]
+        found: dict[str, Any] = super().compute_metrics(queries_result_list)
+        return found
+
+
+def retrieval_evaluator(pairs: Sequence[Pair], queries: int, seed: int) -> RetrievalEvaluator:
     """Make an evaluator: summaries are the queries, and the corpus is the bodies of all ``pairs``.
 
     Equal texts (up to case) are merged: a body of several pairs is one document, and a summary of several pairs is one
@@ -96,7 +120,7 @@ def retrieval_evaluator(pairs: Sequence[Pair], queries: int, seed: int) -> Infor
         documents.setdefault(document, pair.body)
         relevant[query].add(document)
     asked = random.Random(seed).sample(sorted(summaries), min(queries, len(summaries)))
-    return InformationRetrievalEvaluator(
+    return RetrievalEvaluator(
         queries={query: summaries[query] for query in asked},
         corpus=documents,
         relevant_docs={query: relevant[query] for query in asked},

@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraini
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from examples.contenders import Contender, FilterCounts
-from loss_client import RerankerTrainer
+from loss_client import RerankerDataCollator, RerankerTrainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,7 @@ class Recipe:
         learning_rate: Peak learning rate, reached after a tenth of the steps; then it falls to 0.
         seed: Seed of dropout, and of the order of the data unless a batch sampler sets the order.
         more: Further training arguments, such as ``batch_sampler``.
+        steps_between_logs: Training steps between two logged losses. Default: a tenth of ``steps``.
     """
 
     steps: int
@@ -34,6 +35,29 @@ class Recipe:
     learning_rate: float
     seed: int
     more: dict[str, Any] = field(default_factory=dict)
+    steps_between_logs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressReport:
+    """Figures of a training so far.
+
+    Attributes:
+        step: Number of finished steps.
+        steps: Number of all steps.
+        loss: Mean training loss since the last report.
+        step_seconds: Median seconds of a step.
+        masked_share: Share of the negatives that the reranker's filter masked since the last report, in [0, 1];
+            ``None`` for a loss without a reranker.
+        seconds_waited: Mean seconds that a step waited for scores since the last report; ``None`` likewise.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    step_seconds: float
+    masked_share: float | None
+    seconds_waited: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +83,8 @@ def train(
     dataset: Dataset,
     recipe: Recipe,
     output: Path,
-    say: Callable[[str], object],
+    watch: Callable[[ProgressReport], object],
+    prefetch: bool = True,
 ) -> Trained:
     """Train a student.
 
@@ -69,7 +94,8 @@ def train(
         dataset: Columns of texts: anchor, positive and optionally negatives.
         recipe: Settings of the training.
         output: Output directory of the trainer.
-        say: Prints one line of progress; called about ten times.
+        watch: Gets a report whenever the loss is logged.
+        prefetch: Whether a reranker scores each batch while the batch before it trains.
     """
     set_seed(recipe.seed)
     model = make_student()
@@ -80,7 +106,7 @@ def train(
         dataloader_drop_last=True,
         learning_rate=recipe.learning_rate,
         warmup_steps=max(1, recipe.steps // 10),
-        logging_steps=max(1, recipe.steps // 10),
+        logging_steps=recipe.steps_between_logs or max(1, recipe.steps // 10),
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -89,9 +115,17 @@ def train(
         **recipe.more,
     )
     loss = contender.make_loss(model)
-    progress = _Progress(say)
+    progress = _Progress(watch)
     # With a loss that uses no reranker it is sentence-transformers' own trainer.
-    trainer = RerankerTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss, callbacks=[progress])
+    trainer = RerankerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        loss=loss,
+        # A collator without the loss hands over the texts, and requests no scores.
+        data_collator=None if prefetch else RerankerDataCollator.for_training(model, arguments),
+        callbacks=[progress],
+    )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return Trained(model, progress.step_seconds, contender.read_counts(loss), tuple(progress.losses))
@@ -100,9 +134,9 @@ def train(
 class _Progress(TrainerCallback):
     """Reports progress and measures the steps, from the end of one step to the end of the next."""
 
-    def __init__(self, say: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, watch: Callable[[ProgressReport], object], clock: Callable[[], float] = time.monotonic) -> None:
         self.losses: list[tuple[int, float]] = []
-        self._say = say
+        self._watch = watch
         self._clock = clock
         self._ends: list[float] = []
 
@@ -124,13 +158,13 @@ class _Progress(TrainerCallback):
         if loss is not None:
             self.losses.append((state.global_step, float(loss)))
             entry = state.log_history[-1]
-            filtered = ""
-            if "reranker/masked_share" in entry:
-                filtered = (
-                    f", {entry['reranker/masked_share']:.1%} of negatives masked, "
-                    f"{entry['reranker/seconds_waited']:.2f} s waited"
+            self._watch(
+                ProgressReport(
+                    state.global_step,
+                    state.max_steps,
+                    float(loss),
+                    self.step_seconds,
+                    entry.get("reranker/masked_share"),
+                    entry.get("reranker/seconds_waited"),
                 )
-            self._say(
-                f"  step {state.global_step:>4} of {state.max_steps}: loss {float(loss):.3f}, "
-                f"{self.step_seconds:.2f} s a step{filtered}"
             )
