@@ -51,7 +51,7 @@ serve: $(STUBS) ## Serve a reranker (MODEL=... ENGINE=torch|vllm HOST=... PORT=.
 	exec $(BIN)/python -m reranker_service $(if $(MODEL),--model "$(MODEL)") $(if $(ENGINE),--engine $(ENGINE)) \
 	    $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT))
 
-demo: $(STUBS) ## Show false negatives, train without and with the reranker, and compare; four minutes (STEPS=...)
+demo: $(STUBS) ## Show false negatives, train without and with the reranker, and compare; about four minutes (STEPS=...)
 	$(BIN)/python -m examples.demo $(if $(STEPS),--steps $(STEPS))
 
 bench: $(STUBS) ## Measure the service against the bare engine and what else a user would take (ARGS="--quick")

@@ -29,7 +29,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, choices=range(1, 7), default=2, help="layers of the trained model")
     parser.add_argument("--pairs", type=_at_least(1), default=4_000, help="maximum number of docstrings to read")
     parser.add_argument(
-        "--mined-documents", type=_at_least(1), default=1_000, help="number of candidates for hard negatives"
+        "--mined-documents", type=_at_least(1), default=2_000, help="number of candidates for hard negatives"
     )
     parser.add_argument("--queries", type=_at_least(1), default=600, help="maximum number of held-out queries")
     parser.add_argument("--temperature", type=float, default=0.02, help="temperature of all losses")
