@@ -234,7 +234,7 @@ class Study:
                 {"batch_sampler": batches.in_order},
             ),
             self._work / "trainer",
-            lambda text: None,
+            lambda report: None,
         )
         record = {
             **evaluation.evaluate(self._evaluator(name), done.model),
