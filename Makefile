@@ -98,7 +98,7 @@ lock: $(INSTALLED) ## Resolve the pinned lists under requirements/ anew
 	@echo "Resolved: requirements/cpu.txt and requirements/cuda.txt; \`make install\` installs one of them"
 
 clean: ## Remove everything that was generated, the virtual environment included
-	rm -rf $(VENV) build dist *-results .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *-results .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	rm -f protos/reranker/v1/*_pb2*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	@echo "Removed: $(VENV), stubs, results and caches"
