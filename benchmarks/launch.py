@@ -75,7 +75,7 @@ class Launcher:
         **engine_args: object,
     ) -> AbstractContextManager[Child]:
         """Our server, its score cache off; ``module`` may be one that wraps it."""
-        arguments = json.dumps({**self.machine.engine_args, **engine_args})
+        arguments = json.dumps({**(self.machine.engine_args if engine == "vllm" else {}), **engine_args})
         own = ("--model", str(model), "--engine", engine, "--dtype", self.machine.dtype, "--engine-args", arguments)
         return self._start(server_command(*own, "--cache-bytes", "0", *flags, module=module))
 

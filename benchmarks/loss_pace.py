@@ -61,7 +61,7 @@ def _make_engine(settings: Settings, spec: ModelSpec) -> FixedSpeedEngine:
 
 def main() -> None:
     """Run the server with the flags of ``python -m reranker_service``."""
-    with mock.patch.object(loading, "make_engine", _make_engine):
+    with mock.patch.multiple(loading, make_engine=_make_engine, check_flags=mock.DEFAULT):
         __main__.main()
 
 

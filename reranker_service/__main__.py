@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import sys
+import threading
+import time
 
 import structlog
 from pydantic import ValidationError
 from pydantic_settings import CliApp, SettingsError
 
-from .settings import Settings
+from .settings import Settings, variable_errors
+
+_EXIT_SECONDS = 3.0
 
 
 def configure_logs(settings: Settings) -> None:
@@ -36,12 +41,18 @@ def configure_logs(settings: Settings) -> None:
 
 def main() -> None:
     """Run the server; exits 0 after SIGTERM or SIGINT, 2 for wrong settings, 1 for every other failure."""
+    if unknown := variable_errors(os.environ.items()):
+        for message in unknown:
+            print(f"reranker-service: {message}", file=sys.stderr)
+        sys.exit(2)
     try:
         settings = CliApp.run(Settings)
     except ValidationError as error:
         for one in error.errors():
             name = ".".join(str(part) for part in one["loc"])
-            print(f"reranker-service: {name}: {one['msg']} (got {one['input']!r})", file=sys.stderr)
+            # The input of a rule over several settings is all of them, which its message names.
+            got = "" if isinstance(one["input"], dict) else f" (got {one['input']!r})"
+            print(f"reranker-service: {name}: {one['msg']}{got}", file=sys.stderr)
         sys.exit(2)
     except SettingsError as error:
         print(f"reranker-service: {error}", file=sys.stderr)
@@ -50,10 +61,19 @@ def main() -> None:
     # Imported here, so that --help and wrong settings do not wait for the server's imports.
     from .server import serve
 
-    status = asyncio.run(serve(settings))
+    with asyncio.Runner() as runner:
+        status = runner.run(serve(settings))
+        # A thread that waits for the hub, or loads weights, would keep the process alive.
+        threading.Thread(target=_exit_late, args=(status,), daemon=True).start()
     # Spares the garbage collection at exit, which would search all objects of torch and vLLM for two seconds.
     gc.freeze()
     sys.exit(status)
+
+
+def _exit_late(status: int) -> None:
+    """Exit if the process has not ended ``_EXIT_SECONDS`` after the server."""
+    time.sleep(_EXIT_SECONDS)
+    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -29,12 +29,21 @@ def load(settings: Settings) -> Loaded:
     Raises:
         UnsupportedModelError: The model can't be served, or not as the settings ask.
     """
-    if choose_engine(settings) == "vllm":
+    engine = choose_engine(settings)
+    check_flags(settings, engine)
+    if engine == "vllm":
         from .engines.vllm_processes import start_importing
 
         start_importing()
     spec = choose_model(settings)
-    return Loaded(spec, make_layout(spec), make_engine(settings, spec))
+    layout = make_layout(spec)
+    least = layout.smallest_length(None)
+    if spec.default_length < least:
+        flag = "--max-length" if settings.default_length is None else "--default-length"
+        raise UnsupportedModelError(
+            f"{flag} {spec.default_length} leaves no room for the texts; the least for {spec.name} is {least} tokens"
+        )
+    return Loaded(spec, layout, make_engine(settings, spec))
 
 
 def choose_model(settings: Settings) -> ModelSpec:
@@ -54,13 +63,21 @@ def choose_model(settings: Settings) -> ModelSpec:
     if isinstance(shorter, int) and 0 < shorter < spec.max_length:
         # Input that vLLM would refuse must be truncated, or refused with a clear error, before it gets there.
         spec = dataclasses.replace(spec, max_length=shorter, default_length=min(spec.default_length, shorter))
-    if settings.max_length is None:
-        return spec
-    if settings.max_length > spec.max_length:
-        raise UnsupportedModelError(
-            f"--max-length {settings.max_length}: {spec.name} takes at most {spec.max_length} tokens"
-        )
-    return dataclasses.replace(spec, default_length=settings.max_length)
+    if settings.max_length is not None:
+        if settings.max_length > spec.max_length:
+            raise UnsupportedModelError(
+                f"--max-length {settings.max_length}: {spec.name} takes at most {spec.max_length} tokens"
+            )
+        shorter = min(spec.default_length, settings.max_length)
+        spec = dataclasses.replace(spec, max_length=settings.max_length, default_length=shorter)
+    if settings.default_length is not None:
+        if settings.default_length > spec.max_length:
+            limit = f"{spec.name} takes" if settings.max_length is None else "--max-length allows"
+            raise UnsupportedModelError(
+                f"--default-length {settings.default_length}: {limit} at most {spec.max_length} tokens"
+            )
+        spec = dataclasses.replace(spec, default_length=settings.default_length)
+    return spec
 
 
 def choose_engine(settings: Settings) -> Literal["vllm", "torch"]:
@@ -75,6 +92,30 @@ def choose_engine(settings: Settings) -> Literal["vllm", "torch"]:
     if settings.engine == "vllm" and not installed:
         raise UnsupportedModelError("--engine vllm: vllm is not installed; install it, or use --engine torch")
     return settings.engine
+
+
+def check_flags(settings: Settings, engine: Literal["vllm", "torch"]) -> None:
+    """Refuse flags that the engine would ignore.
+
+    Raises:
+        UnsupportedModelError: One is set.
+    """
+    if engine == "vllm":
+        if settings.device != "auto":
+            raise UnsupportedModelError(
+                f"--device {settings.device} is for the torch engine; for vLLM set CUDA_VISIBLE_DEVICES, or use "
+                "--engine torch"
+            )
+        if settings.threads is not None:
+            raise UnsupportedModelError(
+                f"--threads {settings.threads} is for the torch engine; for vLLM on a CPU set "
+                "VLLM_CPU_OMP_THREADS_BIND, or use --engine torch"
+            )
+    elif settings.engine_args:
+        raise UnsupportedModelError(
+            f"--engine-args is for vLLM, and the engine is torch: leave out {', '.join(settings.engine_args)}, or use "
+            "--engine vllm"
+        )
 
 
 def make_engine(settings: Settings, spec: ModelSpec) -> Engine:

@@ -12,7 +12,7 @@ import asyncio
 import gc
 import signal
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from importlib import metadata
 from typing import Any, TypeVar
 
@@ -27,6 +27,8 @@ from .loading import Loaded, load
 from .models import UnsupportedModelError, fingerprint
 from .observing.metrics import Metrics
 from .observing.observers import ObserverError, Observers, observers
+from .rpc.admission import CallLimit
+from .rpc.listener import Listener, ListenError
 from .rpc.messages import model_info
 from .rpc.servicer import RPCS, SCORING_RPCS, SERVICE, RerankerServicer
 from .rpc.validation import Validator
@@ -71,21 +73,27 @@ async def serve(settings: Settings) -> int:
 
 async def _serve(settings: Settings, stop: asyncio.Event, observing: Observers) -> int:
     metrics = observing.metrics
-    server = _make_server(settings, observing)
     servicer = RerankerServicer(metrics)
-    server.add_generic_rpc_handlers((servicer.handler(),))
+    calls = CallLimit(SERVICE, SCORING_RPCS, settings.max_calls, metrics)
     checks = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     await _set_health(checks, _NOT_SERVING)
+
+    def make() -> aio.Server:
+        server = _make_server(settings, (calls, *observing.interceptors))
+        server.add_generic_rpc_handlers((servicer.handler(),))
+        health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        return server
+
+    listener = Listener(make, lambda server, port: server.add_insecure_port(f"{_bracketed(settings.host)}:{port}"))
     try:
-        port = server.add_insecure_port(f"{_bracketed(settings.host)}:{settings.port}")
-    except RuntimeError as error:
+        port = await listener.start(settings.port)
+    except ListenError as error:
         log.error("cannot listen", host=settings.host, port=settings.port, reason=str(error))
         return 1
     address = f"{_bracketed(settings.host)}:{port}"
-    await server.start()
     log.info("listening", address=address)
+    unserved = asyncio.create_task(_until_unserved(listener, stop))
 
     began = time.monotonic()
     loaded: Loaded | None = None
@@ -124,9 +132,12 @@ async def _serve(settings: Settings, stop: asyncio.Event, observing: Observers) 
         log.error("cannot start", reason=f"{type(error).__name__}: {error}", exc_info=error)
         status = 1
     finally:
+        if unserved.done():
+            status = 1
+        unserved.cancel()
         await checks.enter_graceful_shutdown()
         log.info("stopping", grace=settings.grace)
-        await server.stop(settings.grace if status == 0 else 0.5)
+        await listener.stop(settings.grace if status == 0 else 0.5, calls.wait_idle())
         if scorer is not None:
             scorer.close()
         if loaded is not None:
@@ -135,11 +146,20 @@ async def _serve(settings: Settings, stop: asyncio.Event, observing: Observers) 
     return status
 
 
-def _make_server(settings: Settings, observing: Observers) -> aio.Server:
+async def _until_unserved(listener: Listener, stop: asyncio.Event) -> None:
+    """Set ``stop`` once the address is no longer served."""
+    reason = await listener.watch()
+    log.error("cannot go on listening", reason=str(reason))
+    stop.set()
+
+
+def _make_server(settings: Settings, interceptors: Sequence[aio.ServerInterceptor]) -> aio.Server:
     size = settings.limits.max_message_bytes
+    compression = () if settings.accept_compressed else (("grpc.compression_enabled_algorithms_bitset", 1),)
     return aio.server(
-        interceptors=observing.interceptors,
+        interceptors=interceptors,
         options=[
+            *compression,
             ("grpc.max_receive_message_length", size),
             ("grpc.max_send_message_length", size),
             # With it a second server could listen on the same port, and each would get some of the calls.
@@ -151,7 +171,6 @@ def _make_server(settings: Settings, observing: Observers) -> aio.Server:
             ("grpc.keepalive_time_ms", 60_000),
             ("grpc.keepalive_timeout_ms", 20_000),
         ],
-        maximum_concurrent_rpcs=settings.max_calls,
     )
 
 

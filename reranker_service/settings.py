@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,11 +54,17 @@ class Settings(BaseSettings):
     threads: int | None = Field(
         None, ge=1, description="torch engine only: CPU threads of one operation; if not given, torch decides"
     )
-    max_length: int | None = Field(
+    default_length: int | None = Field(
         None,
         ge=1,
         description="length limit, in tokens, of requests that set none; if not given, the limit that the model's own "
-        "files set",
+        "files set, at most --max-length",
+    )
+    max_length: int | None = Field(
+        None,
+        ge=1,
+        description="largest length limit, in tokens, that a request may set; if not given, the longest input that the "
+        "model takes",
     )
     engine_args: dict[str, Any] = Field(
         default_factory=dict,
@@ -90,10 +99,56 @@ class Settings(BaseSettings):
         30.0, ge=0, description="seconds that calls in flight may take to finish after SIGTERM or SIGINT"
     )
     max_calls: int = Field(
-        4096, ge=1, description="most calls in flight; a further call is refused with RESOURCE_EXHAUSTED"
+        4096,
+        ge=1,
+        description="most scoring calls in flight; a further one is refused with RESOURCE_EXHAUSTED. Health checks, "
+        "reflection and GetModelInfo do not count",
+    )
+    accept_compressed: bool = Field(
+        False,
+        description="accept compressed messages; without it they are refused with UNIMPLEMENTED, because a small "
+        "message can grow to --limits.max-message-bytes",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="lowest level of events that are logged"
     )
     log_format: Literal["logfmt", "json"] = Field("logfmt", description="format of a log line")
     limits: Limits = Field(default_factory=Limits, description="limits of requests and streams, which clients see")
+
+
+# Kubernetes sets these in every pod of a namespace with a Service named "reranker" or "reranker-...": RERANKER_PORT,
+# RERANKER_PORT_50051_TCP_ADDR, RERANKER_SERVICE_HOST, RERANKER_SERVICE_PORT_GRPC.
+_SERVICE_LINK = re.compile(
+    r"RERANKER_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+_SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
+
+
+def variable_errors(environment: Iterable[tuple[str, str]]) -> list[str]:
+    """Find variables ``RERANKER_*`` that set nothing. Those of the client, ``RERANKER_CLIENT_*``, may be set.
+
+    Args:
+        environment: Names and values of the environment's variables.
+
+    Returns:
+        A message for each unknown variable, which names the nearest known one, and one message for all variables that
+        come from a Service of Kubernetes.
+    """
+    known = {f"RERANKER_{name}".upper() for name in Settings.model_fields}
+    known |= {f"RERANKER_LIMITS__{name}".upper() for name in Limits.model_fields}
+    messages, links = [], []
+    for name, value in environment:
+        upper = name.upper()
+        if not upper.startswith("RERANKER_") or upper.startswith("RERANKER_CLIENT_"):
+            continue
+        if _SERVICE_LINK.fullmatch(upper) or _SERVICE_ADDRESS.match(value):
+            links.append(name)
+        elif upper not in known:
+            nearest = difflib.get_close_matches(upper, sorted(known), n=1, cutoff=0.0)[0]
+            messages.append(f"{name}: there is no such setting; the nearest is {nearest}")
+    if links:
+        messages.append(
+            f"{', '.join(sorted(links))}: Kubernetes sets these for a Service whose name begins with reranker; set "
+            "enableServiceLinks: false in the pod's spec, or give the Service another name"
+        )
+    return messages

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import re
 import subprocess
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
 import grpc
@@ -36,14 +36,22 @@ class ServerProcess(Child):
         ready: Whether to wait until it answers.
         module: One that runs the server around another engine.
         fresh: Whether it runs in a fresh interpreter; otherwise it is forked with its libraries imported.
+        environment: More variables.
 
     Attributes:
         address: ``HOST:PORT``, once it answers.
     """
 
-    def __init__(self, *flags: str, ready: bool = True, module: str = "reranker_service", fresh: bool = False) -> None:
+    def __init__(
+        self,
+        *flags: str,
+        ready: bool = True,
+        module: str = "reranker_service",
+        fresh: bool = False,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.popen = subprocess.Popen if fresh else ForkedProgram
-        environment = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        environment = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **(environment or {})}
         super().__init__(server_command(*flags, module=module), environment=environment, name="The server")
         if ready:
             try:

@@ -81,7 +81,7 @@ def test_more_calls_than_the_server_takes_are_refused_at_once(cross_encoder: obj
         call = stub.RerankStream(iter(outgoing.get, None))
         assert next(call).HasField("opened")
         with pytest.raises(grpc.RpcError) as caught:
-            stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=30)
+            stub.Rerank(pb.RerankRequest(query="a", documents=["b"]), timeout=30)
         assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         outgoing.put(None)
         assert list(call) == []

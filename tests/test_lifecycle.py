@@ -127,6 +127,9 @@ def test_a_model_that_cannot_be_served(tmp_path: Path) -> None:
         ([], {"RERANKER_GRACE": "soon"}, "grace"),
         (["--limits.max-text-bytes", "0"], {}, "limits.max_text_bytes"),
         (["--no-such-flag", "1"], {}, "no-such-flag"),
+        ([], {"RERANKER_CACHE_BYTE": "1"}, "the nearest is RERANKER_CACHE_BYTES"),
+        ([], {"RERANKER_PORT": "tcp://10.0.0.1:50051"}, "enableServiceLinks: false"),
+        (["--limits.max-message-bytes", "65536"], {}, "--limits.max-pairs-per-chunk is 16384"),
     ],
 )
 def test_wrong_settings_exit_with_2_and_a_reason(arguments: list[str], environment: dict[str, str], words: str) -> None:
@@ -140,18 +143,20 @@ def test_wrong_settings_exit_with_2_and_a_reason(arguments: list[str], environme
 def test_help_lists_every_flag() -> None:
     command = [sys.executable, "-m", "reranker_service", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
-    for flag in ("--model", "--engine", "--host", "--port", "--max-length", "--limits.max-text-bytes", "--grace"):
+    for flag in ("--model", "--engine", "--host", "--port", "--default-length", "--max-length", "--limits.max-text-bytes", "--grace"):
         assert flag in result.stdout
 
 
 def test_every_flag_is_also_a_variable(cross_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RERANKER_MODEL", str(cross_encoder))
     monkeypatch.setenv("RERANKER_ENGINE", "torch")
-    monkeypatch.setenv("RERANKER_MAX_LENGTH", "17")
+    monkeypatch.setenv("RERANKER_DEFAULT_LENGTH", "17")
+    monkeypatch.setenv("RERANKER_MAX_LENGTH", "33")
     monkeypatch.setenv("RERANKER_LIMITS__MAX_PAIRS_PER_CHUNK", "33")
     with ServerProcess() as server, grpc.insecure_channel(server.address) as channel:
         info = rpc.RerankerServiceStub(channel).GetModelInfo(pb.GetModelInfoRequest())
-    assert (info.model, info.engine, info.default_length) == (cross_encoder.name, "torch", 17)
+    assert (info.model, info.engine) == (cross_encoder.name, "torch")
+    assert (info.default_length, info.max_length) == (17, 33)
     assert info.limits.max_pairs_per_chunk == 33
 
 

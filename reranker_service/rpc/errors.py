@@ -1,11 +1,15 @@
 """Errors of requests, and the translation of every error to a ``google.rpc.Status``.
 
 Each error is raised where the fact is known. The servicer and the stream turn it into the status of a call, of one
-request of a batch, or of one chunk. Status codes are decided here and nowhere else.
+request of a batch, or of one chunk. Status codes are decided here and nowhere else, and so are the sizes of messages. A
+client sees the text of an error only if that text was written for clients. Of every other error it sees the name and an
+id, under which the server's log has the whole error.
 """
 
 from __future__ import annotations
 
+import contextlib
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +20,8 @@ from grpc import StatusCode
 from ..scoring import EngineFailedError, OverLongError, ScoringError, TooShortLimitError
 
 # A status travels in headers, once as text and once in base64, and gRPC drops calls whose headers exceed 8 kB.
-_MOST_CHARACTERS = 2000
+_MOST_BYTES = 2000
+_ID_ATTRIBUTE = "_id_in_log"
 
 log = structlog.get_logger()
 
@@ -39,17 +44,21 @@ class RerankError(Exception):
 
     Attributes:
         code: The status code.
-        message: The message for the client.
+        message: The message for the client, cut to the size that a status has room for.
     """
 
     def __init__(self, message: str, code: StatusCode = StatusCode.INTERNAL) -> None:
         super().__init__(message)
-        self.message = message
+        self.message = _cut(message)
         self.code = code
 
     def to_status(self) -> status_pb2.Status:
         """Express the error as a status that a client can read."""
         return status_pb2.Status(code=self.code.value[0], message=self.message)
+
+    def metadata(self) -> tuple[tuple[str, bytes], ...]:
+        """The trailing metadata that carries the status, with its details, of a failed call."""
+        return (("grpc-status-details-bin", self.to_status().SerializeToString()),)
 
 
 class InvalidRequestError(RerankError):
@@ -72,7 +81,27 @@ class InvalidRequestError(RerankError):
         status = super().to_status()
         detail = error_details_pb2.BadRequest()
         for violation in self.violations:
-            detail.field_violations.add(field=violation.field, description=violation.description)
+            detail.field_violations.add(field=_cut(violation.field), description=_cut(violation.description))
+        status.details.add().Pack(detail)
+        return status
+
+
+class BusyError(RerankError):
+    """The server is full; the same request may succeed later.
+
+    Attributes:
+        retry_seconds: Time after which the client may try again.
+    """
+
+    def __init__(self, message: str, retry_seconds: float = 1.0) -> None:
+        super().__init__(message, StatusCode.RESOURCE_EXHAUSTED)
+        self.retry_seconds = retry_seconds
+
+    def to_status(self) -> status_pb2.Status:
+        """Express the error as a status with one ``RetryInfo`` detail."""
+        status = super().to_status()
+        detail = error_details_pb2.RetryInfo()
+        detail.retry_delay.FromNanoseconds(round(self.retry_seconds * 1e9))
         status.details.add().Pack(detail)
         return status
 
@@ -81,10 +110,29 @@ def _first(violations: Sequence[Violation]) -> tuple[Violation, ...]:
     """The first violations that a status has room for, at least one."""
     size = 0
     for number, violation in enumerate(violations):
-        size += len(violation.field) + len(violation.description)
-        if number and size > _MOST_CHARACTERS:
+        size += _size(violation.field) + _size(violation.description)
+        if number and size > _MOST_BYTES:
             return tuple(violations[:number])
     return tuple(violations)
+
+
+def _size(text: str) -> int:
+    """Bytes that a text takes in the header ``grpc-message``, which escapes all but printable ASCII as ``%XX``."""
+    plain = sum(" " <= character <= "~" and character != "%" for character in text)
+    return plain + 3 * (len(text.encode(errors="replace")) - plain)
+
+
+def _cut(text: str) -> str:
+    """Cut a text to the size that a status has room for, and replace what UTF-8 cannot express."""
+    text = text.encode(errors="replace").decode()
+    if len(text) * 12 <= _MOST_BYTES or _size(text) <= _MOST_BYTES:
+        return text
+    room = _MOST_BYTES - len("...")
+    for end, character in enumerate(text):
+        room -= _size(character)
+        if room < 0:
+            return text[:end] + "..."
+    return text
 
 
 def invalid(field: str, description: str) -> InvalidRequestError:
@@ -98,10 +146,17 @@ def not_ready() -> RerankError:
 
 
 def as_rerank_error(error: Exception) -> RerankError:
-    """Translate any error to one with a status.
+    """Translate any error to one with a status, without a traceback.
 
-    An unforeseen error is logged with its traceback; the client sees only that there was one.
+    The frames of a traceback hold the request, and the error is held by one of these frames: a cycle, which would keep
+    a large request in memory until the garbage collector runs.
     """
+    known = _translate(error)
+    known.__traceback__ = known.__context__ = known.__cause__ = None
+    return known
+
+
+def _translate(error: Exception) -> RerankError:
     match error:
         case RerankError():
             return error
@@ -110,8 +165,24 @@ def as_rerank_error(error: Exception) -> RerankError:
         case TooShortLimitError():
             return invalid("options.max_length", str(error))
         case EngineFailedError():
-            return RerankError(str(error), StatusCode.UNAVAILABLE)
-        case ScoringError():
+            return _unforeseen(error, "the engine has died", StatusCode.UNAVAILABLE)
+        case ScoringError() if error.__cause__ is None:
             return RerankError(str(error))
-    log.error("unforeseen error", exc_info=error)
-    return RerankError("internal error; the server's log has the details")
+        case ScoringError():
+            return _unforeseen(error, "scoring failed")
+    return _unforeseen(error, "internal error")
+
+
+def _unforeseen(error: Exception, what: str, code: StatusCode = StatusCode.INTERNAL) -> RerankError:
+    """Log an error with an id, and make the error that tells a client no more than its name and this id.
+
+    An error that fails many calls is logged once, and has one id in all of them.
+    """
+    cause = error.__cause__ or error
+    number = getattr(cause, _ID_ATTRIBUTE, None)
+    if number is None:
+        number = secrets.token_hex(4)
+        with contextlib.suppress(AttributeError):  # of an exception with __slots__
+            setattr(cause, _ID_ATTRIBUTE, number)
+        log.error(what, id=number, exc_info=error)
+    return RerankError(f"{what}: {type(cause).__name__}; the server's log has the details under id {number}", code)

@@ -1,7 +1,9 @@
 """Servicer: the four RPCs. It validates requests, has the scorer score them, and makes the replies.
 
-The handlers are registered by hand rather than by the generated ``add_..._to_server``, so that a message that cannot be
-parsed (invalid UTF-8, cut short) fails with INVALID_ARGUMENT. gRPC itself would answer INTERNAL.
+The handlers are registered by hand rather than by the generated ``add_..._to_server``, and parse the messages
+themselves. So a message that cannot be parsed (invalid UTF-8, cut short) fails with INVALID_ARGUMENT, where gRPC itself
+would answer INTERNAL. A message of too many fields is refused before it is parsed, and a refused message is freed at
+once.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import grpc
 import numpy as np
@@ -38,31 +40,6 @@ Response = TypeVar("Response", bound=Message)
 Context = aio.ServicerContext[Message, Message]
 
 
-class _Malformed:
-    """A request that could not be parsed; carries the reason to the handler."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-
-
-def _parser(message: type[Request]) -> Callable[[bytes], Any]:
-    """A deserializer of ``message`` that returns ``_Malformed`` instead of failing inside gRPC."""
-
-    def parse(data: bytes) -> Request | _Malformed:
-        try:
-            return message.FromString(data)
-        except DecodeError as error:
-            return _Malformed(f"{len(data)} bytes are no {message.DESCRIPTOR.full_name}: {error}")
-
-    return parse
-
-
-def _well_formed(request: Request | _Malformed) -> Request:
-    if isinstance(request, _Malformed):
-        raise invalid("message", f"{request.reason}; strings must be UTF-8")
-    return request
-
-
 def _judge(call: Call, context: Context, code: grpc.StatusCode) -> None:
     """Set the status that a call ends with: in ``call`` for metrics, in ``context`` for traces."""
     call.code = code.name
@@ -71,13 +48,12 @@ def _judge(call: Call, context: Context, code: grpc.StatusCode) -> None:
 
 async def _abort(call: Call, context: Context, error: RerankError) -> None:
     """End a call with the status of ``error``; with CANCELLED where the client has gone and gRPC cannot send it."""
-    status = error.to_status()
     try:
-        await context.abort(
-            error.code, error.message, trailing_metadata=(("grpc-status-details-bin", status.SerializeToString()),)
-        )
+        await context.abort(error.code, error.message, trailing_metadata=error.metadata())
     except aio.AbortError:  # gRPC raises it once the status is sent
         call.code = error.code.name
+        # The context holds this error, whose traceback holds this frame.
+        del context
         raise
     except aio.InternalError:
         _judge(call, context, grpc.StatusCode.CANCELLED)
@@ -103,22 +79,22 @@ class RerankerServicer:
         def unary(
             rpc: str, answer: Callable[[Request], Awaitable[Response]], message: type[Request]
         ) -> grpc.RpcMethodHandler[Request, Response]:
-            async def handle(request: Request | _Malformed, context: Context) -> Response | None:
+            async def handle(data: bytes, context: Context) -> bytes:
                 with self._metrics.call(rpc) as call:
                     _judge(call, context, grpc.StatusCode.CANCELLED)
                     try:
-                        response = await answer(_well_formed(request))
+                        reply = (await answer(self._parse(message, data))).SerializeToString()
                     except Exception as error:
-                        await _abort(call, context, as_rerank_error(error))
-                        return None
-                    _judge(call, context, grpc.StatusCode.OK)
-                    return response
+                        aborting = _abort(call, context, as_rerank_error(error))
+                    else:
+                        _judge(call, context, grpc.StatusCode.OK)
+                        return reply
+                    # The context holds the error that ends the call, and the error's traceback holds this frame.
+                    del data, context
+                    await aborting
+                    raise AssertionError("a call goes on after its end")
 
-            return grpc.unary_unary_rpc_method_handler(
-                handle,
-                request_deserializer=_parser(message),
-                response_serializer=lambda response: response.SerializeToString(),
-            )
+            return grpc.unary_unary_rpc_method_handler(handle)
 
         return grpc.method_handlers_generic_handler(
             SERVICE,
@@ -127,9 +103,7 @@ class RerankerServicer:
                 "RerankBatch": unary("RerankBatch", self.rerank_batch, pb.RerankBatchRequest),
                 "GetModelInfo": unary("GetModelInfo", self.get_model_info, pb.GetModelInfoRequest),
                 "RerankStream": grpc.stream_stream_rpc_method_handler(
-                    self._rerank_stream,
-                    request_deserializer=_parser(pb.RerankStreamRequest),
-                    response_serializer=lambda response: response.SerializeToString(),
+                    self._rerank_stream, response_serializer=lambda response: response.SerializeToString()
                 ),
             },
         )
@@ -166,14 +140,16 @@ class RerankerServicer:
         return self._info
 
     async def _rerank_stream(
-        self, requests: AsyncIterator[pb.RerankStreamRequest | _Malformed], context: Context
+        self, messages: AsyncIterator[bytes], context: Context
     ) -> AsyncIterator[pb.RerankStreamResponse]:
         with self._metrics.call("RerankStream") as call:
             _judge(call, context, grpc.StatusCode.CANCELLED)
             try:
                 scorer, validator = self._ready()
                 session = StreamSession(scorer, validator, self._info.fingerprint, self._metrics)
-                async for reply in session.replies(_well_formed(request) async for request in requests):
+                async for reply in session.replies(
+                    self._parse(pb.RerankStreamRequest, data) async for data in messages
+                ):
                     # A cancelled write ends this handler at once. gRPC writes what a handler yields, and leaves the
                     # handler and the span around it to the garbage collector where that write is cancelled.
                     await context.write(reply)
@@ -184,10 +160,27 @@ class RerankerServicer:
             except aio.InternalError:  # a reply cannot be sent
                 raise
             except Exception as error:
-                await _abort(call, context, as_rerank_error(error))
+                aborting = _abort(call, context, as_rerank_error(error))
+            else:
+                return
+            # As in ``handler``: a cycle of context, error and frame would keep the stream's texts.
+            del messages, context
+            await aborting
         # OpenTelemetry's interceptor takes a handler of streams for an asynchronous generator.
         if False:
             yield
+
+    def _parse(self, message: type[Request], data: bytes) -> Request:
+        """Parse the bytes of a message. Raises ``RerankError``."""
+        _, validator = self._ready()
+        validator.size(message, data)
+        try:
+            return message.FromString(data)
+        except DecodeError as error:
+            raise invalid(
+                "message",
+                f"{len(data)} bytes are no {message.DESCRIPTOR.full_name}: {error}; strings must be UTF-8",
+            ) from None
 
     def _ready(self) -> tuple[Scorer, Validator]:
         if self._scorer is None or self._validator is None:

@@ -105,7 +105,7 @@ class StreamSession:
         try:
             pairs = self._validator.chunk(chunk, len(table.texts))
         except Exception as error:
-            pairs = error
+            pairs = as_rerank_error(error)
         # A refused chunk counts as one pair until its reply is read. A chunk larger than the limit runs alone.
         weight = 1 if isinstance(pairs, Exception) else len(pairs)
         while self._in_flight and self._in_flight + weight > self._validator.limits.max_pairs_in_flight:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from reranker.v1 import reranker_pb2 as pb
@@ -13,6 +14,13 @@ from reranker.v1 import reranker_pb2 as pb
 from ..scoring import OptionRanges, Pairs, ScoringOptions
 from .errors import InvalidRequestError, Violation, invalid
 from .limits import Limits
+from .wire import SMALL_BYTES, find_excess
+
+# A message of this contract has a few; a batch has one more a request.
+_MOST_SUB_MESSAGES = 1024
+# Bytes that a document takes in a result beyond those in its request, and the rest of a reply, at most.
+_RESULT_BYTES = 24
+_REPLY_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +60,28 @@ class Validator:
     def __init__(self, limits: Limits, ranges: OptionRanges) -> None:
         self.limits = limits
         self._ranges = ranges
+        documents, texts = pb.RerankRequest.DESCRIPTOR.fields_by_name["documents"], pb.StreamTexts.DESCRIPTOR.fields[0]
+        requests = pb.RerankBatchRequest.DESCRIPTOR.fields_by_name["requests"]
+        # Name of a message -> full name of a field -> most occurrences in the message
+        self._field_limits = {
+            "RerankRequest": {documents.full_name: limits.max_documents_per_request},
+            "RerankBatchRequest": {
+                requests.full_name: limits.max_requests_per_batch,
+                documents.full_name: limits.max_pairs_per_batch,
+            },
+            "RerankStreamRequest": {texts.full_name: limits.max_texts_per_stream},
+            "GetModelInfoRequest": {},
+        }
+        self._most_sub_messages = limits.max_requests_per_batch + _MOST_SUB_MESSAGES
+
+    def size(self, message: type[Message], data: bytes) -> None:
+        """Validate how many texts and sub-messages a message holds, before it is parsed."""
+        if len(data) <= SMALL_BYTES:
+            return
+        excess = find_excess(data, message, self._field_limits[message.DESCRIPTOR.name], self._most_sub_messages)
+        if excess is not None:
+            field = excess.field.rpartition(".")[2]
+            raise invalid(field, f"there are more than {excess.limit}, the limit of one {message.DESCRIPTOR.name}")
 
     def options(self, options: pb.RerankOptions, path: str = "options") -> ScoringOptions:
         """Validate options and fill in defaults. Raises ``InvalidRequestError``."""
@@ -73,6 +103,8 @@ class Validator:
         self._text(request.query, f"{path}query", violations)
         for position, document in enumerate(request.documents[: limit + 1]):
             self._text(document, f"{path}documents[{position}]", violations)
+        if not path:
+            self._reply([request], "return_documents", violations)
         options = self._options(request.options, f"{path}options", violations)
         violations.raise_if_any()
         top_n = min(request.top_n, count) if request.HasField("top_n") else count
@@ -88,6 +120,9 @@ class Validator:
         pairs, limit = sum(len(one.documents) for one in request.requests), self.limits.max_pairs_per_batch
         if pairs > limit:
             raise invalid("requests", f"they hold {pairs} documents together; the limit of one batch is {limit}")
+        violations = Violations()
+        self._reply(request.requests, "requests", violations)
+        violations.raise_if_any()
 
     def open(self, message: pb.RerankStreamRequest) -> tuple[ScoringOptions, bool]:
         """Validate the first message of a stream; returns the options and whether the stream is interactive."""
@@ -180,6 +215,20 @@ class Validator:
             raw=options.score_type == pb.SCORE_TYPE_RAW,
             reject_over_long=options.over_long == pb.OVER_LONG_REJECT,
         )
+
+    def _reply(self, requests: Sequence[pb.RerankRequest], path: str, violations: Violations) -> None:
+        """Validate that the reply, which may return the documents, fits one message."""
+        sizes = [request.ByteSize() for request in requests if request.return_documents]
+        if not sizes:
+            return
+        pairs, limit = sum(len(request.documents) for request in requests), self.limits.max_message_bytes
+        size = sum(sizes) + _RESULT_BYTES * pairs + _REPLY_BYTES * len(requests)
+        if size > limit:
+            violations.add(
+                path,
+                f"with the documents the reply may have {size} bytes; the limit of one message is {limit} "
+                "(--limits.max-message-bytes): leave out return_documents, or send fewer documents",
+            )
 
     def _text(self, text: str, path: str, violations: Violations) -> int:
         """Validate the size of one text; returns it in bytes."""

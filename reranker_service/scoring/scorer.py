@@ -89,8 +89,8 @@ class Scorer:
         except ScoringError:
             raise
         except Exception as error:
-            log.error("scoring failed", exc_info=error)
-            raise ScoringError(f"scoring failed: {type(error).__name__}: {error}") from error
+            # The RPC layer logs it, with the id that it gives to the client.
+            raise ScoringError(f"scoring failed: {type(error).__name__}") from error
         if not np.isfinite(raw).all():
             raise ScoringError("the model gave a score that is not finite; check its weights and its number format")
         return Scored(raw if table.options.raw else self._probability(raw), cost.usage(len(pairs)))
