@@ -143,7 +143,16 @@ def test_wrong_settings_exit_with_2_and_a_reason(arguments: list[str], environme
 def test_help_lists_every_flag() -> None:
     command = [sys.executable, "-m", "reranker_service", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
-    for flag in ("--model", "--engine", "--host", "--port", "--default-length", "--max-length", "--limits.max-text-bytes", "--grace"):
+    for flag in (
+        "--model",
+        "--engine",
+        "--host",
+        "--port",
+        "--default-length",
+        "--max-length",
+        "--limits.max-text-bytes",
+        "--grace",
+    ):
         assert flag in result.stdout
 
 
