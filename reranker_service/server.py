@@ -2,8 +2,8 @@
 
 The port is taken first, so that a port in use is an error at once, and so that probes get an answer (NOT_SERVING) while
 the model loads. Health turns SERVING after a first real score, and NOT_SERVING again on SIGTERM, on SIGINT or when the
-engine dies. Calls in flight then get the grace period, the engine is closed, and the process exits: 0 after a signal, 1
-after a failure.
+engine dies. Scoring calls in flight then get the grace period, the engine is closed, and the process exits: 0 after a
+signal, 1 after a failure.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ async def serve(settings: Settings) -> int:
     """Run a server until it is told to stop.
 
     Returns:
-        The process's exit status: 0 after SIGTERM or SIGINT, 1 if it could not start or its engine died.
+        The process's exit status: 0 after SIGTERM or SIGINT, 1 if it could not start, its engine died or its
+        port was lost.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -108,10 +109,10 @@ async def _serve(settings: Settings, stop: asyncio.Event, observing: Observers) 
         # In a thread, because downloads and imports take long, and health probes must be answered meanwhile.
         prepared = await _unless(stop, asyncio.to_thread(load, settings))
         if prepared is None:
-            return status
+            return int(unserved.done())
         loaded = prepared.result()
         if not await _unless(stop, _start(loaded)):
-            return status
+            return int(unserved.done())
         scorer = await _open(settings, loaded, servicer, metrics)
         await _set_health(checks, _SERVING)
         log.info(
