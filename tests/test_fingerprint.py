@@ -145,3 +145,40 @@ def test_large_weights_are_sampled(model: Path) -> None:
     # Like training, this changes every number a little.
     save_file({**weights, "large": large + torch.randn_like(large)}, model / "model.safetensors")
     assert of(model) != before
+
+
+def _large_model(model: Path, kind: str) -> dict[str, torch.Tensor]:
+    """Give a model weights of 24 MB, of which the scoring head is one two-thousandth; returns them."""
+    weights = load_file(model / "model.safetensors")
+    torch.manual_seed(0)
+    weights = {f"layer.{number:02}": torch.randn(500, 1000) for number in range(12)} | weights
+    weights["classifier.weight"], weights["pooler"] = torch.randn(1, 384), torch.randn(384, 384)
+    _save(model, kind, weights)
+    return weights
+
+
+def _save(model: Path, kind: str, weights: dict[str, torch.Tensor]) -> None:
+    if kind == "safetensors":
+        save_file(weights, model / "model.safetensors")
+        return
+    (model / "model.safetensors").unlink(missing_ok=True)
+    torch.save(weights, model / "pytorch_model.bin", _use_new_zipfile_serialization=kind == "bin")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "old bin"])
+@pytest.mark.parametrize("name", ["classifier.weight", "classifier.bias", "pooler", "layer.05"])
+def test_a_change_of_any_one_tensor_of_large_weights_changes_the_fingerprint(name: str, kind: str, model: Path) -> None:
+    weights = _large_model(model, kind)
+    before = of(model)
+    _save(model, kind, weights)
+    assert of(model) == before
+    _save(model, kind, weights | {name: weights[name] * -3})
+    assert of(model) != before
+
+
+@pytest.mark.parametrize("damage", [b"\xff" * 8, b"\x05\0\0\0\0\0\0\0{]\n\n\n", b"\x02\0\0\0\0\0\0\0[]", b""])
+def test_damaged_weights_have_a_fingerprint(damage: bytes, model: Path) -> None:
+    (model / "model.safetensors").write_bytes(damage + bytes(5 << 20))
+    before = of(model)
+    (model / "model.safetensors").write_bytes(damage + bytes((5 << 20) - 1) + b"\1")
+    assert of(model) != before

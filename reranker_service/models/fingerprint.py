@@ -1,26 +1,33 @@
 """Fingerprint: a hash of everything that scores depend on. Equal fingerprints mean equal scores up to rounding.
 
-Weights are sampled: of each file the hash covers its size, its header (in safetensors the names, shapes and types of
-all tensors) and blocks of 4 KiB at even distances. Training changes every block; a change of a few bytes between two
-blocks can go unseen. The path of the directory and the dates of the files do not count.
+Large weights are sampled, tensor by tensor: the hash covers a file's size, its header (in safetensors the names, shapes
+and types of all tensors), tensors of at most 64 KiB as a whole, and of every larger one blocks of 4 KiB at even
+distances, its first and its last block among them. Training changes every block, and a tensor that is scaled or
+exchanged changes its own blocks; a change of a few numbers between two blocks of a large tensor can go unseen. The path
+of the directory and the dates of the files do not count.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
+from typing import BinaryIO
 
 from .spec import ModelSpec
 from .templates import DEFAULT_INSTRUCTION, DOCUMENT_MARK, PREFIX, SUFFIX, query_head
 
 _BLOCK = 4096
-_BLOCKS = 1024
-_HEADER_LIMIT = 16 << 20
+_BLOCKS = 1024  # of a file; more where it has many tensors
+_WHOLE_TENSOR = 64 << 10
+_ZIP_LOCAL_HEADER = 30
 _WHOLE_LIMIT = 64 << 20
+_Span = tuple[int, int]
 _WEIGHTS = (".safetensors", ".bin")
 _PLACE = {"name", "path"}
 # Files without influence on scores, and files that change each time a model is saved.
@@ -93,21 +100,82 @@ def _file(path: Path) -> bytes:
 
 
 def _sample(path: Path) -> bytes:
-    """Hash a file's size, its header and blocks at even distances, the last one included."""
+    """Hash a file of weights: its size, everything that is no tensor, and samples of its tensors."""
     size = path.stat().st_size
     digest = hashlib.sha256(size.to_bytes(8, "little"))
+    tensors = _safetensors_spans(path, size) if path.suffix == ".safetensors" else _zip_spans(path, size)
     with path.open("rb") as file:
-        start = 0
-        if path.suffix == ".safetensors":
-            # The format begins with the length of its header: https://huggingface.co/docs/safetensors
-            start = 8 + min(int.from_bytes(file.read(8), "little"), _HEADER_LIMIT)
-            file.seek(0)
-            digest.update(file.read(start))
-        body = max(0, size - start)
-        if body <= _BLOCK * _BLOCKS:
-            digest.update(file.read())
-        else:
-            for number in range(_BLOCKS):
-                file.seek(start + (body - _BLOCK) * number // (_BLOCKS - 1))
-                digest.update(file.read(_BLOCK))
+        if tensors is None:
+            # Neither format, such as a ``.bin`` file of torch before 1.6: where its tensors are cannot be known.
+            return hashlib.file_digest(file, "sha256").digest()
+        total = sum(end - begin for begin, end in tensors)
+        at = 0
+        for begin, end in tensors:
+            _update(digest, file, at, begin)
+            length = end - begin
+            if length <= _WHOLE_TENSOR:
+                _update(digest, file, begin, end)
+            else:
+                blocks = max(2, round(_BLOCKS * length / total))
+                for number in range(blocks):
+                    start = begin + (length - _BLOCK) * number // (blocks - 1)
+                    _update(digest, file, start, start + _BLOCK)
+            at = end
+        _update(digest, file, at, size)
     return digest.digest()
+
+
+def _update(digest: hashlib._Hash, file: BinaryIO, begin: int, end: int) -> None:
+    """Hash the bytes of a file from ``begin`` to ``end``, none if it is not larger."""
+    file.seek(begin)
+    while begin < end:
+        data = file.read(min(end - begin, 1 << 20))
+        if not data:
+            return
+        digest.update(data)
+        begin += len(data)
+
+
+def _safetensors_spans(path: Path, size: int) -> list[_Span] | None:
+    """Begin and end of each tensor, in order; ``None`` if the file is damaged.
+
+    The format: https://huggingface.co/docs/safetensors
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > size - 8:
+            return None
+        header = file.read(length)
+    try:
+        offsets = [entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"]
+        spans = sorted((8 + length + int(begin), 8 + length + int(end)) for begin, end in offsets)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return _in_order(spans, size)
+
+
+def _zip_spans(path: Path, size: int) -> list[_Span] | None:
+    """Begin and end of each entry of a file that ``torch.save`` wrote; ``None`` if it is no such file.
+
+    Each tensor is an uncompressed entry: https://docs.pytorch.org/docs/stable/notes/serialization.html
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            spans = []
+            for entry in archive.infolist():
+                if entry.compress_type != zipfile.ZIP_STORED:
+                    return None
+                file.seek(entry.header_offset)
+                local = file.read(_ZIP_LOCAL_HEADER)
+                begin = entry.header_offset + _ZIP_LOCAL_HEADER
+                begin += int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+                spans.append((begin, begin + entry.file_size))
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return None
+    return _in_order(sorted(spans), size)
+
+
+def _in_order(spans: list[_Span], size: int) -> list[_Span] | None:
+    """Return spans that follow each other inside a file of ``size`` bytes; ``None`` for others."""
+    borders = [0, *(border for span in spans for border in span), size]
+    return spans if all(before <= after for before, after in itertools.pairwise(borders)) else None
