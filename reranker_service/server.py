@@ -32,7 +32,7 @@ from .rpc.listener import Listener, ListenError
 from .rpc.messages import model_info
 from .rpc.servicer import RPCS, SCORING_RPCS, SERVICE, RerankerServicer
 from .rpc.validation import Validator
-from .scheduling import Scheduler
+from .scheduling import Scheduler, watch_stalls
 from .scoring import Pairs, Scorer, TextTable, Ticket
 from .scoring.disk import DiskCache, DiskCacheError
 from .settings import Settings
@@ -99,6 +99,7 @@ async def _serve(settings: Settings, stop: asyncio.Event, observing: Observers) 
     began = time.monotonic()
     loaded: Loaded | None = None
     scorer: Scorer | None = None
+    watchdog: asyncio.Task[None] | None = None
     status = 0
     try:
         if settings.cache_dir is not None:
@@ -124,6 +125,14 @@ async def _serve(settings: Settings, stop: asyncio.Event, observing: Observers) 
             dtype=loaded.engine.dtype,
             seconds=round(time.monotonic() - began, 1),
         )
+        if settings.stall_seconds:
+            watchdog = asyncio.create_task(
+                watch_stalls(
+                    scorer.scheduler,
+                    settings.stall_seconds,
+                    lambda stalled: _set_health(checks, _NOT_SERVING if stalled else _SERVING),
+                )
+            )
         if await _unless(stop, _wait_dead(loaded.engine, metrics)):
             status = 1
     except (DiskCacheError, UnsupportedModelError) as error:
@@ -136,6 +145,8 @@ async def _serve(settings: Settings, stop: asyncio.Event, observing: Observers) 
         if unserved.done():
             status = 1
         unserved.cancel()
+        if watchdog is not None:
+            watchdog.cancel()
         await checks.enter_graceful_shutdown()
         log.info("stopping", grace=settings.grace)
         await listener.stop(settings.grace if status == 0 else 0.5, calls.wait_idle())

@@ -98,6 +98,12 @@ class Settings(BaseSettings):
     grace: float = Field(
         30.0, ge=0, description="seconds that calls in flight may take to finish after SIGTERM or SIGINT"
     )
+    stall_seconds: float = Field(
+        300.0,
+        ge=0,
+        description="seconds in which the engine holds work and finishes none of it, after which health is NOT_SERVING "
+        "until it finishes some; 0 turns this watchdog off",
+    )
     max_calls: int = Field(
         4096,
         ge=1,

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from reranker_service.engines import Engine, EngineDeadError, NonFiniteScoreError
+from reranker_service.engines import Engine, EngineDeadError, EngineMemoryError, NonFiniteScoreError
 from reranker_service.engines.torch_engine import TorchEngine
 from reranker_service.engines.vllm_engine import VllmEngine
 from reranker_service.models import (
@@ -215,6 +216,34 @@ def test_weights_that_lack_the_head_are_refused(cross_encoder: Path, tmp_path: P
         compute(spec, [])
 
 
+class Attack:
+    """Unpickling it writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.write_text, (self.path, "code of the checkpoint ran"))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_weights_that_carry_code_are_refused_and_the_code_never_runs(
+    zipped: bool, cross_encoder: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    spec = read_model(str(copy(cross_encoder, model)))
+    weights: dict[str, object] = dict(load_file(model / "model.safetensors"))
+    (model / "model.safetensors").unlink()
+    torch.save(weights, model / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    assert np.isfinite(compute(spec, inputs(spec, [("a", "b")]))).all()
+    weights["attack"] = Attack(tmp_path / "proof")
+    torch.save(weights, model / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UnsupportedModelError, match=r"pytorch_model\.bin hold Python objects other than tensors"):
+        compute(spec, [])
+    assert not (tmp_path / "proof").exists()
+
+
 def copy(model: Path, target: Path) -> Path:
     for path in model.iterdir():
         (target / path.name).write_bytes(path.read_bytes())
@@ -271,3 +300,72 @@ def test_both_engines_implement_the_protocol(cross_encoder: Path) -> None:
     engines: list[Engine] = [TorchEngine(spec), VllmEngine(spec)]
     assert [engine.name for engine in engines] == ["torch", "vllm"]
     assert engines[0].versions.keys() >= {"torch", "transformers"}
+
+
+def out_of_memory_above(size: int, monkeypatch: pytest.MonkeyPatch, error: Exception) -> list[int]:
+    """Have the model's forward pass fail for batches of more than ``size`` tokens; gives the sizes of all batches."""
+    sizes: list[int] = []
+    load = TorchEngine._load
+
+    def patched(self: TorchEngine) -> None:
+        load(self)
+        model = self._model
+        assert model is not None
+        forward = model.forward
+
+        def limited(**inputs: torch.Tensor) -> object:
+            sizes.append(inputs["input_ids"].numel())
+            if sizes[-1] > size:
+                raise error
+            return forward(**inputs)
+
+        monkeypatch.setattr(model, "forward", limited)
+
+    monkeypatch.setattr(TorchEngine, "_load", patched)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+    ids=["cuda", "driver", "cpu", "numpy"],
+)
+def test_a_batch_that_is_out_of_memory_is_halved(
+    cross_encoder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    spec = read_model(str(cross_encoder))
+    sequences = inputs(spec, references.pairs()[:13])
+    expected = compute(spec, sequences)
+    sizes = out_of_memory_above(3 * 128, monkeypatch, error)
+    assert np.abs(compute(spec, sequences) - expected).max() < TOLERANCE
+    assert max(sizes) > 3 * 128
+
+
+@pytest.mark.parametrize("kind", ["cross_encoder", "bi_encoder"])
+def test_a_sequence_that_is_too_large_by_itself_fails_alone(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = read_model(str(request.getfixturevalue(kind)))
+    layout = make_layout(spec)
+    texts = ["short", "word " * 40, "another", "shorter"]
+    if isinstance(layout, PairLayout):
+        documents = layout.encode_documents(texts)
+        sequences = layout.join(layout.encode_queries(["q"] * 4, None), documents, 128)
+    else:
+        sequences = [layout.single(one, 64)[0] for one in layout.encode_documents(texts)]
+    expected = compute(spec, sequences)
+    out_of_memory_above(40, monkeypatch, torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(EngineMemoryError, match=r"does not suffice for an input of \d+ tokens") as caught:
+        compute(spec, sequences)
+    found = caught.value.values
+    assert found.shape == expected.shape
+    assert np.isnan(found[1]).all()
+    assert np.abs(np.delete(found, 1, axis=0) - np.delete(expected, 1, axis=0)).max() < TOLERANCE
+    with pytest.raises(EngineMemoryError) as caught:
+        compute(spec, [sequences[1]] * 3)
+    assert len(caught.value.values) == 3

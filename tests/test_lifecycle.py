@@ -92,6 +92,23 @@ def test_the_death_of_the_engine_ends_calls_and_server(cross_encoder: Path) -> N
         assert "it was told to" in server.line("engine died")
 
 
+def test_an_engine_that_finishes_nothing_turns_health_until_it_does(cross_encoder: Path) -> None:
+    with holding(cross_encoder, "--stall-seconds", "0.5") as (server, call):
+        with grpc.insecure_channel(server.address) as channel:
+            for service in ("", "reranker.v1.RerankerService"):
+                health = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=service))
+                while next(health).status != NOT_SERVING:
+                    pass
+                health.cancel()
+            assert "level=error" in server.line("engine stalled")
+            health = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            server.signal(RELEASE)
+            while next(health).status != SERVING:
+                pass
+            assert len(call.result().results) == 1
+            health.cancel()
+
+
 def test_a_signal_while_the_model_loads_ends_the_server(bi_encoder: Path) -> None:
     with ServerProcess(*flags(bi_encoder), ready=False, fresh=True) as server:  # it imports transformers for seconds
         address = server.line("event=listening").split("address=")[1].split()[0]

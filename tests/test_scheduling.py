@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from reranker_service.engines import TokenSequence
+from reranker_service.engines import TokenSequence, WrongResultError
 from reranker_service.engines.checks import NonFiniteScoreError, finite
-from reranker_service.scheduling import Job, Scheduler, Ticket
+from reranker_service.scheduling import Job, Scheduler, Ticket, watch_stalls
 from reranker_service.scheduling.window import Pace
 
 from .servers import ControlledEngine
@@ -528,3 +529,88 @@ def test_old_work_counts_little_for_the_pace() -> None:
         pace.add(10_000, 0.1)
     assert not pace.fills_window(400, 45_000, 256)
     assert pace.fills_window(500, 50_000, 256)
+
+
+WRONG_RESULTS: dict[str, Callable[[NDArray[np.float32]], object]] = {
+    "too few": lambda found: found[:-1],
+    "too many": lambda found: np.append(found, 1.0),
+    "a number": lambda found: np.float32(1.0),
+    "none": lambda found: None,
+    "a list": lambda found: found.tolist(),
+    "texts": lambda found: found.astype(str),
+    "other vectors": lambda found: np.ones((len(found), len(found)), dtype=np.float32),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_RESULTS)
+def test_a_wrong_result_of_the_engine_fails_its_batch_and_the_rest_goes_on(name: str) -> None:
+    class Wrong(ControlledEngine):
+        async def run(self, sequences: Sequence[TokenSequence], urgent: bool = False) -> NDArray[np.float32]:
+            found = await super().run(sequences, urgent)
+            return WRONG_RESULTS[name](found) if len(self.batches) == 2 else found  # type: ignore[return-value]
+
+    async def scenario() -> tuple[list[object], tuple[int, int]]:
+        engine = Wrong(max_in_flight=4, max_batch=2, open_gate=False)
+        scheduler = Scheduler(engine)
+        runs = [asyncio.create_task(values(scheduler, job(stream, 3))) for stream in "ab"]
+        await engine.wait_for_sequences(3)
+        engine.gate.set()
+        found = await asyncio.wait_for(asyncio.gather(*runs, return_exceptions=True), 20)
+        return found, (scheduler.waiting, scheduler.running)
+
+    (first, second), left = asyncio.run(scenario())
+    assert isinstance(first, WrongResultError)
+    assert np.array_equal(second, [3, 3, 3])
+    assert left == (0, 0)
+
+
+def test_the_time_without_a_result_is_known_while_the_engine_holds_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    clock = SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr("reranker_service.scheduling.scheduler.time", clock)
+
+    async def scenario() -> list[float]:
+        nonlocal now
+        engine = ControlledEngine(max_in_flight=2, max_batch=2, open_gate=False)
+        scheduler = Scheduler(engine)
+        seen = [scheduler.stalled_seconds()]
+        first = asyncio.create_task(values(scheduler, job("a", 1)))
+        await engine.wait_for_sequences(1)
+        now += 7
+        seen.append(scheduler.stalled_seconds())
+        # A cancelled batch proves nothing of the engine: its time counts on, but not while the engine holds no work.
+        first.cancel()
+        await asyncio.wait({first})
+        now += 100
+        seen.append(scheduler.stalled_seconds())
+        second = asyncio.create_task(values(scheduler, job("b", 1)))
+        await engine.wait_for_sequences(2)
+        now += 2
+        seen.append(scheduler.stalled_seconds())
+        engine.gate.set()
+        await second
+        now += 5
+        return [*seen, scheduler.stalled_seconds()]
+
+    assert asyncio.run(scenario()) == [0, 7, 7, 9, 0]
+
+
+def test_the_watchdog_reports_a_stall_once_and_its_end() -> None:
+    async def scenario() -> list[bool]:
+        engine = ControlledEngine(open_gate=False)
+        scheduler = Scheduler(engine)
+        reports: asyncio.Queue[bool] = asyncio.Queue()
+        watch = asyncio.create_task(watch_stalls(scheduler, 0.05, reports.put))
+        await asyncio.sleep(0.2)
+        assert reports.empty()
+        run = asyncio.create_task(values(scheduler, job("a", 1)))
+        seen = [await asyncio.wait_for(reports.get(), 20)]
+        await asyncio.sleep(0.2)
+        assert reports.empty()
+        engine.gate.set()
+        seen.append(await asyncio.wait_for(reports.get(), 20))
+        await run
+        watch.cancel()
+        return seen
+
+    assert asyncio.run(scenario()) == [True, False]

@@ -5,6 +5,15 @@
 
 from ..models import TokenSequence
 from .base import Engine, EngineDeadError
-from .checks import NonFiniteScoreError
+from .checks import EngineMemoryError, NonFiniteScoreError, PartialResultError, WrongResultError, one_each
 
-__all__ = ["Engine", "EngineDeadError", "NonFiniteScoreError", "TokenSequence"]
+__all__ = [
+    "Engine",
+    "EngineDeadError",
+    "EngineMemoryError",
+    "NonFiniteScoreError",
+    "PartialResultError",
+    "TokenSequence",
+    "WrongResultError",
+    "one_each",
+]

@@ -7,12 +7,14 @@ the worker thread's queue. Cancelling a call before its batch begins removes the
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import Any, cast
 
 import numpy as np
+import structlog
 import torch
 from numpy.typing import NDArray
 from torch.nn import functional
@@ -20,9 +22,12 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from ..models import ModelSpec, Pooling, TokenSequence, UnsupportedModelError
 from .base import EngineDeadError
-from .checks import finite
+from .checks import EngineMemoryError, finite
 
+_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "cublas_status_alloc_failed")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+log = structlog.get_logger()
 
 
 class TorchEngine:
@@ -102,6 +107,7 @@ class TorchEngine:
         Raises:
             EngineDeadError: The device has failed for good.
             NonFiniteScoreError: A result is not a finite number.
+            EngineMemoryError: The device's memory does not suffice for a sequence of its own.
         """
         if self._death is not None:
             # The call that saw the device fail may have been cancelled before it could set the event.
@@ -138,13 +144,20 @@ class TorchEngine:
             loader = AutoModel
         elif spec.answers is not None:
             loader = AutoModelForCausalLM
-        model, report = loader.from_pretrained(
-            spec.path,
-            dtype=_DTYPES[self.dtype],
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        try:
+            model, report = loader.from_pretrained(
+                spec.path,
+                dtype=_DTYPES[self.dtype],
+                local_files_only=True,
+                trust_remote_code=False,
+                weights_only=True,
+                output_loading_info=True,
+            )
+        except pickle.UnpicklingError as error:
+            raise UnsupportedModelError(
+                f"{spec.name}: its weights in pytorch_model.bin hold Python objects other than tensors, which could "
+                "run code; save the model as safetensors"
+            ) from error
         # Pooling happens here, so a bi-encoder's own pooler is not needed; sentence-transformers does not save it.
         missing = sorted(key for key in report["missing_keys"] if spec.kind != "bi-encoder" or "pooler." not in key)
         if missing or report["mismatched_keys"]:
@@ -165,15 +178,49 @@ class TorchEngine:
             self._head = self._head.detach().to(self._device)
 
     def _forward(self, sequences: list[TokenSequence]) -> NDArray[np.float32]:
+        """Compute a batch. A batch that does not fit into memory is halved until its parts fit."""
         if self._death is not None:
             raise self._death
+        values = self._try(sequences)
+        if values is not None:
+            return values
+        # A batch that failed has no frames left here, so that its tensors are free.
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        longest = max(len(sequence.ids) for sequence in sequences)
+        log.warning("batch out of memory", sequences=len(sequences), longest=longest, device=str(self._device))
+        if len(sequences) == 1:
+            raise EngineMemoryError(_no_memory(longest, self._device), np.full(1, np.nan, dtype=np.float32))
+        half = len(sequences) // 2
+        parts: list[NDArray[np.float32]] = []
+        error: EngineMemoryError | None = None
+        for part in (sequences[:half], sequences[half:]):
+            try:
+                parts.append(self._forward(part))
+            except EngineMemoryError as failed:
+                parts.append(failed.values)
+                error = failed
+        shapes = {part.shape[1:] for part in parts if np.isfinite(part).any()}
+        if len(shapes) == 1:
+            # A part without any result has no row shape of its own.
+            (row,) = shapes
+            parts = [
+                part if part.shape[1:] == row else np.full((len(part), *row), np.nan, np.float32) for part in parts
+            ]
+        joined = np.concatenate(parts)
+        if error is not None:
+            raise EngineMemoryError(str(error), joined)
+        return joined
+
+    def _try(self, sequences: list[TokenSequence]) -> NDArray[np.float32] | None:
+        """Compute a batch; ``None`` if it does not fit into memory."""
         try:
             with torch.inference_mode():
                 return self._compute(sequences).float().cpu().numpy()
-        except RuntimeError as error:
-            if self._device.type == "cpu" or isinstance(error, torch.OutOfMemoryError):
-                raise
-            if f"{self._device.type} error" in str(error).lower():
+        except (RuntimeError, MemoryError) as error:
+            if _is_out_of_memory(error):
+                return None
+            if self._device.type != "cpu" and f"{self._device.type} error" in str(error).lower():
                 self._death = EngineDeadError(f"the device failed: {error}")
                 raise self._death from error
             raise
@@ -216,3 +263,16 @@ def _pool(tokens: torch.Tensor, mask: torch.Tensor, last: torch.Tensor, pooling:
     if pooling == "max":
         return tokens.masked_fill(mask[..., None] == 0, float("-inf")).amax(dim=1)
     return (tokens * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # Not every allocation raises OutOfMemoryError: those of a CPU and of cuBLAS raise a RuntimeError.
+    text = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in text for words in _MEMORY_WORDS)
+
+
+def _no_memory(tokens: int, device: torch.device) -> str:
+    return (
+        f"the memory of {device.type} does not suffice for an input of {tokens} tokens; shorten the texts, lower "
+        "max_length, or serve the model on a larger device"
+    )

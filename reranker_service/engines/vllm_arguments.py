@@ -75,6 +75,7 @@ def engine_arguments(spec: ModelSpec, dtype: str, on_cpu: bool) -> dict[str, Any
         }
     arguments: dict[str, Any] = {
         "model": str(spec.path),
+        "trust_remote_code": False,
         "served_model_name": spec.name,
         "runner": "pooling",
         "convert": "embed" if spec.kind == "bi-encoder" else "classify",

@@ -17,7 +17,7 @@ import structlog
 from google.rpc import error_details_pb2, status_pb2
 from grpc import StatusCode
 
-from ..scoring import EngineFailedError, OverLongError, ScoringError, TooShortLimitError
+from ..scoring import EngineFailedError, OutOfMemoryError, OverLongError, ScoringError, TooShortLimitError
 
 # A status travels in headers, once as text and once in base64, and gRPC drops calls whose headers exceed 8 kB.
 _MOST_BYTES = 2000
@@ -166,6 +166,9 @@ def _translate(error: Exception) -> RerankError:
             return invalid("options.max_length", str(error))
         case EngineFailedError():
             return _unforeseen(error, "the engine has died", StatusCode.UNAVAILABLE)
+        case OutOfMemoryError():
+            # Without RetryInfo, which says that a later call may succeed: the same pair fails again.
+            return RerankError(str(error), StatusCode.RESOURCE_EXHAUSTED)
         case ScoringError() if error.__cause__ is None:
             return RerankError(str(error))
         case ScoringError():

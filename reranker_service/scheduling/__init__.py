@@ -1,11 +1,23 @@
 """Scheduling: admits the work of many clients into one engine.
 
 `scheduler` gives the engine its batches, `queue` decides which job is next, `window` composes batches for an engine
-that pads, `job` describes the work, and `entry` keeps the scheduler's books of it.
+that pads, `job` describes the work, `entry` keeps the scheduler's books of it, and `watchdog` notices an
+engine that finishes nothing.
 """
 
-from ..engines import EngineDeadError, TokenSequence
+from ..engines import EngineDeadError, EngineMemoryError, TokenSequence, WrongResultError
 from .job import Job, JobResult, Ticket
 from .scheduler import Scheduler
+from .watchdog import watch_stalls
 
-__all__ = ["EngineDeadError", "Job", "JobResult", "Scheduler", "Ticket", "TokenSequence"]
+__all__ = [
+    "EngineDeadError",
+    "EngineMemoryError",
+    "Job",
+    "JobResult",
+    "Scheduler",
+    "Ticket",
+    "TokenSequence",
+    "WrongResultError",
+    "watch_stalls",
+]

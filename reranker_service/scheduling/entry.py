@@ -8,6 +8,7 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
+from ..engines import WrongResultError
 from .job import Job, JobResult
 
 Part = tuple["Entry", NDArray[np.intp]]
@@ -66,9 +67,17 @@ class Entry:
         return positions
 
     def put(self, positions: NDArray[np.intp], values: NDArray[np.float32]) -> None:
-        """Take in results, shape ``(len(positions), ...)``; the last ones end the job."""
+        """Take in results, shape ``(len(positions), ...)``; the last ones end the job.
+
+        Raises:
+            WrongResultError: Earlier results of the job had rows of another shape.
+        """
         if self._values is None:
             self._values = np.empty((len(self.job), *values.shape[1:]), dtype=values.dtype)
+        elif self._values.shape[1:] != values.shape[1:]:
+            raise WrongResultError(
+                f"the engine gave rows of shape {values.shape[1:]} after rows of shape {self._values.shape[1:]}"
+            )
         self._values[positions] = values
         self._done += len(positions)
         if self._done == len(self.job) and not self.end.done():

@@ -22,7 +22,7 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from ..engines import Engine, NonFiniteScoreError, TokenSequence
+from ..engines import Engine, PartialResultError, TokenSequence, WrongResultError, one_each
 from ..observing.metrics import Metrics
 from .entry import Entry, Part
 from .job import Job, JobResult
@@ -54,7 +54,7 @@ class _Batch:
     sequences: list[Sequence[TokenSequence]] = field(default_factory=list)
     tokens: int = 0
     interactive: bool = False
-    entered: float = field(default_factory=time.monotonic)
+    entered: float = field(default_factory=lambda: time.monotonic())
     wanted: set[Entry] = field(default_factory=set)
     task: asyncio.Task[NDArray[np.float32]] | None = None
 
@@ -103,11 +103,22 @@ class Scheduler:
         self._in_flight, self._interactive_in_flight = _InFlight(), _InFlight()
         self._pace = Pace()
         self._last_finish = 0.0
+        self._held_since: float | None = None  # time from which the engine has held work without a result
+        self._held_before = 0.0  # seconds of earlier work that ended without a result, because its callers had gone
 
     @property
     def running(self) -> int:
         """Number of sequences inside the engine."""
         return self._in_flight.sequences
+
+    def stalled_seconds(self) -> float:
+        """Time for which the engine has held work since it last finished a batch; 0 after a batch.
+
+        The end of a batch whose callers have gone does not count as finished: a stuck engine would look well whenever
+        its callers give up. Time in which the engine holds no work does not count.
+        """
+        since = 0.0 if self._held_since is None else time.monotonic() - self._held_since
+        return self._held_before + since
 
     async def run(self, job: Job) -> JobResult:
         """Run a job to its end.
@@ -210,6 +221,8 @@ class Scheduler:
             return
         self.metrics.batch(len(batch), batch.tokens)
         self._in_flight.add(batch)
+        if self._held_since is None:
+            self._held_since = batch.entered
         if batch.interactive:
             self._interactive_in_flight.add(batch)
         alone = len(batch.parts) == 1
@@ -222,17 +235,7 @@ class Scheduler:
         self._in_flight.remove(batch)
         if batch.interactive:
             self._interactive_in_flight.remove(batch)
-        now = time.monotonic()
-        error = asyncio.CancelledError() if task.cancelled() else task.exception()
-        if error is None:
-            # The engine was busy with the batch before this one until that one finished.
-            self._pace.add(batch.tokens, now - max(batch.entered, self._last_finish))
-        self._last_finish = now
-        values = None
-        if error is None:
-            values = task.result()
-        elif isinstance(error, NonFiniteScoreError):
-            values = error.values
+        error, values = self._outcome(batch, task)
         row = 0
         for entry, positions in batch.parts:
             found = None if values is None else values[row : row + len(positions)]
@@ -241,9 +244,41 @@ class Scheduler:
             if found is None or (error is not None and not np.isfinite(found).all()):
                 assert error is not None
                 self._fail(entry, error)
-            else:
+                continue
+            try:
                 entry.put(positions, found)
+            except WrongResultError as wrong:
+                self._fail(entry, wrong)
         self._admit()
+
+    def _outcome(
+        self, batch: _Batch, task: asyncio.Task[NDArray[np.float32]]
+    ) -> tuple[BaseException | None, NDArray[np.float32] | None]:
+        """The error of a batch, if there was one, and its results; ``None`` if it has none.
+
+        Results are checked here, before they are distributed: an error in this callback would end no job, and the
+        jobs and all later ones would wait for ever.
+        """
+        now = time.monotonic()
+        if task.cancelled():
+            if not self._in_flight.batches and self._held_since is not None:
+                self._held_before += now - self._held_since
+                self._held_since = None
+            self._last_finish = now
+            return asyncio.CancelledError(), None
+        self._held_before = 0.0
+        self._held_since = now if self._in_flight.batches else None
+        error = task.exception()
+        if error is None:
+            # The engine was busy with the batch before this one until that one finished.
+            self._pace.add(batch.tokens, max(now - max(batch.entered, self._last_finish), 0.0))
+        self._last_finish = now
+        if error is not None and not isinstance(error, PartialResultError):
+            return error, None
+        try:
+            return error, one_each(task.result() if error is None else error.values, len(batch))
+        except WrongResultError as wrong:
+            return wrong, None
 
     def _leave(self, entry: Entry) -> None:
         """Take a job out of the queue: all of it is in the engine, or its caller has gone."""

@@ -5,7 +5,7 @@
 """
 
 from ..scheduling import Ticket
-from .errors import EngineFailedError, OverLongError, ScoringError, TooShortLimitError
+from .errors import EngineFailedError, OutOfMemoryError, OverLongError, ScoringError, TooShortLimitError
 from .scorer import Scorer
 from .texts import TextTable
 from .types import OptionRanges, Pairs, Scored, ScoringOptions, Usage
@@ -13,6 +13,7 @@ from .types import OptionRanges, Pairs, Scored, ScoringOptions, Usage
 __all__ = [
     "EngineFailedError",
     "OptionRanges",
+    "OutOfMemoryError",
     "OverLongError",
     "Pairs",
     "Scored",

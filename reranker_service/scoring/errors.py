@@ -29,3 +29,7 @@ class TooShortLimitError(ScoringError):
 
 class EngineFailedError(ScoringError):
     """The engine is dead, and the process is about to end."""
+
+
+class OutOfMemoryError(ScoringError):
+    """The memory of the engine's device does not suffice for a pair; the same pair would fail again."""

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from ..models import ModelSpec, NoRoomError, PairLayout, TextLayout
 from ..observing.metrics import Load
-from ..scheduling import EngineDeadError, Scheduler
+from ..scheduling import EngineDeadError, EngineMemoryError, Scheduler
 from .cache import EmbeddingCache, ScoreCache
 from .disk import DiskCache
 from .embedding import EmbeddingScorer
 from .encoding import TextEncoder
-from .errors import EngineFailedError, ScoringError, TooShortLimitError
+from .errors import EngineFailedError, OutOfMemoryError, ScoringError, TooShortLimitError
 from .pairwise import PairScorer
 from .texts import TextTable
 from .types import Cost, OptionRanges, Pairs, Scored
@@ -77,6 +77,7 @@ class Scorer:
             OverLongError: A pair is over-long, and the options say to reject such pairs.
             TooShortLimitError: The length limit leaves no room for the texts beside the template.
             EngineFailedError: The engine is dead.
+            OutOfMemoryError: The engine's memory does not suffice for one of the pairs.
             ScoringError: The engine failed, or gave a score that is not finite.
         """
         cost = Cost()
@@ -84,6 +85,9 @@ class Scorer:
             raw = await self._raw.score(table, pairs, cost)
         except EngineDeadError as error:
             raise EngineFailedError(f"the engine has died: {error}") from error
+        except EngineMemoryError as error:
+            log.error("scoring failed", reason=str(error))
+            raise OutOfMemoryError(str(error)) from error
         except NoRoomError as error:
             raise TooShortLimitError(str(error)) from error
         except ScoringError:
