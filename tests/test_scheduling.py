@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Hashable, Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 from reranker_service.engines import TokenSequence, WrongResultError
 from reranker_service.engines.checks import NonFiniteScoreError, finite
 from reranker_service.scheduling import Job, Scheduler, Ticket, watch_stalls
+from reranker_service.scheduling.entry import Entry
+from reranker_service.scheduling.queue import FairQueue
 from reranker_service.scheduling.window import Pace
 
 from .servers import ControlledEngine
@@ -614,3 +617,79 @@ def test_the_watchdog_reports_a_stall_once_and_its_end() -> None:
         return seen
 
     assert asyncio.run(scenario()) == [True, False]
+
+
+class ListedQueue:
+    """The rule of ``FairQueue`` by definition: a minimum over all streams, in order of arrival."""
+
+    def __init__(self) -> None:
+        self.streams: dict[Hashable, list[Entry]] = {}
+        self.served: dict[Hashable, int] = {}
+
+    def push(self, entry: Entry) -> None:
+        stream = entry.job.ticket.stream
+        self.served.setdefault(stream, min(self.served.values(), default=0))
+        self.streams.setdefault(stream, []).append(entry)
+
+    def first(self) -> Entry | None:
+        return self.streams[min(self.streams, key=self.served.__getitem__)][0] if self.streams else None
+
+    def drawn(self, entry: Entry, tokens: int) -> None:
+        self.served[entry.job.ticket.stream] += tokens
+        if entry.drawn == len(entry.job):
+            self.remove(entry)
+
+    def remove(self, entry: Entry) -> None:
+        stream = entry.job.ticket.stream
+        self.streams[stream].remove(entry)
+        if not self.streams[stream]:
+            del self.streams[stream], self.served[stream]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_queue_follows_its_rule(seed: int) -> None:
+    draw = random.Random(seed)
+
+    async def scenario() -> None:
+        queue, listed = FairQueue(), ListedQueue()
+        waiting: list[Entry] = []
+        for _ in range(4000):
+            action = draw.random()
+            if action < 0.35:
+                lengths = [draw.randrange(1, 9) for _ in range(draw.randrange(1, 40))]
+                entry = Entry(mixed(f"{draw.randrange(60)}", lengths), longest_first=draw.random() < 0.5)
+                queue.push(entry)
+                listed.push(entry)
+                waiting.append(entry)
+            elif action < 0.45 and waiting:
+                entry = waiting.pop(draw.randrange(len(waiting)))
+                entry.entered = entry.drawn  # none of its sequences is in a window
+                queue.remove(entry)
+                listed.remove(entry)
+            elif (first := queue.first()) is not None:
+                _, tokens = queue.draw(first, draw.randrange(1, 20))
+                listed.drawn(first, tokens)
+                if first.drawn == len(first.job):
+                    waiting.remove(first)
+            assert queue.first() is listed.first()
+
+    asyncio.run(scenario())
+
+
+def test_the_choice_of_the_next_job_takes_no_longer_with_many_waiting_calls() -> None:
+    def seconds(calls: int) -> float:
+        queue = FairQueue()
+        entries = [Entry(job(f"{number}", 2), longest_first=False) for number in range(calls)]
+        for entry in entries:
+            queue.push(entry)
+        began = time.process_time()
+        for _ in range(300):
+            first = queue.first()
+            assert first is not None
+            queue.draw(first, 1)
+        return time.process_time() - began
+
+    async def scenario() -> float:
+        return min(seconds(8000) for _ in range(3)) / min(seconds(400) for _ in range(3))
+
+    assert asyncio.run(scenario()) < 5  # 20 for a search through all calls

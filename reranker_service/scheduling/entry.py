@@ -60,11 +60,11 @@ class Entry:
         count = len(lengths) if tokens is None else max(int(np.searchsorted(sums, tokens, side="right")), 1)
         return count, int(sums[count - 1])
 
-    def draw(self, most: int) -> NDArray[np.intp]:
-        """Take the positions of the next sequences out of the queue."""
+    def draw(self, most: int) -> tuple[NDArray[np.intp], int]:
+        """Take the next sequences out of the queue; gives their positions and their tokens."""
         positions = self.order[self.drawn : self.drawn + most]
         self.drawn += len(positions)
-        return positions
+        return positions, self.tokens(positions)
 
     def put(self, positions: NDArray[np.intp], values: NDArray[np.float32]) -> None:
         """Take in results, shape ``(len(positions), ...)``; the last ones end the job.

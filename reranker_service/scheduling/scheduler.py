@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -98,7 +99,7 @@ class Scheduler:
         self.waiting_since: float | None = None
         self._interactive = FairQueue()
         self._bulk = FairQueue()
-        self._arrivals: dict[Entry, None] = {}  # waiting jobs in order of arrival
+        self._arrivals: OrderedDict[Entry, None] = OrderedDict()  # waiting jobs in order of arrival
         self._batches: dict[Entry, set[_Batch]] = {}  # batches inside the engine, by the jobs that they belong to
         self._in_flight, self._interactive_in_flight = _InFlight(), _InFlight()
         self._pace = Pace()
@@ -170,7 +171,8 @@ class Scheduler:
         # An idle engine takes a batch of any size. A busy one waits until the whole batch fits.
         if ahead.sequences and full:
             return []
-        return [queue.draw(entry, count)]
+        part, _ = queue.draw(entry, count)
+        return [part]
 
     def _next_padded(self, budget: int) -> list[Part]:
         """Take the next batch of sequences of similar length, within ``budget`` tokens; empty as ``_next``."""
@@ -188,10 +190,10 @@ class Scheduler:
         parts: list[Part] = []
         sequences = tokens = 0
         while (entry := queue.first()) and not self._pace.fills_window(sequences, tokens, self.engine.max_batch):
-            _, positions = part = queue.draw(entry, _TURN)
+            part, drawn = queue.draw(entry, _TURN)
             parts.append(part)
-            sequences += len(positions)
-            tokens += entry.tokens(positions)
+            sequences += len(part[1])
+            tokens += drawn
         return parts
 
     def _enter(self, parts: list[Part]) -> None:
