@@ -104,7 +104,7 @@ async def _serve(settings: Settings, stop: asyncio.Event, observing: Observers) 
     try:
         if settings.cache_dir is not None:
             # An unusable directory is an error before the model is loaded.
-            DiskCache(settings.cache_dir, settings.cache_dir_bytes, "").close()
+            DiskCache.check(settings.cache_dir)
         # The objects made during the start stay. Looking through them for garbage takes a tenth of the start's time.
         gc.disable()
         # In a thread, because downloads and imports take long, and health probes must be answered meanwhile.

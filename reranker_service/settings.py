@@ -93,7 +93,8 @@ class Settings(BaseSettings):
     cache_dir_bytes: int = Field(
         16 << 30,
         ge=1 << 20,
-        description="largest size of the cache on disk, in bytes; a full cache takes no new scores",
+        description="largest size of the cache on disk, in bytes; a full cache drops the model that was used least "
+        "recently and, without one, takes no new scores",
     )
     grace: float = Field(
         30.0, ge=0, description="seconds that calls in flight may take to finish after SIGTERM or SIGINT"

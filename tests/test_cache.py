@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
+from typing import Any, cast
 
 import grpc
 import numpy as np
@@ -12,7 +14,9 @@ from grpc import aio
 
 from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
+from reranker_service.scheduling import Ticket
 from reranker_service.scoring.cache import ScoreCache, digest_of, scope_of
+from reranker_service.scoring.texts import TextTable
 
 from .servers import ControlledEngine, ServerProcess, serve_in_process
 
@@ -206,3 +210,73 @@ def test_scopes_differ_wherever_a_part_differs() -> None:
     parts = [("a", 1, True), ("a", 1, False), ("a", 11, True), ("a1", 1, True), (None, 1, True), ("None", 1, True)]
     parts += [("a", "1", True), ("", "a1", True)]
     assert len({scope_of(*one) for one in parts}) == len(parts)
+
+
+def test_many_rows_are_claimed_and_settled_a_step_at_a_time() -> None:
+    """16,384 pairs of distinct queries: the event loop gets its turn after every few hundred of them."""
+
+    async def scenario() -> tuple[list[int], list[int]]:
+        count = 16_384
+        cache = ScoreCache(64 * MEBIBYTE)
+        digests = [digest_of(str(number)) for number in range(2 * count)]
+        queries, documents = np.arange(count), np.arange(count, 2 * count)
+        turns, seen = 0, []
+
+        async def take_turns() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        other = asyncio.create_task(take_turns())
+        claim = await cache.claim_in_steps(b"s", digests, queries, documents, share=True)
+        seen.append(turns)
+        await cache.settle_in_steps(claim, np.arange(count, dtype=np.float32)[claim.mine])
+        seen.append(turns)
+        other.cancel()
+        again = cache.claim(b"s", digests, queries, documents, share=True)
+        assert np.array_equal(again.scores, np.arange(count))
+        return seen, [len(claim.mine), len(again.known)]
+
+    turns, sizes = asyncio.run(scenario())
+    assert sizes == [16_384, 16_384]
+    assert turns[0] >= 16
+    assert turns[1] >= 32
+
+
+def test_a_caller_that_is_cancelled_between_two_steps_frees_its_pairs() -> None:
+    async def scenario() -> int:
+        cache = ScoreCache(MEBIBYTE)
+        digests = [digest_of(str(number)) for number in range(4000)]
+        ids = np.arange(2000), np.arange(2000, 4000)
+        caller = asyncio.create_task(cache.claim_in_steps(b"s", digests, *ids, share=True))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        caller.cancel()
+        await asyncio.wait({caller})
+        assert caller.cancelled()
+        return len(cache.claim(b"s", digests, *ids, share=True).mine)
+
+    assert asyncio.run(scenario()) == 2000
+
+
+def test_long_texts_are_hashed_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[tuple[int, bool]] = []
+
+    def watched(text: str) -> bytes:
+        hashed.append((len(text), threading.current_thread() is threading.main_thread()))
+        return digest_of(text)
+
+    monkeypatch.setattr("reranker_service.scoring.texts.digest_of", watched)
+
+    async def scenario() -> None:
+        texts = ["short", *("x" * 300_000 + str(number) for number in range(20))]
+        table = TextTable(cast(Any, None), Ticket(object(), False), texts[:1])
+        await table.digests()
+        table.texts.extend(texts[1:])
+        first, second = await asyncio.gather(table.digests(), table.digests())
+        assert list(first) == list(second) == [digest_of(text) for text in texts]
+
+    asyncio.run(scenario())
+    assert len(hashed) == 21  # each text once
+    assert all(here == (length < 1000) for length, here in hashed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from pathlib import Path
 
@@ -83,7 +84,61 @@ def test_a_full_store_keeps_what_it_has_and_grows_no_further(tmp_path: Path) -> 
         return found
 
     assert asyncio.run(scenario()) == [b"x" * 1000, None]
-    assert (tmp_path / "data.mdb").stat().st_size <= 1 << 20
+    assert size(tmp_path) <= 1 << 20
+
+
+def size(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("data.mdb"))
+
+
+def fill(directory: Path, model: str, kibibytes: int) -> None:
+    store = DiskCache(directory, 1 << 20, model)
+    for number in range(kibibytes // 16):
+        store.put([b"key %d %d" % (number, i) for i in range(16)], [b"x" * 1000] * 16)
+    store.close()
+
+
+def known(directory: Path, model: str) -> bool:
+    store = DiskCache(directory, 1 << 20, model)
+    found = asyncio.run(store.get([b"key 0 0"]))
+    store.close()
+    return found != [None]
+
+
+def test_a_full_cache_drops_the_model_that_was_used_least_recently(tmp_path: Path) -> None:
+    for model in ("first", "second", "third"):
+        fill(tmp_path, model, 128)
+    assert known(tmp_path, "first")  # now "second" is the oldest
+    fill(tmp_path, "fourth", 256)
+    assert size(tmp_path) <= 1 << 20
+    assert [known(tmp_path, model) for model in ("first", "second", "third", "fourth")] == [True, False, True, True]
+
+
+def test_a_model_that_a_server_uses_is_not_dropped(tmp_path: Path) -> None:
+    (tmp_path / "data.mdb").write_bytes(bytes(300 << 10))  # of an earlier version
+    fill(tmp_path, "used", 200)
+    assert (tmp_path / "data.mdb").exists()
+    used = DiskCache(tmp_path, 1 << 20, "used")
+    fill(tmp_path, "other", 400)
+    assert not (tmp_path / "data.mdb").exists()
+    fill(tmp_path, "more", 800)
+    assert size(tmp_path) <= 1 << 20
+    assert asyncio.run(used.get([b"key 0 0"])) != [None]
+    used.close()
+    assert known(tmp_path, "more")
+    assert not known(tmp_path, "other")
+
+
+def test_only_the_owner_can_read_the_cache(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        DiskCache.check(tmp_path / "cache")
+        fill(tmp_path / "cache", "model", 16)
+    finally:
+        os.umask(before)
+    paths = [tmp_path / "cache", *(tmp_path / "cache").rglob("*")]
+    assert len(paths) == 5
+    assert [path for path in paths if path.stat().st_mode & 0o077] == []
 
 
 def test_two_processes_share_a_store(tmp_path: Path) -> None:

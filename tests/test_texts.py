@@ -14,6 +14,7 @@ from reranker_service.observing.metrics import Metrics
 from reranker_service.scheduling import Ticket
 from reranker_service.scoring.encoding import TextEncoder
 from reranker_service.scoring.texts import TextTable
+from reranker_service.scoring.types import ScoringOptions
 
 LONG = "x" * 100_000
 
@@ -25,14 +26,14 @@ class SlowLayout:
         self.go = threading.Event()
         self.calls: list[list[str]] = []
 
-    def encode_documents(self, texts: list[str]) -> list[str]:
+    def encode_documents(self, texts: list[str], limit: int | None = None) -> list[str]:
         self.calls.append(texts)
         assert self.go.wait(60)
         return [text.upper() for text in texts]
 
 
 def table(texts: list[str], *, interactive: bool) -> TextTable:
-    return TextTable(cast(Any, None), Ticket(object(), interactive), texts)
+    return TextTable(ScoringOptions(None, 128, raw=False, reject_over_long=False), Ticket(object(), interactive), texts)
 
 
 async def begin(encoder: TextEncoder, texts: TextTable) -> asyncio.Task[Any]:

@@ -9,10 +9,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from .layout import NoRoomError
+from .prefix import PrefixTokenizer
 from .spec import ModelSpec, UnsupportedModelError
 from .tokenizer import special_tokens_around_a_text, tokenize
 from .tokens import EncodedText, TokenSequence
-from .truncation import Side, keep
+from .truncation import Side, keep, keep_used
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +37,7 @@ class BiEncoderLayout:
                 f"{spec.name}: its tokenizer adds no special token, so an empty text would be an empty input; "
                 "a tokenizer that adds one is needed"
             )
-        self._tokenizer = tokenizer
+        self._prefixes = PrefixTokenizer(tokenizer)
         self._query_prompt, self._document_prompt = spec.query_prompt, spec.document_prompt
         self._side: Side = "left" if hub.truncation_side == "left" else "right"
         prompts = tokenize(tokenizer, [self._query_prompt, self._document_prompt])
@@ -46,19 +47,25 @@ class BiEncoderLayout:
         """Tokens of the special tokens, the longer prompt and one token of a text."""
         return self._smallest
 
-    def encode_queries(self, texts: Sequence[str], instruction: str | None) -> list[EncodedText]:
+    def encode_queries(
+        self, texts: Sequence[str], instruction: str | None, limit: int | None = None
+    ) -> list[EncodedText]:
         """Tokenize queries with the prompt for queries."""
-        return [EncodedText(ids) for ids in tokenize(self._tokenizer, [self._query_prompt + text for text in texts])]
+        return self._encode(self._query_prompt, texts, limit)
 
-    def encode_documents(self, texts: Sequence[str]) -> list[EncodedText]:
+    def encode_documents(self, texts: Sequence[str], limit: int | None = None) -> list[EncodedText]:
         """Tokenize documents with the prompt for documents."""
-        return [EncodedText(ids) for ids in tokenize(self._tokenizer, [self._document_prompt + text for text in texts])]
+        return self._encode(self._document_prompt, texts, limit)
+
+    def _encode(self, prompt: str, texts: Sequence[str], limit: int | None) -> list[EncodedText]:
+        found = self._prefixes.tokenize(texts, limit if self._side == "right" else None, prompt)
+        return [keep_used(ids, exact, limit, self._side) for ids, exact in found]
 
     def single(self, text: EncodedText, max_length: int) -> tuple[TokenSequence, bool]:
         """See ``TextLayout.single``."""
         room = max_length - self._special
         if room < 1:
             raise NoRoomError(f"max_length {max_length} leaves no room for a text; the least is {self._smallest}")
-        cut = len(text.ids) > room
+        cut = text.length > room
         ids = np.concatenate((self._before, keep(text.ids, room, self._side) if cut else text.ids, self._after))
         return TokenSequence(ids, len(ids)), cut

@@ -7,6 +7,7 @@ the space, so that the text from each space on can be tokenized by itself. Other
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,10 +16,11 @@ from tokenizers import Tokenizer
 
 from . import templates
 from .layout import NoRoomError, sums_of_lengths
+from .prefix import PrefixTokenizer
 from .spec import ModelSpec, UnsupportedModelError
 from .tokenizer import special_tokens_around_a_text, tokenize
 from .tokens import EncodedText, Ids, TokenSequence
-from .truncation import query_and_document
+from .truncation import keep_used, query_and_document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,6 +63,7 @@ class CausalLayout:
             UnsupportedModelError: The tokenizer makes one token of the colon and the text after it.
         """
         self._tokenizer = tokenizer
+        self._prefixes = PrefixTokenizer(tokenizer)
         prefix, suffix, self._mark = tokenize(tokenizer, [templates.PREFIX, templates.SUFFIX, templates.DOCUMENT_MARK])
         before, after = special_tokens_around_a_text(tokenizer)
         self._prefix, self._suffix = np.concatenate((prefix, before)), np.concatenate((after, suffix))
@@ -75,15 +78,18 @@ class CausalLayout:
         """See ``Layout.smallest_length``."""
         return self._overhead + len(self._head(instruction)) + len(self._mark) + 2
 
-    def encode_queries(self, texts: Sequence[str], instruction: str | None) -> list[EncodedText]:
+    def encode_queries(
+        self, texts: Sequence[str], instruction: str | None, limit: int | None = None
+    ) -> list[EncodedText]:
         """Tokenize queries with the part of the template from the instruction to the document."""
         head = self._head(instruction)
-        tails = tokenize(self._tokenizer, [f" {text}{templates.DOCUMENT_MARK}" for text in texts])
-        return [EncodedText(np.concatenate((head, tail)), len(head)) for tail in tails]
+        tails = self._prefixes.tokenize(texts, limit, " ", templates.DOCUMENT_MARK)
+        encoded = (keep_used(np.concatenate((head, tail)), exact, limit) for tail, exact in tails)
+        return [replace(one, head=len(head)) for one in encoded]
 
-    def encode_documents(self, texts: Sequence[str]) -> list[EncodedText]:
+    def encode_documents(self, texts: Sequence[str], limit: int | None = None) -> list[EncodedText]:
         """Tokenize documents with the space before them."""
-        return [EncodedText(ids) for ids in tokenize(self._tokenizer, [" " + text for text in texts])]
+        return [keep_used(ids, exact, limit) for ids, exact in self._prefixes.tokenize(texts, limit, " ")]
 
     def lengths(
         self,
@@ -94,6 +100,17 @@ class CausalLayout:
     ) -> NDArray[np.int64]:
         """See ``PairLayout.lengths``."""
         return self._overhead + sums_of_lengths(queries, documents, query_at, document_at)
+
+    def undecided(
+        self,
+        queries: Sequence[EncodedText],
+        documents: Sequence[EncodedText],
+        query_at: NDArray[np.int64],
+        document_at: NDArray[np.int64],
+        max_length: int,
+    ) -> NDArray[np.bool_]:
+        """See ``PairLayout.undecided``: truncation of a pair does not compare the lengths of its texts."""
+        return np.zeros(len(query_at), dtype=np.bool_)
 
     def join(
         self, queries: Sequence[EncodedText], documents: Sequence[EncodedText], max_length: int

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from .layout import NoRoomError, sums_of_lengths
+from .prefix import PrefixTokenizer
 from .spec import ModelSpec, UnsupportedModelError
 from .tokenizer import text_span, tokenize
 from .tokens import EncodedText, Ids, TokenSequence
-from .truncation import Side, keep, longest_first
+from .truncation import Side, keep, keep_used, longest_first
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,6 +50,7 @@ class CrossEncoderLayout:
         # Number of separator tokens that belong to the first segment; None where there is only one segment.
         self._first_between = types[first.stop : second.start].count(0) if any(types) else None
         self._tokenizer = tokenizer
+        self._prefixes = PrefixTokenizer(tokenizer)
         self._prompt = spec.query_prompt
         self._side: Side = "left" if hub.truncation_side == "left" else "right"
         self._special = len(self._before) + len(self._between) + len(self._after)
@@ -57,13 +59,19 @@ class CrossEncoderLayout:
         """See ``Layout.smallest_length``."""
         return self._special + 2 + len(tokenize(self._tokenizer, [self._prompt])[0])
 
-    def encode_queries(self, texts: Sequence[str], instruction: str | None) -> list[EncodedText]:
+    def encode_queries(
+        self, texts: Sequence[str], instruction: str | None, limit: int | None = None
+    ) -> list[EncodedText]:
         """Tokenize queries with the model's prompt for queries."""
-        return [EncodedText(ids) for ids in tokenize(self._tokenizer, [self._prompt + text for text in texts])]
+        return self._encode(self._prompt, texts, limit)
 
-    def encode_documents(self, texts: Sequence[str]) -> list[EncodedText]:
+    def encode_documents(self, texts: Sequence[str], limit: int | None = None) -> list[EncodedText]:
         """Tokenize documents."""
-        return [EncodedText(ids) for ids in tokenize(self._tokenizer, texts)]
+        return self._encode("", texts, limit)
+
+    def _encode(self, prompt: str, texts: Sequence[str], limit: int | None) -> list[EncodedText]:
+        found = self._prefixes.tokenize(texts, limit if self._side == "right" else None, prompt)
+        return [keep_used(ids, exact, limit, self._side) for ids, exact in found]
 
     def lengths(
         self,
@@ -74,6 +82,30 @@ class CrossEncoderLayout:
     ) -> NDArray[np.int64]:
         """See ``PairLayout.lengths``."""
         return self._special + sums_of_lengths(queries, documents, query_at, document_at)
+
+    def undecided(
+        self,
+        queries: Sequence[EncodedText],
+        documents: Sequence[EncodedText],
+        query_at: NDArray[np.int64],
+        document_at: NDArray[np.int64],
+        max_length: int,
+    ) -> NDArray[np.bool_]:
+        """See ``PairLayout.undecided``: of an odd room, the longer one of two long texts gets the odd token."""
+        room = max_length - self._special
+        if room % 2 == 0 or all(one.exact for one in (*queries, *documents)):
+            return np.zeros(len(query_at), dtype=np.bool_)
+        first, first_exact = _lengths(queries, query_at)
+        second, second_exact = _lengths(documents, document_at)
+        decided = (
+            (first_exact & second_exact)
+            | (2 * np.minimum(first, second) <= room)
+            # A length that is not exact is at least as large.
+            | (first_exact & (second >= first))
+            | (second_exact & (first > second))
+        )
+        undecided: NDArray[np.bool_] = ~decided
+        return undecided
 
     def join(
         self, queries: Sequence[EncodedText], documents: Sequence[EncodedText], max_length: int
@@ -89,8 +121,8 @@ class CrossEncoderLayout:
         start = 0
         for query, document in zip(queries, documents, strict=True):
             left, right = query.ids, document.ids
-            if len(left) + len(right) > room:
-                first, second = longest_first(len(left), len(right), room)
+            if query.length + document.length > room:
+                first, second = longest_first(query.length, document.length, room)
                 left, right = keep(left, first, self._side), keep(right, second, self._side)
             parts += (self._before, left, self._between, right, self._after)
             length = self._special + len(left) + len(right)
@@ -99,3 +131,10 @@ class CrossEncoderLayout:
             start += length
         ids = np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
         return [TokenSequence(ids[begin:end], first_segment) for begin, end, first_segment in spans]
+
+
+def _lengths(texts: Sequence[EncodedText], at: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Tokens of the texts at some positions, and whether these numbers are exact."""
+    lengths = np.array([text.length for text in texts], dtype=np.int64)
+    exact = np.array([text.exact for text in texts], dtype=np.bool_)
+    return lengths[at], exact[at]

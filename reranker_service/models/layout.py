@@ -35,17 +35,21 @@ class Layout(Protocol):
             instruction: The task in words; ``None`` means the default instruction.
         """
 
-    def encode_queries(self, texts: Sequence[str], instruction: str | None) -> list[EncodedText]:
+    def encode_queries(
+        self, texts: Sequence[str], instruction: str | None, limit: int | None = None
+    ) -> list[EncodedText]:
         """Tokenize queries.
 
         Args:
             texts: The queries.
             instruction: The task in words; ``None`` means the default instruction. Models that take no instruction
                 ignore it.
+            limit: The largest ``max_length`` with which the texts are used: of a longer text, only as many token ids
+                are kept, and only the text that they need is tokenized. ``None`` for all tokens.
         """
 
-    def encode_documents(self, texts: Sequence[str]) -> list[EncodedText]:
-        """Tokenize documents."""
+    def encode_documents(self, texts: Sequence[str], limit: int | None = None) -> list[EncodedText]:
+        """Tokenize documents; ``limit`` as in ``encode_queries``."""
 
 
 @runtime_checkable
@@ -68,7 +72,21 @@ class PairLayout(Layout, Protocol):
             document_at: Position of each pair's document in ``documents``, shape ``(n,)``.
 
         Returns:
-            Number of tokens, shape ``(n,)``.
+            Number of tokens, shape ``(n,)``; at least as many for pairs with a text whose length is not exact.
+        """
+
+    def undecided(
+        self,
+        queries: Sequence[EncodedText],
+        documents: Sequence[EncodedText],
+        query_at: NDArray[np.int64],
+        document_at: NDArray[np.int64],
+        max_length: int,
+    ) -> NDArray[np.bool_]:
+        """Whether the input of each pair depends on a length that is not known exactly, shape ``(n,)``.
+
+        Arguments as in ``lengths`` and ``join``. ``join`` must not be called for such a pair before it is known which
+        of its texts has more tokens.
         """
 
     def join(
@@ -108,7 +126,7 @@ def sums_of_lengths(
     document_at: NDArray[np.int64],
 ) -> NDArray[np.int64]:
     """Tokens of both texts of each pair together, without a loop over pairs; arguments as ``PairLayout.lengths``."""
-    left = np.array([len(query.ids) for query in queries], dtype=np.int64)
-    right = np.array([len(document.ids) for document in documents], dtype=np.int64)
+    left = np.array([query.length for query in queries], dtype=np.int64)
+    right = np.array([document.length for document in documents], dtype=np.int64)
     sums: NDArray[np.int64] = left[query_at] + right[document_at]
     return sums

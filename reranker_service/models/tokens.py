@@ -17,12 +17,21 @@ class EncodedText:
 
     Attributes:
         ids: Token ids without special tokens, int32, shape ``(tokens,)``. The text's prompt, or its part of the
-            template, is included.
+            template, is included. Of a text that was encoded up to a limit, only as many as the limit: those that
+            truncation keeps.
         head: Number of leading tokens that belong to the template and are never truncated.
+        length: Tokens of the whole text; if ``exact`` is false, a number above the limit that it has at least.
+        exact: Whether ``length`` is the number of tokens of the whole text.
     """
 
     ids: Ids
     head: int = 0
+    length: int = -1
+    exact: bool = True
+
+    def __post_init__(self) -> None:
+        if self.length < 0:
+            object.__setattr__(self, "length", len(self.ids))
 
 
 @dataclass(frozen=True, slots=True)

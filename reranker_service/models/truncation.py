@@ -7,6 +7,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from .tokens import EncodedText
+
 Side = Literal["left", "right"]
 
 
@@ -55,3 +57,11 @@ def query_and_document(query: int, document: int, room: int) -> tuple[int, int]:
 def keep(ids: NDArray[np.int32], count: int, side: Side) -> NDArray[np.int32]:
     """The ``count`` tokens that are left after truncation at ``side``."""
     return ids[:count] if side == "right" else ids[len(ids) - count :]
+
+
+def keep_used(ids: NDArray[np.int32], exact: bool, limit: int | None, side: Side = "right") -> EncodedText:
+    """An encoded text with at most ``limit`` of its token ids: those that truncation at ``side`` can keep."""
+    if limit is None or len(ids) <= limit:
+        return EncodedText(ids, length=len(ids), exact=exact)
+    # A copy, because a view would keep all ids in memory.
+    return EncodedText(keep(ids, limit, side).copy(), length=len(ids), exact=exact)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +23,9 @@ _DIGEST_BYTES = 16
 # In CPython: an entry with its key (16 bytes as an object) and its value (a float), and an empty row.
 _ENTRY_BYTES = 160
 _ROW_BYTES = 600
+# Work of one step on the event loop, a few milliseconds: pairs, and as many pairs again as a row costs by itself.
+_STEP = 8192
+_STEP_ROW = 16
 
 RowKey = tuple[bytes, bytes]
 """Scope and query digest."""
@@ -75,6 +78,11 @@ class Claim:
     _rows: list[tuple[RowKey, _Row, list[bytes]]]
 
 
+def _new_claim(pairs: int) -> Claim:
+    scores = np.full(pairs, np.nan, dtype=np.float32)
+    return Claim(scores, *(np.empty(0, dtype=np.intp),) * 3, set(), asyncio.Future(), [])
+
+
 class ScoreCache:
     """Raw scores by scope, query and document, bounded in bytes; all calls come from one event loop."""
 
@@ -107,38 +115,80 @@ class ScoreCache:
             document_ids: Text id of each pair's document, shape ``(n,)``.
             share: Whether to wait for pairs that another caller is scoring; if false, this caller scores them as well.
         """
-        scores = np.full(len(query_ids), np.nan, dtype=np.float32)
-        claim = Claim(scores, *(np.empty(0, dtype=np.intp),) * 3, set(), asyncio.Future(), [])
+        claim = _new_claim(len(query_ids))
+        for _ in self._claim(claim, scope, digests, query_ids, document_ids, share):
+            pass
+        return claim
+
+    async def claim_in_steps(
+        self,
+        scope: bytes,
+        digests: Sequence[bytes],
+        query_ids: NDArray[np.int64],
+        document_ids: NDArray[np.int64],
+        *,
+        share: bool,
+    ) -> Claim:
+        """Do what ``claim`` does, and let other work of the event loop run after every thousand pairs or so."""
+        claim = _new_claim(len(query_ids))
+        try:
+            for _ in self._claim(claim, scope, digests, query_ids, document_ids, share):
+                await asyncio.sleep(0)
+        except BaseException:
+            self.settle(claim, None)
+            raise
+        return claim
+
+    def _claim(
+        self,
+        claim: Claim,
+        scope: bytes,
+        digests: Sequence[bytes],
+        query_ids: NDArray[np.int64],
+        document_ids: NDArray[np.int64],
+        share: bool,
+    ) -> Iterator[None]:
+        """Look up pairs row by row; yields between steps."""
         mine: list[int] = []
         waiting: list[int] = []
         order = np.argsort(query_ids, kind="stable")
-        borders = np.flatnonzero(np.diff(query_ids[order])) + 1
-        for positions in np.split(order, borders):
-            if not len(positions):
-                continue
-            key = (scope, digests[query_ids[positions[0]]])
+        # Plain lists, because numpy calls for each of many short rows would take most of the time.
+        positions_by_query, queries = order.tolist(), query_ids[order]
+        begins = np.flatnonzero(np.diff(queries, prepend=-1)).tolist()
+        ends = [*begins[1:], len(positions_by_query)]
+        row_queries, documents_by_query = queries[begins].tolist(), document_ids[order].tolist()
+        scores = np.empty(len(order), dtype=np.float32)  # in the order of ``order``
+        seen = 0
+        for query, begin, end in zip(row_queries, begins, ends, strict=True):
+            key = (scope, digests[query])
             # Compared with None, because an empty row is false.
             row = self._rows.get(key)
             row = self._active.get(key, _Row()) if row is None else row
-            documents = [digests[one] for one in document_ids[positions].tolist()]
-            scores[positions] = np.array(list(map(row.scores.get, documents)), dtype=np.float32)  # None becomes NaN
+            documents = [digests[one] for one in documents_by_query[begin:end]]
+            found = [row.scores.get(document) for document in documents] if row.scores else [None] * len(documents)
             claimed = []
-            for index in np.flatnonzero(np.isnan(scores[positions])).tolist():
-                pending = row.pending.get(documents[index])
+            for index in [index for index, score in enumerate(found) if score is None]:
+                document = documents[index]
+                pending = row.pending.get(document)
                 if pending is claim._settled or (share and pending is not None):
                     claim.waits.add(pending)
-                    waiting.append(int(positions[index]))
+                    waiting.append(positions_by_query[begin + index])
                     continue
-                row.pending.setdefault(documents[index], claim._settled)
-                claimed.append(documents[index])
-                mine.append(int(positions[index]))
+                row.pending.setdefault(document, claim._settled)
+                claimed.append(document)
+                mine.append(positions_by_query[begin + index])
             if claimed:
                 self._active[key] = row
                 claim._rows.append((key, row, claimed))
-        claim.known = np.flatnonzero(~np.isnan(scores))
+            scores[begin:end] = found  # None becomes NaN
+            seen += end - begin + _STEP_ROW
+            if seen >= _STEP:
+                seen = 0
+                yield
+        claim.scores[order] = scores
+        claim.known = np.flatnonzero(~np.isnan(claim.scores))
         claim.mine = np.array(mine, dtype=np.intp)
         claim.waiting = np.array(waiting, dtype=np.intp)
-        return claim
 
     def settle(self, claim: Claim, scores: NDArray[np.float32] | None) -> None:
         """End a claim, after success or failure.
@@ -148,8 +198,23 @@ class ScoreCache:
             scores: Raw scores of the pairs at ``claim.mine``, in that order; ``None`` after a failure. Callers that
                 wait for these pairs then score them themselves.
         """
+        for _ in self._settle(claim, scores):
+            pass
+
+    async def settle_in_steps(self, claim: Claim, scores: NDArray[np.float32]) -> None:
+        """Do what ``settle`` does, and let other work of the event loop run after every thousand pairs or so."""
+        steps = self._settle(claim, scores)
+        try:
+            for _ in steps:
+                await asyncio.sleep(0)
+        finally:
+            for _ in steps:
+                pass
+
+    def _settle(self, claim: Claim, scores: NDArray[np.float32] | None) -> Iterator[None]:
+        """Settle row by row; yields between steps. A row that is settled is known, or free to be claimed."""
         values = None if scores is None else scores.tolist()
-        begin = 0
+        begin = seen = 0
         for key, row, claimed in claim._rows:
             for document in claimed:
                 if row.pending.get(document) is claim._settled:
@@ -160,6 +225,10 @@ class ScoreCache:
                 row.scores.update(zip(claimed, values[begin : begin + len(claimed)], strict=True))
                 begin += len(claimed)
                 self._keep(key, row)
+            seen += len(claimed) + _STEP_ROW
+            if seen >= _STEP:
+                seen = 0
+                yield
         claim._settled.set_result(None)
 
     def _keep(self, key: RowKey, row: _Row) -> None:

@@ -80,7 +80,7 @@ class EmbeddingScorer:
         async def compute(missing: list[int]) -> list[Embedding]:
             if self._cache is None:
                 return await self._recall(table, role, missing, cost)
-            scope, digests = self._scope(table, role), table.digests()
+            scope, digests = self._scope(table, role), await table.digests()
             known = {one: entry for one in missing if (entry := self._cache.get(scope, digests[one])) is not None}
             unknown = [one for one in missing if one not in known]
             computed = dict(zip(unknown, await self._recall(table, role, unknown, cost), strict=True))
@@ -99,7 +99,7 @@ class EmbeddingScorer:
         """Embeddings of texts: those on disk, and from the model those that are not."""
         if self._disk is None or not ids:
             return await self._compute(table, role, ids, cost)
-        digests = table.digests()
+        digests = await table.digests()
         keys = {one: self._scope(table, role) + digests[one] for one in ids}
         found = dict(zip(ids, await self._disk.get(list(keys.values())), strict=True))
         unknown = [one for one in ids if found[one] is None]

@@ -69,25 +69,39 @@ class TextEncoder:
         self._turns = _Turns()
 
     async def encode(self, table: TextTable, role: Role, ids: NDArray[np.int64]) -> list[EncodedText]:
-        """Token ids of texts, in the order of ``ids``; each text of a table is encoded once in each role."""
+        """Token ids of texts, in the order of ``ids``; each text of a table is encoded once in each role.
 
-        async def compute(missing: list[int]) -> list[EncodedText]:
-            encoded: list[EncodedText] = []
-            for texts in _slices([table.texts[one] for one in missing]):
-                async with self._turns.take(table.ticket.interactive):
-                    encoded += await asyncio.get_running_loop().run_in_executor(self._thread, encode, texts)
-            return encoded
+        Of a long text only the token ids that ``max_length`` leaves room for are computed and kept.
+        """
+        limit = table.options.max_length
+        return await table.encoded[role].get(ids, lambda missing: self._encode(table, role, missing, limit))
 
+    async def measure(self, table: TextTable, role: Role, ids: NDArray[np.int64]) -> list[int]:
+        """Tokens of whole texts, in the order of ``ids``; each text of a table is measured once in each role."""
+
+        async def compute(missing: list[int]) -> list[int]:
+            lengths: list[int] = []
+            for one in missing:  # one at a time: all token ids of a text are in memory meanwhile
+                lengths += [text.length for text in await self._encode(table, role, [one], None)]
+            return lengths
+
+        return await table.measured[role].get(ids, compute)
+
+    async def _encode(self, table: TextTable, role: Role, ids: list[int], limit: int | None) -> list[EncodedText]:
         def encode(texts: list[str]) -> list[EncodedText]:
             began = time.monotonic()
             if role == "query":
-                encoded = self._layout.encode_queries(texts, table.options.instruction)
+                encoded = self._layout.encode_queries(texts, table.options.instruction, limit)
             else:
-                encoded = self._layout.encode_documents(texts)
+                encoded = self._layout.encode_documents(texts, limit)
             self._metrics.encoded(time.monotonic() - began, len(texts))
             return encoded
 
-        return await table.encoded[role].get(ids, compute)
+        encoded: list[EncodedText] = []
+        for texts in _slices([table.texts[one] for one in ids]):
+            async with self._turns.take(table.ticket.interactive):
+                encoded += await asyncio.get_running_loop().run_in_executor(self._thread, encode, texts)
+        return encoded
 
     def close(self) -> None:
         """End the thread."""

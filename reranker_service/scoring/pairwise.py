@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import overload
 
 import numpy as np
@@ -20,7 +21,7 @@ from .disk import DiskCache
 from .encoding import TextEncoder
 from .errors import OverLongError
 from .texts import TextTable
-from .types import Cost, Pairs
+from .types import Cost, Pairs, Role
 
 # Form of a score on disk.
 _STORED = np.dtype("<f4")
@@ -103,25 +104,30 @@ class PairScorer:
             return await self._recall(table, query_ids, document_ids, cost)
         # An interactive call does not wait for bulk work that has the same pair: it scores the pair itself.
         share = not table.ticket.interactive
-        digests = table.digests()
+        digests = await table.digests()
         scores = np.empty(len(query_ids), dtype=np.float32)
         left = np.arange(len(query_ids))
-        claim = self._cache.claim(table.scope, digests, query_ids, document_ids, share=share)
+        claim = await self._cache.claim_in_steps(table.scope, digests, query_ids, document_ids, share=share)
         cost.cached += len(claim.known)
         while True:
             scores[left[claim.known]] = claim.scores[claim.known]
-            mine, found = left[claim.mine], None
+            mine = left[claim.mine]
             try:
+                found = scores[mine]
                 if len(mine):
                     found = await self._recall(table, query_ids[mine], document_ids[mine], cost)
                     scores[mine] = found
-            finally:
-                self._cache.settle(claim, found)
+            except BaseException:
+                self._cache.settle(claim, None)
+                raise
+            await self._cache.settle_in_steps(claim, found)
             if not claim.waits:
                 return scores
             await asyncio.wait(claim.waits)
             left = left[claim.waiting]
-            claim = self._cache.claim(table.scope, digests, query_ids[left], document_ids[left], share=share)
+            claim = await self._cache.claim_in_steps(
+                table.scope, digests, query_ids[left], document_ids[left], share=share
+            )
             cost.shared += len(claim.known)
 
     async def _recall(
@@ -130,7 +136,7 @@ class PairScorer:
         """Raw scores of listed pairs: those on disk, and from the model those that are not."""
         if self._disk is None:
             return await self._compute(table, query_ids, document_ids, cost)
-        digests = table.digests()
+        digests = await table.digests()
         keys = [
             table.scope + digests[query] + digests[document]
             for query, document in zip(query_ids.tolist(), document_ids.tolist(), strict=True)
@@ -151,19 +157,24 @@ class PairScorer:
     ) -> NDArray[np.float32]:
         """Raw scores of listed pairs, from the model."""
         max_length = table.options.max_length
-        distinct, query_at = np.unique(query_ids, return_inverse=True)
-        queries = await self._texts.encode(table, "query", distinct)
-        distinct, document_at = np.unique(document_ids, return_inverse=True)
-        documents = await self._texts.encode(table, "document", distinct)
+        distinct_queries, query_at = np.unique(query_ids, return_inverse=True)
+        queries = await self._texts.encode(table, "query", distinct_queries)
+        distinct_documents, document_at = np.unique(document_ids, return_inverse=True)
+        documents = await self._texts.encode(table, "document", distinct_documents)
         lengths = self._layout.lengths(queries, documents, query_at, document_at)  # (n,), before truncation
         cut = np.flatnonzero(lengths > max_length)
         if len(cut) and table.options.reject_over_long:
             first = cut[0]
+            exact = queries[query_at[first]].exact and documents[document_at[first]].exact
             raise OverLongError(
                 f"{len(cut)} of {len(lengths)} pairs are too long; the first, text {query_ids[first]} with text "
-                f"{document_ids[first]}, has {lengths[first]} tokens",
+                f"{document_ids[first]}, has {'' if exact else 'at least '}{lengths[first]} tokens",
                 max_length,
             )
+        undecided = self._layout.undecided(queries, documents, query_at, document_at, max_length)
+        if undecided.any():
+            queries = await self._measure(table, "query", distinct_queries, queries, query_at[undecided])
+            documents = await self._measure(table, "document", distinct_documents, documents, document_at[undecided])
         # A query's documents stand next to each other: their common prefix may be in the engine's prefix cache.
         order = np.argsort(query_at, kind="stable")
 
@@ -178,3 +189,15 @@ class PairScorer:
         cost.add(result)
         cost.truncated += len(cut)
         return scores
+
+    async def _measure(
+        self, table: TextTable, role: Role, ids: NDArray[np.int64], encoded: list[EncodedText], at: NDArray[np.intp]
+    ) -> list[EncodedText]:
+        """Encoded texts with the exact lengths of those at some positions."""
+        places = [place for place in np.unique(at).tolist() if not encoded[place].exact]
+        lengths = await self._texts.measure(table, role, ids[places])
+        exact = dict(zip(places, lengths, strict=True))
+        return [
+            replace(text, length=exact[place], exact=True) if place in exact else text
+            for place, text in enumerate(encoded)
+        ]

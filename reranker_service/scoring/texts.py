@@ -16,6 +16,13 @@ from ..scheduling import Ticket
 from .cache import digest_of, scope_of
 from .types import Role, ScoringOptions
 
+# Texts that are hashed on the event loop, because the way to a thread takes longer: a fifth of a millisecond.
+_FEW_TEXTS = 128
+_FEW_CHARACTERS = 1 << 16
+# Texts that are hashed on a thread at a time: some milliseconds, in part of which the thread holds the interpreter.
+_PIECE_TEXTS = 2048
+_PIECE_CHARACTERS = 1 << 20
+
 Value = TypeVar("Value")
 
 
@@ -86,7 +93,8 @@ class TextTable:
         texts: The texts; a text's id is its position.
         options: Options under which pairs of these texts are scored.
         ticket: The call that the texts belong to.
-        encoded: Token ids of texts, by role.
+        encoded: Token ids of texts, by role; at most ``options.max_length`` of a text.
+        measured: Tokens of whole texts, by role, of the few long texts for which the number matters.
         embedded: Embeddings of texts, by role; bi-encoders only.
     """
 
@@ -95,8 +103,10 @@ class TextTable:
         self.options = options
         self.ticket = ticket
         self.encoded: dict[Role, OncePerText[EncodedText]] = {"query": OncePerText(), "document": OncePerText()}
+        self.measured: dict[Role, OncePerText[int]] = {"query": OncePerText(), "document": OncePerText()}
         self.embedded: dict[Role, OncePerText[Embedding]] = {"query": OncePerText(), "document": OncePerText()}
         self._digests: list[bytes] = []
+        self._hashing = asyncio.Lock()
 
     @cached_property
     def scope(self) -> bytes:
@@ -108,14 +118,36 @@ class TextTable:
         options = self.options
         return scope_of(options.instruction, options.max_length, options.reject_over_long)
 
-    def digests(self) -> Sequence[bytes]:
-        """Digests of the texts so far, by text id."""
-        self._digests.extend(map(digest_of, self.texts[len(self._digests) :]))
+    async def digests(self) -> Sequence[bytes]:
+        """Digests of the texts so far, by text id.
+
+        Long texts are hashed on a thread, a piece at a time: a gibibyte takes more than a second.
+        """
+        until = len(self.texts)
+        while len(self._digests) < until:
+            async with self._hashing:
+                begin = len(self._digests)
+                piece, characters = _piece(self.texts, begin)
+                if characters <= _FEW_CHARACTERS and len(piece) <= _FEW_TEXTS:
+                    self._digests.extend(map(digest_of, piece))
+                elif piece:
+                    self._digests.extend(await asyncio.to_thread(_digests_of, piece))
         return self._digests
 
     def close(self) -> None:
         """Cancel the work in flight for these texts."""
-        for embedded in self.embedded.values():
-            embedded.close()
-        for encoded in self.encoded.values():
-            encoded.close()
+        for values in (*self.embedded.values(), *self.encoded.values(), *self.measured.values()):
+            values.close()
+
+
+def _piece(texts: Sequence[str], begin: int) -> tuple[list[str], int]:
+    """The next texts to hash at a time, and their characters."""
+    characters, end = 0, begin
+    while end < len(texts) and end - begin < _PIECE_TEXTS and characters < _PIECE_CHARACTERS:
+        characters += len(texts[end])
+        end += 1
+    return list(texts[begin:end]), characters
+
+
+def _digests_of(texts: Sequence[str]) -> list[bytes]:
+    return list(map(digest_of, texts))
