@@ -155,9 +155,9 @@ class ScoreCache:
         # Plain lists, because numpy calls for each of many short rows would take most of the time.
         positions_by_query, queries = order.tolist(), query_ids[order]
         begins = np.flatnonzero(np.diff(queries, prepend=-1)).tolist()
-        ends = [*begins[1:], len(positions_by_query)]
+        ends = [*begins[1:], len(order)] if begins else []
         row_queries, documents_by_query = queries[begins].tolist(), document_ids[order].tolist()
-        scores = np.empty(len(order), dtype=np.float32)  # in the order of ``order``
+        scores: list[float | None] = []  # in the order of ``order``
         seen = 0
         for query, begin, end in zip(row_queries, begins, ends, strict=True):
             key = (scope, digests[query])
@@ -165,7 +165,7 @@ class ScoreCache:
             row = self._rows.get(key)
             row = self._active.get(key, _Row()) if row is None else row
             documents = [digests[one] for one in documents_by_query[begin:end]]
-            found = [row.scores.get(document) for document in documents] if row.scores else [None] * len(documents)
+            found = list(map(row.scores.get, documents))
             claimed = []
             for index in [index for index, score in enumerate(found) if score is None]:
                 document = documents[index]
@@ -180,12 +180,12 @@ class ScoreCache:
             if claimed:
                 self._active[key] = row
                 claim._rows.append((key, row, claimed))
-            scores[begin:end] = found  # None becomes NaN
+            scores += found
             seen += end - begin + _STEP_ROW
             if seen >= _STEP:
                 seen = 0
                 yield
-        claim.scores[order] = scores
+        claim.scores[order] = np.array(scores, dtype=np.float32)  # None becomes NaN
         claim.known = np.flatnonzero(~np.isnan(claim.scores))
         claim.mine = np.array(mine, dtype=np.intp)
         claim.waiting = np.array(waiting, dtype=np.intp)
