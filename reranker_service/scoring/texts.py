@@ -136,8 +136,10 @@ class TextTable:
 
     def close(self) -> None:
         """Cancel the work in flight for these texts."""
-        for values in (*self.embedded.values(), *self.encoded.values(), *self.measured.values()):
-            values.close()
+        for role in self.encoded:
+            self.embedded[role].close()
+            self.encoded[role].close()
+            self.measured[role].close()
 
 
 def _piece(texts: Sequence[str], begin: int) -> tuple[list[str], int]:
