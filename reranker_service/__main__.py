@@ -4,39 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import logging
 import os
 import sys
 import threading
 import time
 
-import structlog
 from pydantic import ValidationError
 from pydantic_settings import CliApp, SettingsError
 
+from .observing.logs import configure_logs
 from .settings import Settings, variable_errors
 
 _EXIT_SECONDS = 3.0
-
-
-def configure_logs(settings: Settings) -> None:
-    """Log to stderr, one line for each event, with the level and the format of the settings."""
-    renderer: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer()
-        if settings.log_format == "json"
-        else structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"], bool_as_flag=False)
-    )
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[settings.log_level.upper()]),
-        # It writes each line with one call: vLLM's processes write to the same pipe.
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
-    )
 
 
 def main() -> None:
@@ -57,7 +36,7 @@ def main() -> None:
     except SettingsError as error:
         print(f"reranker-service: {error}", file=sys.stderr)
         sys.exit(2)
-    configure_logs(settings)
+    configure_logs(settings.log_format, settings.log_level)
     # Imported here, so that --help and wrong settings do not wait for the server's imports.
     from .server import serve
 

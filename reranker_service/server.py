@@ -25,6 +25,7 @@ from grpc_reflection.v1alpha import reflection
 from .engines import Engine
 from .loading import Loaded, load
 from .models import UnsupportedModelError, fingerprint
+from .observing.logs import adopt_handlers
 from .observing.metrics import Metrics
 from .observing.observers import ObserverError, Observers, observers
 from .rpc.admission import CallLimit
@@ -35,6 +36,7 @@ from .rpc.validation import Validator
 from .scheduling import Scheduler, watch_stalls
 from .scoring import Pairs, Scorer, TextTable, Ticket
 from .scoring.disk import DiskCache, DiskCacheError
+from .security import Guard, RequestIds, SecurityError
 from .settings import Settings
 
 T = TypeVar("T")
@@ -49,44 +51,68 @@ async def serve(settings: Settings) -> int:
     """Run a server until it is told to stop.
 
     Returns:
-        The process's exit status: 0 after SIGTERM or SIGINT, 1 if it could not start, its engine died or its
-        port was lost.
+        The process's exit status: 0 after SIGTERM or SIGINT, 1 if it could not start, its engine died or its port was
+        lost, 2 if the flags for TLS and tokens are wrong.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    try:
+        guard = Guard(
+            host=settings.host,
+            tls_cert=settings.tls_cert,
+            tls_key=settings.tls_key,
+            tls_client_ca=settings.tls_client_ca,
+            token_file=settings.token_file,
+            insecure_network=settings.insecure_network,
+            reflection=settings.reflection,
+        )
+    except SecurityError as error:
+        log.error("cannot start securely", reason=str(error))
+        return 2
     watching = observers(
         SERVICE,
         RPCS,
         SCORING_RPCS,
         host=settings.host,
         metrics_port=settings.metrics_port,
+        metrics_tls=guard.tls.context if guard.tls else None,
+        metrics_token=guard.tokens.find if guard.tokens else None,
         tracing=settings.tracing,
     )
     try:
         with watching as observing:
-            return await _serve(settings, stop, observing)
+            return await _serve(settings, guard, stop, observing)
     except ObserverError as error:
         log.error("cannot start metrics or tracing", reason=str(error))
         return 1
 
 
-async def _serve(settings: Settings, stop: asyncio.Event, observing: Observers) -> int:
+async def _serve(settings: Settings, guard: Guard, stop: asyncio.Event, observing: Observers) -> int:
     metrics = observing.metrics
     servicer = RerankerServicer(metrics)
     calls = CallLimit(SERVICE, SCORING_RPCS, settings.max_calls, metrics)
     checks = health.aio.HealthServicer()
     await _set_health(checks, _NOT_SERVING)
 
+    def refused(method: str) -> None:
+        service, _, rpc = method[1:].partition("/")
+        if service == SERVICE and rpc in RPCS:
+            with metrics.call(rpc) as call:
+                call.code = "UNAUTHENTICATED"
+
+    access = guard.access(health=[health.SERVICE_NAME], reflection=[reflection.SERVICE_NAME], refused=refused)
+
     def make() -> aio.Server:
-        server = _make_server(settings, (calls, *observing.interceptors))
+        # Refused calls get an id, and reach no other interceptor.
+        server = _make_server(settings, (RequestIds(), access, calls, *observing.interceptors))
         server.add_generic_rpc_handlers((servicer.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(checks, server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server
 
-    listener = Listener(make, lambda server, port: server.add_insecure_port(f"{_bracketed(settings.host)}:{port}"))
+    listener = Listener(make, lambda server, port: guard.listen(server, f"{_bracketed(settings.host)}:{port}"))
     try:
         port = await listener.start(settings.port)
     except ListenError as error:
@@ -95,6 +121,7 @@ async def _serve(settings: Settings, stop: asyncio.Event, observing: Observers) 
     address = f"{_bracketed(settings.host)}:{port}"
     log.info("listening", address=address)
     unserved = asyncio.create_task(_until_unserved(listener, stop))
+    watching = asyncio.create_task(guard.watch())
 
     began = time.monotonic()
     loaded: Loaded | None = None
@@ -112,6 +139,7 @@ async def _serve(settings: Settings, stop: asyncio.Event, observing: Observers) 
         if prepared is None:
             return int(unserved.done())
         loaded = prepared.result()
+        adopt_handlers()
         if not await _unless(stop, _start(loaded)):
             return int(unserved.done())
         scorer = await _open(settings, loaded, servicer, metrics)
@@ -145,6 +173,7 @@ async def _serve(settings: Settings, stop: asyncio.Event, observing: Observers) 
         if unserved.done():
             status = 1
         unserved.cancel()
+        watching.cancel()
         if watchdog is not None:
             watchdog.cancel()
         await checks.enter_graceful_shutdown()

@@ -45,6 +45,31 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 listens on every interface")
     port: int = Field(50051, ge=0, le=65535, description="port to listen on; 0 picks a free port")
+    tls_cert: Path | None = Field(
+        None,
+        description="PEM file of the server's certificate, with intermediate ones after it; turns TLS on; read again "
+        "when it changes, like the other files of keys and tokens",
+    )
+    tls_key: Path | None = Field(None, description="PEM file of the private key of --tls-cert, without a passphrase")
+    tls_client_ca: Path | None = Field(
+        None,
+        description="PEM file of the authorities that sign client certificates; clients then need one: mutual TLS",
+    )
+    token_file: Path | None = Field(
+        None,
+        description="file of tokens, one on a line: NAME TOKEN, or NAME sha256:HEX; every call but health checks then "
+        "needs one",
+    )
+    insecure_network: bool = Field(
+        False,
+        description="listen beyond this machine without TLS and tokens, and without mutual TLS: whoever reaches the "
+        "port may use the server and read what others send",
+    )
+    reflection: bool = Field(
+        False,
+        description="answer reflection without a token, also beyond this machine; otherwise it needs a token or a "
+        "client certificate, and is open only on a loopback address without --token-file",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="number format of the computation; auto: float32 on a CPU, 16 bits on a GPU"
     )
@@ -75,8 +100,8 @@ class Settings(BaseSettings):
         None,
         ge=0,
         le=65535,
-        description="port, on the same host, that serves metrics for Prometheus; 0 picks a free port; if not given, "
-        "there are no metrics",
+        description="port, on the same host and with the same TLS and tokens, that serves metrics for Prometheus; 0 "
+        "picks a free port; if not given, there are no metrics",
     )
     tracing: bool = Field(
         False,

@@ -14,6 +14,7 @@ for _name in (
     "prometheus_client",
     "reranker_service.engines.torch_engine",
     "reranker_service.loading",
+    "reranker_service.observing.metrics_server",
     "reranker_service.observing.prometheus",
     "reranker_service.scoring.disk",
     "reranker_service.server",

@@ -196,6 +196,9 @@ class Cancelled:
         await asyncio.sleep(0)
         return aio.EOF
 
+    def trailing_metadata(self) -> tuple[()]:
+        return ()
+
     async def abort(self, *_: object, **__: object) -> None:
         raise aio.InternalError("the status cannot be sent")
 

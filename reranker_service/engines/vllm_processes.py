@@ -17,6 +17,8 @@ import threading
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 
+from ..observing.logs import output_of_children
+
 
 class EngineCoreProcess(ForkServerProcess):
     """A process that has the environment of its parent and ends when its parent ends, even if that is killed."""
@@ -47,10 +49,11 @@ def start_importing() -> None:
     # Ctrl-C at a terminal reaches the whole process group, and vLLM's processes must outlive the calls in flight:
     # they inherit a blocked SIGINT, and VllmEngine.close() ends them. Starting the resource tracker now keeps it from
     # lifting the block later.
-    resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    multiprocessing.set_forkserver_preload([f"{__package__}.vllm_preload"])
-    forkserver.ensure_running()
+    with output_of_children():
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        multiprocessing.set_forkserver_preload([f"{__package__}.vllm_preload"])
+        forkserver.ensure_running()
 
 
 def fork_engine_core() -> None:

@@ -5,7 +5,8 @@ Only the packages of the observers that the settings ask for are imported.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import ssl
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -42,6 +43,8 @@ def observers(
     *,
     host: str,
     metrics_port: int | None,
+    metrics_tls: Callable[[], ssl.SSLContext] | None = None,
+    metrics_token: Callable[[str], str | None] | None = None,
     tracing: bool,
 ) -> Iterator[Observers]:
     """Run the observers of a server.
@@ -52,6 +55,8 @@ def observers(
         scoring_rpcs: Names of the RPCs that score pairs.
         host: Address to listen on for Prometheus.
         metrics_port: Port for Prometheus; 0 picks a free one, ``None`` means no metrics.
+        metrics_tls: See ``MetricsServer``.
+        metrics_token: See ``MetricsServer``.
         tracing: Whether to trace.
 
     Raises:
@@ -70,11 +75,12 @@ def observers(
             stack.callback(running.close)
             interceptors = (running.interceptor,)
         if metrics_port is not None:
-            from .prometheus import MetricsServer, PrometheusMetrics
+            from .metrics_server import MetricsServer
+            from .prometheus import PrometheusMetrics
 
             metrics = PrometheusMetrics(rpcs, scoring_rpcs)
             try:
-                server = MetricsServer(metrics, host, metrics_port)
+                server = MetricsServer(metrics, host, metrics_port, metrics_tls, metrics_token)
             except OSError as error:
                 raise ObserverError(f"--metrics-port {metrics_port}: cannot listen on {host}: {error}") from error
             stack.callback(server.close)

@@ -1,4 +1,4 @@
-"""Metrics for Prometheus: their names, units and buckets, and the HTTP server that serves them.
+"""Metrics for Prometheus: their names, units and buckets.
 
 Names follow Prometheus' conventions (https://prometheus.io/docs/practices/naming/): one prefix, base units, ``_total``
 for counters. The page also has the metrics that other libraries of the process register (vLLM, the process collector).
@@ -18,7 +18,6 @@ from prometheus_client import (
     Histogram,
     Info,
     disable_created_metrics,
-    start_http_server,
 )
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -191,22 +190,3 @@ class _LoadCollector(Collector):
         )
         yield GaugeMetricFamily("reranker_engine_sequences", "Sequences inside the engine.", load.running)
         yield GaugeMetricFamily("reranker_cache_bytes", "Bytes that the cache takes up.", load.cache_bytes)
-
-
-class MetricsServer:
-    """HTTP server that serves ``metrics`` under any path, from a thread of its own.
-
-    Attributes:
-        address: Its address, ``host:port``.
-    """
-
-    def __init__(self, metrics: PrometheusMetrics, host: str, port: int) -> None:
-        """Listen; port 0 picks a free port. Raises ``OSError`` if the port cannot be used."""
-        self._server, self._thread = start_http_server(port, host, metrics.registry)
-        self.address = f"[{host}]:{self._server.server_port}" if ":" in host else f"{host}:{self._server.server_port}"
-
-    def close(self) -> None:
-        """Stop listening; takes up to half a second."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()

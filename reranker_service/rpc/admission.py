@@ -72,7 +72,8 @@ class CallLimit(aio.ServerInterceptor):
                     f"{self._most} calls are in flight, the limit of the server (--max-calls); try again later"
                 )
                 call.code = error.code.name
-                await context.abort(error.code, error.message, error.metadata())
+                trailers = (*(context.trailing_metadata() or ()), *error.metadata())
+                await context.abort(error.code, error.message, trailers)
             # gRPC takes a handler of streams with a yield for an asynchronous generator.
             if False:
                 yield b""

@@ -49,7 +49,9 @@ def _judge(call: Call, context: Context, code: grpc.StatusCode) -> None:
 async def _abort(call: Call, context: Context, error: RerankError) -> None:
     """End a call with the status of ``error``; with CANCELLED where the client has gone and gRPC cannot send it."""
     try:
-        await context.abort(error.code, error.message, trailing_metadata=error.metadata())
+        # gRPC's abort replaces the trailing metadata that was set before: the request id.
+        trailers = (*(context.trailing_metadata() or ()), *error.metadata())
+        await context.abort(error.code, error.message, trailing_metadata=trailers)
     except aio.AbortError:  # gRPC raises it once the status is sent
         call.code = error.code.name
         # The context holds this error, whose traceback holds this frame.
