@@ -26,7 +26,7 @@ ARGS ?=
 OTHER ?= python3.13
 CLIENT_TESTS := $(addprefix tests/test_,chunks.py targets.py scores.py memory.py client.py client_failures.py)
 
-.PHONY: help install proto serve demo bench bench-loss quality test lint compat lock clean
+.PHONY: help install proto serve demo bench bench-loss quality test lint audit compat lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,11 @@ lint: $(STUBS) ## Check style, types and imports between rooms: ruff, mypy, impo
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code protos
 	@echo "Checked: no fault in $(SOURCES) protos"
+
+# --strict: a package without an answer from the advisory database is a failure, not a pass.
+audit: $(INSTALLED) ## Look the pinned packages up among the known vulnerabilities, with pip-audit
+	$(BIN)/uv tool run --from pip-audit==2.10.1 pip-audit --strict --no-deps --disable-pip --progress-spinner off \
+	    --requirement $(REQUIREMENTS)
 
 # Needs no PyTorch: a `pip install .` as users do it, with pinned dependencies, and the tests of the client.
 compat: ## Install the package in an empty environment of another Python and test the client there (OTHER=python3.13)

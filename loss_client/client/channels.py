@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import grpc
 from grpc import aio
 
+from loss_client.client.credentials import TLS_CA
 from loss_client.client.endpoints import ChannelSettings, Endpoint
 from loss_client.client.errors import (
     ConnectionLostError,
@@ -113,7 +114,7 @@ class Channels:
                 else:
                     failure = self._unavailable(tried, patience, stalled, left())
             except aio.AioRpcError as error:
-                failure = from_rpc_error(error, str(endpoint.target))
+                failure = _with_advice(from_rpc_error(error, str(endpoint.target)), endpoint)
             except ConnectionLostError as error:
                 failure = ConnectionLostError(str(error))
             else:
@@ -225,6 +226,20 @@ class Channels:
             f"no progress for {patience.seconds:g} s with {', '.join(targets)}: {tried} attempts; "
             f"the last error: {last}{left}"
         )
+
+
+def _with_advice(failure: RerankerError, endpoint: Endpoint) -> RerankerError:
+    """The same error; what to do is added to errors of tokens and certificates."""
+    if isinstance(failure, RerankerRequestError) and failure.code is grpc.StatusCode.UNAUTHENTICATED:
+        token = endpoint.credentials.token
+        sent = "this client has no token" if token is None else f"this client sent {token.origin}"
+        return RerankerRequestError(failure.code, f"{endpoint.target}: {failure.message} ({sent})", failure.violations)
+    if isinstance(failure, ConnectionLostError) and "CERTIFICATE_VERIFY_FAILED" in str(failure):
+        return ConnectionLostError(
+            f"{failure} (the server's certificate is not signed by an authority that this client trusts, or is for "
+            f"another name: give the authority's certificate as root_certificates or in {TLS_CA})"
+        )
+    return failure
 
 
 def is_unimplemented(error: BaseException) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
+from os import PathLike
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from loss_client.client.background import Background
 from loss_client.client.channels import Channels, Patience
+from loss_client.client.credentials import Pem, make_credentials
 from loss_client.client.endpoints import ChannelSettings
 from loss_client.client.errors import ClientClosedError, IncompatibleServerError
 from loss_client.client.job import Ids, Job, Pairs, pair_grid, pair_list
@@ -66,13 +68,23 @@ class RerankerClient:
             skip targets that have just failed.
         timeout: Most seconds of a call, and most seconds that a job may go without a score, reconnecting included.
         metadata: Pairs of key (lower case) and value, sent with every call.
-        root_certificates: PEM bytes of the authorities that TLS trusts. Default: gRPC's own.
+        token: Token that is sent with every call. Default: the variable ``RERANKER_CLIENT_TOKEN``, if it is set.
+        token_file: File that holds the token and nothing else; it is read again when it changes. Default: the file that
+            ``RERANKER_CLIENT_TOKEN_FILE`` names, if it is set.
+        plaintext_token: Whether the token may be sent to another machine without TLS.
+        root_certificates: Authorities that TLS trusts: PEM bytes, or the path of a PEM file. Default: the file that
+            ``RERANKER_CLIENT_TLS_CA`` names, or gRPC's own.
+        client_certificate: Certificate of this client, for servers that ask for one (mutual TLS), as PEM bytes or the
+            path of a PEM file. Default: the file that ``RERANKER_CLIENT_TLS_CERT`` names.
+        client_key: Private key of ``client_certificate``, likewise. Default: the file that ``RERANKER_CLIENT_TLS_KEY``
+            names.
         remembered_pairs: Most scores of listed pairs (``score_pairs``, ``stream_pairs``) that the client keeps, so
             that pairs that come again are not sent again; about 300 bytes each. 0 keeps none. Scores of a server
             without streams are not kept.
 
     Raises:
-        ValueError: A target has none of the right forms, or an argument is out of range.
+        ValueError: A target has none of the right forms, an argument is out of range, a file is unusable, or the token
+            would be sent to another machine without TLS.
     """
 
     def __init__(
@@ -81,14 +93,26 @@ class RerankerClient:
         *,
         timeout: float = 60.0,
         metadata: Sequence[tuple[str, str]] = (),
-        root_certificates: bytes | None = None,
+        token: str | None = None,
+        token_file: str | PathLike[str] | None = None,
+        plaintext_token: bool = False,
+        root_certificates: Pem | None = None,
+        client_certificate: Pem | None = None,
+        client_key: Pem | None = None,
         remembered_pairs: int = 1 << 18,
     ) -> None:
         targets = parse_targets(target)
-        if root_certificates is not None and not any(each.secure for each in targets):
-            raise ValueError("root_certificates are given but no target uses TLS: write it as 'grpcs://host:port'")
+        credentials = make_credentials(
+            targets,
+            token=token,
+            token_file=token_file,
+            plaintext_token=plaintext_token,
+            root_certificates=root_certificates,
+            client_certificate=client_certificate,
+            client_key=client_key,
+        )
         self._timeout = positive_seconds("timeout", timeout)
-        self._settings = ChannelSettings(targets, tuple((key, value) for key, value in metadata), root_certificates)
+        self._settings = ChannelSettings(targets, tuple((key, value) for key, value in metadata), credentials)
         if remembered_pairs < 0:
             raise ValueError(f"remembered_pairs is {remembered_pairs}; it has to be 0 or more")
         self._remembered_pairs = remembered_pairs
@@ -360,6 +384,6 @@ def _rebuild(settings: ChannelSettings, timeout: float, remembered_pairs: int) -
         [str(target) for target in settings.targets],
         timeout=timeout,
         metadata=settings.metadata,
-        root_certificates=settings.root_certificates,
+        **settings.credentials.arguments(),
         remembered_pairs=remembered_pairs,
     )

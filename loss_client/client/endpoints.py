@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import grpc
 from grpc import aio
 
-from loss_client.client.errors import IncompatibleServerError
+from loss_client.client.credentials import Credentials
+from loss_client.client.errors import IncompatibleServerError, RerankerError
 from loss_client.client.targets import Target
 from reranker.v1 import reranker_pb2, reranker_pb2_grpc
 
@@ -42,12 +43,12 @@ class ChannelSettings:
     Attributes:
         targets: The servers, at least one.
         metadata: Pairs of key and value, sent with every call.
-        root_certificates: PEM bytes of the authorities that TLS trusts; None for gRPC's own.
+        credentials: Token and certificates.
     """
 
     targets: tuple[Target, ...]
-    metadata: tuple[tuple[str, str], ...] = ()
-    root_certificates: bytes | None = None
+    metadata: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # it may hold secrets
+    credentials: Credentials = field(default_factory=Credentials)
 
 
 class Endpoint:
@@ -55,13 +56,21 @@ class Endpoint:
 
     def __init__(self, target: Target, settings: ChannelSettings) -> None:
         self.target = target
-        self.metadata = aio.Metadata(*settings.metadata)
+        self.credentials = settings.credentials
         self.failures = 0
         self.ready_at = 0.0  # loop time before which it is not tried
-        self._root_certificates = settings.root_certificates
+        self._metadata = settings.metadata
         self._channel: aio.Channel | None = None
         self._stub: RerankerServiceAsyncStub | None = None
         self._checked = False
+
+    @property
+    def metadata(self) -> aio.Metadata:
+        """The metadata of a call, with the token. Raises ``RerankerError`` if the token's file has become unusable."""
+        try:
+            return aio.Metadata(*self._metadata, *self.credentials.metadata())
+        except ValueError as error:
+            raise RerankerError(str(error)) from None
 
     async def stub(self, timeout: float) -> RerankerServiceAsyncStub:
         """Return the stub; at the first use of a connection, check the server's contract before.
@@ -75,7 +84,7 @@ class Endpoint:
         """
         if self._channel is None:
             if self.target.secure:
-                credentials = grpc.ssl_channel_credentials(self._root_certificates)
+                credentials = self.credentials.channel()
                 self._channel = aio.secure_channel(self.target.address, credentials, options=_CHANNEL_OPTIONS)
             else:
                 self._channel = aio.insecure_channel(self.target.address, options=_CHANNEL_OPTIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,18 @@ class Target:
 
     address: str
     secure: bool
+
+    @property
+    def local(self) -> bool:
+        """Whether the address is certain to be on this machine: a loopback address, or a socket of its file system."""
+        scheme, _, rest = self.address.partition(":")
+        if scheme in ("unix", "unix-abstract"):
+            return True
+        if scheme == "dns" and not _is_host_and_port(self.address):
+            rest = rest.rpartition("/")[2]  # an authority before it is the name server
+        elif scheme not in ("ipv4", "ipv6"):
+            rest = self.address
+        return all(_is_loopback(one) for one in rest.split(","))
 
     def __str__(self) -> str:
         return f"grpcs://{self.address}" if self.secure else self.address
@@ -57,6 +70,16 @@ def _parse(address: str) -> Target:
             raise ValueError(f"target {address!r} names no server: {_FORMS}")
         return Target(address, secure=False)
     return Target(_host_and_port(address, address), secure=False)
+
+
+def _is_loopback(host_and_port: str) -> bool:
+    host = host_and_port.rpartition(":")[0].strip("[]").lower()
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _is_host_and_port(text: str) -> bool:
