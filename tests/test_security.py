@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 import ssl
 import subprocess
 import urllib.error
@@ -19,6 +20,7 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from loss_client import RerankerClient
 from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
 from reranker_service.security import Guard, SecurityError
@@ -28,7 +30,7 @@ from reranker_service.settings import Settings
 
 from .certificates import Authority, bearer, channel
 from .servers import ServerProcess
-from .test_readme import GRPCURL
+from .test_readme import GRPCURL, ROOT
 
 PLAIN, HASHED, REMOVED = "plain-token-0123456789", "hashed-token-0123456789", "removed-token-0123456789"
 MESSAGE = pb.RerankRequest(query="a query", documents=["one", "two"])
@@ -499,3 +501,35 @@ def test_the_clients_variables_are_none_of_the_servers(monkeypatch: pytest.Monke
     monkeypatch.setenv("RERANKER_CLIENT_TOKEN", PLAIN)
     monkeypatch.setenv("RERANKER_CLIENT_TOKEN_FILE", "missing")
     assert Settings().token_file is None
+
+
+def test_the_commands_of_the_documentation_work(cross_encoder: Path, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "security.md").read_text()
+    authority, tokens, serving, calling = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    (arguments,) = re.findall(r"client = RerankerClient\((.*?)\n\)", text, re.DOTALL)
+    # umask counts for the whole shell.
+    made = subprocess.run(
+        ["bash", "-euc", f"{authority}\n{tokens}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert made.returncode == 0, made.stderr
+    flags = shlex.split(serving.replace("\\\n", " "))[1:]
+    flags = [str(tmp_path / flag) if (tmp_path / flag).exists() else flag for flag in flags]
+    with ServerProcess(*flags, "--model", str(cross_encoder), module="tests.holding") as server:
+        address = server.address.replace("0.0.0.0", "127.0.0.1")
+        assert "level=warning" not in "\n".join(server.lines)
+        command = calling.replace(".venv/bin/grpcurl", str(GRPCURL)).replace("127.0.0.1:50051", address)
+        called = subprocess.run(
+            ["bash", "-euc", command], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert json.loads(called.stdout)["results"], called.stderr
+        named = dict(re.findall(r'(\w+)="([^"]+)"', arguments))
+        with RerankerClient(
+            f"grpcs://{address}", **{name: str(tmp_path / file) for name, file in named.items()}
+        ) as client:
+            assert len(client.rerank("a query", ["one", "two"])) == 2
+            assert len(client.score_grid(["a query"], ["one", "two"])[0]) == 2
