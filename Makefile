@@ -22,6 +22,8 @@ PORT ?=
 STEPS ?=
 # For `make test`, `make bench` and `make quality`: more arguments, such as ARGS="-n 0 -x -k stream" for pytest.
 ARGS ?=
+# The contract of the first release; later versions of it must stay compatible.
+RELEASED := tests/contract/v1_0
 # For `make compat`.
 OTHER ?= python3.13
 CLIENT_TESTS := $(addprefix tests/test_,chunks.py targets.py scores.py memory.py client.py client_failures.py)
@@ -75,6 +77,9 @@ lint: $(STUBS) ## Check style, types and imports between rooms: ruff, mypy, impo
 	cp "$$($(BIN)/python -c 'import google.rpc; print(google.rpc.__path__[0])')/status.proto" build/buf/google/rpc/
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code protos
+	mkdir -p build/released
+	cp -R build/buf/google $(RELEASED)/reranker build/released/
+	$(BIN)/buf breaking protos --against build/released
 	@echo "Checked: no fault in $(SOURCES) protos"
 
 # --strict: a package without an answer from the advisory database is a failure, not a pass.

@@ -252,6 +252,13 @@ async def _open(settings: Settings, loaded: Loaded, servicer: RerankerServicer, 
         engine=engine.name,
         dtype=engine.dtype,
         versions={**engine.versions, "reranker-grpc": version},
+        activation=spec.saved.activation,
+        prompts=spec.saved.prompts,
+        default_prompt_name=spec.saved.default_prompt_name,
+        template=loaded.layout.template,
+        pooling=spec.pooling,
+        similarity=spec.saved.similarity,
+        preferred_pairs_per_chunk=min(settings.preferred_chunk_pairs, settings.limits.max_pairs_per_chunk),
     )
     # The libraries' hundreds of thousands of objects live as long as the process. A full garbage collection that
     # looked through them would hold up all calls for half a second.

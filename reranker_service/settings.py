@@ -141,6 +141,13 @@ class Settings(BaseSettings):
         description="accept compressed messages; without it they are refused with UNIMPLEMENTED, because a small "
         "message can grow to --limits.max-message-bytes",
     )
+    preferred_chunk_pairs: int = Field(
+        0,
+        ge=0,
+        le=1 << 22,
+        description="pairs of a chunk that clients are advised to send; 0: no preference. A larger number than "
+        "--limits.max-pairs-per-chunk counts as that limit",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="lowest level of events that are logged"
     )

@@ -12,7 +12,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
 
-from .servers import ServerProcess
+from .servers import ServerProcess, violations
 
 QUERIES = ["parse a date", "", "東京 naïve – text"]
 DOCUMENTS = ["Parse a date from a string.", "Return the sum.", "parse a date", "", "x" * 1000, "word " * 400]
@@ -165,3 +165,18 @@ def test_a_batch_keeps_options_apart(stub: rpc.RerankerServiceStub) -> None:
         item.response.results[0].score for item in stub.RerankBatch(pb.RerankBatchRequest(requests=requests)).items
     )
     assert probability == pytest.approx(1 / (1 + np.exp(-raw)), abs=1e-6)
+
+
+def test_unary_replies_carry_the_fingerprint(stub: rpc.RerankerServiceStub) -> None:
+    request = pb.RerankRequest(query="parse", documents=["a date"])
+    fingerprint = stub.GetModelInfo(pb.GetModelInfoRequest()).fingerprint
+    batch = stub.RerankBatch(pb.RerankBatchRequest(requests=[request]))
+    assert stub.Rerank(request).fingerprint == batch.fingerprint == fingerprint
+    assert batch.items[0].response.fingerprint == ""
+
+
+def test_a_priority_that_is_unknown_fails_the_batch(stub: rpc.RerankerServiceStub) -> None:
+    requests = [pb.RerankRequest(query="parse", documents=["a date"])]
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.RerankBatch(pb.RerankBatchRequest(requests=requests, priority=9))
+    assert set(violations(caught.value)) == {"priority"}

@@ -15,6 +15,7 @@ from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
 from reranker_service.engines import EngineDeadError
 from reranker_service.rpc.limits import Limits
+from reranker_service.scheduling import Job, JobResult, Scheduler
 
 from .servers import ControlledEngine, serve_in_process
 
@@ -262,3 +263,35 @@ def test_each_text_is_embedded_once(bi_encoder: Path) -> None:
         return sum(map(len, engine.batches))
 
     assert asyncio.run(scenario()) == 9
+
+
+@pytest.mark.parametrize(("priority", "first"), [(pb.PRIORITY_UNSPECIFIED, 16), (pb.PRIORITY_BULK, 1)])
+def test_a_bulk_batch_is_overtaken(
+    cross_encoder: Path, priority: int, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ranking that comes after a bulk batch enters the engine before the rest of that batch."""
+
+    async def scenario() -> list[int]:
+        engine = ControlledEngine(max_in_flight=16, max_batch=16, open_gate=False)
+        async with serve_in_process(cross_encoder, engine) as channel:
+            stub = rpc.RerankerServiceStub(channel)
+            request = pb.RerankRequest(query="a", documents=["b"] * 32)
+            batch = asyncio.ensure_future(
+                stub.RerankBatch(pb.RerankBatchRequest(requests=[request], priority=priority))
+            )
+            await engine.wait_for_sequences(16)
+            arrived = asyncio.Event()
+            run = Scheduler.run
+
+            async def noted(self: Scheduler, job: Job) -> JobResult:
+                arrived.set()
+                return await run(self, job)
+
+            monkeypatch.setattr(Scheduler, "run", noted)
+            ranking = asyncio.ensure_future(stub.Rerank(pb.RerankRequest(query="a", documents=["b"])))
+            await arrived.wait()
+            engine.gate.set()
+            await asyncio.gather(batch, ranking)
+            return [len(one) for one in engine.batches]
+
+    assert asyncio.run(scenario())[1] == first

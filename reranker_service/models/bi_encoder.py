@@ -23,6 +23,7 @@ class BiEncoderLayout:
     """Implements ``TextLayout``."""
 
     default_instruction = None
+    template = None
 
     def __init__(self, spec: ModelSpec, hub: PreTrainedTokenizerBase, tokenizer: Tokenizer) -> None:
         """Find out which special tokens the tokenizer puts around a text.

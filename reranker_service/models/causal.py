@@ -55,6 +55,7 @@ class CausalLayout:
     """
 
     default_instruction = templates.DEFAULT_INSTRUCTION
+    template = templates.NAME
 
     def __init__(self, spec: ModelSpec, hub: PreTrainedTokenizerBase, tokenizer: Tokenizer) -> None:
         """Tokenize the template.

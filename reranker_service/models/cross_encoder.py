@@ -24,6 +24,7 @@ class CrossEncoderLayout:
     """Implements ``PairLayout``. The longer text is truncated first: the strategy "longest_first" of tokenizers."""
 
     default_instruction = None
+    template = None
 
     def __init__(self, spec: ModelSpec, hub: PreTrainedTokenizerBase, tokenizer: Tokenizer) -> None:
         """Find out which special tokens the tokenizer puts around and between two texts.

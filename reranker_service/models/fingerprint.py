@@ -29,7 +29,8 @@ _ZIP_LOCAL_HEADER = 30
 _WHOLE_LIMIT = 64 << 20
 _Span = tuple[int, int]
 _WEIGHTS = (".safetensors", ".bin")
-_PLACE = {"name", "path"}
+# Fields of the description that change no score, or that the hashed configuration has as well.
+_WITHOUT_INFLUENCE = {"hidden_size", "name", "path", "saved"}
 # Files without influence on scores, and files that change each time a model is saved.
 _IGNORED = {"config_sentence_transformers.json", "generation_config.json", "modules.json", "training_args.bin"}
 _VOLATILE = {"_name_or_path", "transformers_version", "is_local", "local_files_only", "name_or_path", "use_cache"}
@@ -48,7 +49,7 @@ def fingerprint(spec: ModelSpec, engine: Mapping[str, object], arguments: Mappin
         64 hexadecimal digits.
     """
     digest = hashlib.sha256()
-    facts = {field.name: getattr(spec, field.name) for field in fields(spec) if field.name not in _PLACE}
+    facts = {field.name: getattr(spec, field.name) for field in fields(spec) if field.name not in _WITHOUT_INFLUENCE}
     # The default length is a default of requests: with the length given, it changes no score.
     del facts["default_length"]
     _add(digest, "model", facts)

@@ -24,9 +24,11 @@ class Layout(Protocol):
 
     Attributes:
         default_instruction: The instruction of requests that give none; ``None`` for models that take no instruction.
+        template: Name of the template around query and document; ``None`` for models without one.
     """
 
     default_instruction: str | None
+    template: str | None
 
     def smallest_length(self, instruction: str | None) -> int:
         """Smallest length limit, in tokens, that leaves room for one token of each text.

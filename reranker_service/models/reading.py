@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast, get_args
 
 from .hub import ModelFiles, read_json
+from .saved import saved_settings
 from .spec import ModelKind, ModelSpec, Pooling, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ def read_model(model: str, kind: str | None = None) -> ModelSpec:
         architecture=files.architecture,
         max_length=positions,
         default_length=min(positions, files.tokenizer.model_max_length),
+        hidden_size=files.config.hidden_size,
+        saved=saved_settings(files),
     )
     if found == "cross-encoder":
         return _cross_encoder(files, spec)

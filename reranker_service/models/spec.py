@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,23 @@ Pooling = Literal["mean", "cls", "lasttoken", "max"]
 
 class UnsupportedModelError(ValueError):
     """The model can't be served. The message says what was found and what would be right."""
+
+
+@dataclass(frozen=True)
+class SavedSettings:
+    """Settings that sentence-transformers saves with a model. They describe the model and change no score.
+
+    Attributes:
+        activation: Function that makes the score of the raw score, "sigmoid" or "identity"; ``None`` if none is named.
+        prompts: Prompts by name.
+        default_prompt_name: Name of the prompt of callers that name none; ``None`` if there is none.
+        similarity: Function that compares two embeddings, "cosine" or "dot"; ``None`` if none of them is named.
+    """
+
+    activation: str | None = None
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt_name: str | None = None
+    similarity: str | None = None
 
 
 @dataclass(frozen=True)
@@ -34,6 +52,8 @@ class ModelSpec:
         document_prompt: The same for documents of a bi-encoder.
         dimensions: Leading dimensions of the embedding that are used, or ``None`` for all.
         lower_case: Whether texts are lower-cased before the tokenizer's own normalization.
+        hidden_size: Width of the token vectors.
+        saved: Settings in the model's own files that clients may want to know.
     """
 
     name: str
@@ -49,3 +69,5 @@ class ModelSpec:
     document_prompt: str = ""
     dimensions: int | None = None
     lower_case: bool = False
+    hidden_size: int = 0
+    saved: SavedSettings = field(default_factory=SavedSettings)

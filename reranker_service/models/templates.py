@@ -5,6 +5,9 @@ Source: https://huggingface.co/Qwen/Qwen3-Reranker-0.6B, section "Transformers U
 
 from __future__ import annotations
 
+NAME = "qwen3-reranker"
+"""Name of the template, for clients."""
+
 PREFIX = (
     "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
     'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'

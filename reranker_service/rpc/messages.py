@@ -9,7 +9,7 @@ from reranker.v1 import reranker_pb2 as pb
 from ..scoring import OptionRanges, Usage
 from .limits import Limits
 
-CONTRACT = pb.ContractVersion(major=1, minor=0)
+CONTRACT = pb.ContractVersion(major=1, minor=1)
 """Version of the contract that this server speaks."""
 
 _KINDS = {
@@ -29,6 +29,13 @@ def model_info(
     engine: str,
     dtype: str,
     versions: Mapping[str, str],
+    activation: str | None = None,
+    prompts: Mapping[str, str] | None = None,
+    default_prompt_name: str | None = None,
+    template: str | None = None,
+    pooling: str | None = None,
+    similarity: str | None = None,
+    preferred_pairs_per_chunk: int = 0,
 ) -> pb.GetModelInfoResponse:
     """Make the reply of GetModelInfo.
 
@@ -41,6 +48,13 @@ def model_info(
         engine: The engine's name.
         dtype: Number format of the computation.
         versions: Distribution name to version of the libraries that compute, and of this server.
+        activation: "sigmoid" or "identity"; ``None`` if the model's files name none.
+        prompts: The model's prompts by name.
+        default_prompt_name: Name of the prompt of callers that name none.
+        template: Name of the template around query and document.
+        pooling: The way in which a bi-encoder makes one vector of its token vectors.
+        similarity: "cosine" or "dot"; ``None`` if the model's files name none of them.
+        preferred_pairs_per_chunk: Pairs of a chunk with which the server is most efficient; 0 for no preference.
     """
     return pb.GetModelInfoResponse(
         model=model,
@@ -56,6 +70,13 @@ def model_info(
         dtype=dtype,
         contract=CONTRACT,
         versions=versions,
+        activation=activation,
+        prompts=prompts,
+        default_prompt_name=default_prompt_name,
+        template=template,
+        pooling=pooling,
+        similarity=similarity,
+        preferred_pairs_per_chunk=preferred_pairs_per_chunk,
     )
 
 

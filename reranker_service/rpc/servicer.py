@@ -113,14 +113,15 @@ class RerankerServicer:
     async def rerank(self, request: pb.RerankRequest) -> pb.RerankResponse:
         """Rank the documents of one query. Raises ``RerankError``."""
         self._ready()
-        return await self._rank("Rerank", request, Ticket(object(), interactive=True))
+        response = await self._rank("Rerank", request, Ticket(object(), interactive=True))
+        response.fingerprint = self._info.fingerprint
+        return response
 
     async def rerank_batch(self, request: pb.RerankBatchRequest) -> pb.RerankBatchResponse:
         """Answer each request with a response or an error. Raises ``RerankError`` if the batch itself is invalid."""
         _, validator = self._ready()
-        validator.batch(request)
         # One ticket for all requests: the engine is shared fairly between calls, whatever their size.
-        ticket = Ticket(object(), interactive=True)
+        ticket = Ticket(object(), validator.batch(request))
 
         async def item(position: int, one: pb.RerankRequest) -> pb.RerankBatchItem:
             try:
@@ -131,7 +132,7 @@ class RerankerServicer:
 
         tasks = [asyncio.create_task(item(position, one)) for position, one in enumerate(request.requests)]
         try:
-            return pb.RerankBatchResponse(items=await asyncio.gather(*tasks))
+            return pb.RerankBatchResponse(items=await asyncio.gather(*tasks), fingerprint=self._info.fingerprint)
         finally:
             for task in tasks:
                 task.cancel()
@@ -148,7 +149,7 @@ class RerankerServicer:
             _judge(call, context, grpc.StatusCode.CANCELLED)
             try:
                 scorer, validator = self._ready()
-                session = StreamSession(scorer, validator, self._info.fingerprint, self._metrics)
+                session = StreamSession(scorer, validator, self._info, self._metrics)
                 async for reply in session.replies(
                     self._parse(pb.RerankStreamRequest, data) async for data in messages
                 ):

@@ -39,10 +39,10 @@ class _Reply(NamedTuple):
 class StreamSession:
     """The state of one stream; ``replies`` runs it."""
 
-    def __init__(self, scorer: Scorer, validator: Validator, fingerprint: str, metrics: Metrics) -> None:
+    def __init__(self, scorer: Scorer, validator: Validator, info: pb.GetModelInfoResponse, metrics: Metrics) -> None:
         self._scorer = scorer
         self._validator = validator
-        self._fingerprint = fingerprint
+        self._info = info
         self._metrics = metrics
         self._replies: asyncio.Queue[_Reply | None] = asyncio.Queue()  # None comes after the last reply
         self._chunks: set[asyncio.Task[None]] = set()
@@ -81,7 +81,11 @@ class StreamSession:
                 if table is None:
                     options, interactive = self._validator.open(request)
                     table = TextTable(options, Ticket(self, interactive))
-                    opened = pb.StreamOpened(fingerprint=self._fingerprint, limits=self._validator.limits.to_message())
+                    opened = pb.StreamOpened(
+                        fingerprint=self._info.fingerprint,
+                        limits=self._validator.limits.to_message(),
+                        preferred_pairs_per_chunk=self._info.preferred_pairs_per_chunk,
+                    )
                     self._replies.put_nowait(_Reply(pb.RerankStreamResponse(opened=opened)))
                 elif kind == "texts":
                     text_bytes += self._validator.texts(request.texts, len(table.texts), text_bytes)

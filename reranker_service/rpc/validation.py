@@ -110,8 +110,11 @@ class Validator:
         top_n = min(request.top_n, count) if request.HasField("top_n") else count
         return Ranking(request.query, request.documents, top_n, request.return_documents, options)
 
-    def batch(self, request: pb.RerankBatchRequest) -> None:
-        """Validate a batch as a whole. Its requests are validated one by one later, so that each fails alone."""
+    def batch(self, request: pb.RerankBatchRequest) -> bool:
+        """Validate a batch as a whole; returns whether it is interactive.
+
+        Its requests are validated one by one later, so that each fails alone.
+        """
         count, limit = len(request.requests), self.limits.max_requests_per_batch
         if count == 0:
             raise invalid("requests", "there are none; give at least one request")
@@ -122,7 +125,9 @@ class Validator:
             raise invalid("requests", f"they hold {pairs} documents together; the limit of one batch is {limit}")
         violations = Violations()
         self._reply(request.requests, "requests", violations)
+        _known_priority(request.priority, "priority", violations)
         violations.raise_if_any()
+        return request.priority != pb.PRIORITY_BULK
 
     def open(self, message: pb.RerankStreamRequest) -> tuple[ScoringOptions, bool]:
         """Validate the first message of a stream; returns the options and whether the stream is interactive."""
@@ -131,8 +136,7 @@ class Validator:
             raise invalid(kind or "message", "came before open; the first message of a stream must be open")
         violations = Violations()
         options = self._options(message.open.options, "open.options", violations)
-        if message.open.priority not in pb.Priority.values():
-            _unknown_enum("open.priority", message.open.priority, pb.Priority.keys(), violations)
+        _known_priority(message.open.priority, "open.priority", violations)
         violations.raise_if_any()
         return options, message.open.priority == pb.PRIORITY_INTERACTIVE
 
@@ -245,6 +249,11 @@ def _known(ids: NDArray[np.int64], text_count: int, path: str, violations: Viola
         violations.add(
             f"{path}[{position}]", f"is text id {ids[position]}, but only {text_count} texts were sent before the chunk"
         )
+
+
+def _known_priority(priority: int, path: str, violations: Violations) -> None:
+    if priority not in pb.Priority.values():
+        _unknown_enum(path, priority, pb.Priority.keys(), violations)
 
 
 def _unknown_enum(path: str, value: int, names: Sequence[str], violations: Violations) -> None:
