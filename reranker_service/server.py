@@ -28,7 +28,8 @@ from .models import UnsupportedModelError, fingerprint
 from .observing.logs import adopt_handlers
 from .observing.metrics import Metrics
 from .observing.observers import ObserverError, Observers, observers
-from .rpc.admission import CallLimit
+from .rpc.admission import Admission
+from .rpc.call_limit import CallLimit
 from .rpc.listener import Listener, ListenError
 from .rpc.messages import model_info
 from .rpc.servicer import RPCS, SCORING_RPCS, SERVICE, RerankerServicer
@@ -91,7 +92,9 @@ async def serve(settings: Settings) -> int:
 
 async def _serve(settings: Settings, guard: Guard, stop: asyncio.Event, observing: Observers) -> int:
     metrics = observing.metrics
-    servicer = RerankerServicer(metrics)
+    servicer = RerankerServicer(
+        metrics, Admission(settings.memory_bytes, settings.max_streams, settings.stream_idle_seconds)
+    )
     calls = CallLimit(SERVICE, SCORING_RPCS, settings.max_calls, metrics)
     checks = health.aio.HealthServicer()
     await _set_health(checks, _NOT_SERVING)
@@ -205,6 +208,10 @@ def _make_server(settings: Settings, interceptors: Sequence[aio.ServerIntercepto
             ("grpc.max_send_message_length", size),
             # With it a second server could listen on the same port, and each would get some of the calls.
             ("grpc.so_reuseport", 0),
+            # What may be used without a chance of refusal, and what is refused at once.
+            ("grpc.max_metadata_size", settings.max_metadata_bytes),
+            ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes),
+            ("grpc.max_concurrent_streams", settings.max_connection_calls),
             # Clients may ping an idle connection every 10 seconds to find out whether the server is alive.
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),

@@ -141,6 +141,27 @@ class Settings(BaseSettings):
         description="accept compressed messages; without it they are refused with UNIMPLEMENTED, because a small "
         "message can grow to --limits.max-message-bytes",
     )
+    memory_bytes: int = Field(
+        2 << 30,
+        ge=1 << 20,
+        description="most bytes that the server holds for all clients: texts, token ids, embeddings, chunks in flight "
+        "and replies that were not read. Without room, unary calls are refused with RESOURCE_EXHAUSTED, and streams "
+        "wait",
+    )
+    max_streams: int = Field(
+        1024, ge=1, description="most streams open at once; a further stream is refused with RESOURCE_EXHAUSTED"
+    )
+    stream_idle_seconds: float = Field(
+        300.0,
+        gt=0,
+        description="seconds after which a stream ends if no message moves on it and nothing of it is being computed",
+    )
+    max_connection_calls: int = Field(
+        1024, ge=1, description="most calls at once on one connection; the client's gRPC holds further calls back"
+    )
+    max_metadata_bytes: int = Field(
+        8192, ge=1024, le=1 << 24, description="largest metadata of a call, in bytes; gRPC refuses larger metadata"
+    )
     preferred_chunk_pairs: int = Field(
         0,
         ge=0,

@@ -19,6 +19,7 @@ from examples.serving import server_command
 from reranker.v1 import reranker_pb2 as pb
 from reranker_service.engines import EngineDeadError, TokenSequence
 from reranker_service.models import make_layout, read_model
+from reranker_service.rpc.admission import Admission
 from reranker_service.rpc.limits import Limits
 from reranker_service.rpc.servicer import RerankerServicer
 from reranker_service.rpc.validation import Validator
@@ -127,13 +128,18 @@ class ControlledEngine:
 
 @contextlib.asynccontextmanager
 async def serve_in_process(
-    model: Path, engine: ControlledEngine, limits: Limits | None = None, *, cache_bytes: int = 0
+    model: Path,
+    engine: ControlledEngine,
+    limits: Limits | None = None,
+    *,
+    cache_bytes: int = 0,
+    admission: Admission | None = None,
 ) -> AsyncIterator[aio.Channel]:
     """Serve ``engine`` with the real servicer, scorer and layout over a real socket; gives a channel to it."""
     spec = read_model(str(model))
     limits = limits or Limits()
     scorer = Scorer(spec, make_layout(spec), Scheduler(engine), cache_bytes=cache_bytes)
-    servicer = RerankerServicer()
+    servicer = RerankerServicer(admission=admission)
     servicer.open(scorer, Validator(limits, scorer.ranges), pb.GetModelInfoResponse(model=spec.name, fingerprint="f"))
     server = aio.server()
     server.add_generic_rpc_handlers((servicer.handler(),))

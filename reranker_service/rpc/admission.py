@@ -1,82 +1,58 @@
-"""Admission of calls: counts the scoring calls in flight, and refuses a call beyond the limit.
-
-Health checks, reflection and GetModelInfo are never counted: an orchestrator would end a server that is merely busy.
-"""
+"""Admission: limits of what all calls together may take up, and counts of the pairs that the server works on."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-import grpc
-from grpc import aio
-
-from ..observing.metrics import Metrics
+from .budget import Account, Budget
 from .errors import BusyError
 
 
-class CallLimit(aio.ServerInterceptor):
-    """Limit of scoring calls in flight.
+class Admission:
+    """Limits of all calls together.
 
-    A call counts from its headers to the end of its status, so that half-sent calls count too. A refused call's message
-    is never read.
-
-    Args:
-        service: Full name of the service.
-        rpcs: Names of the RPCs that count.
-        most: Most calls in flight.
-        metrics: Counts the refused calls.
+    Attributes:
+        budget: Bytes that the server holds for its clients.
+        stream_idle_seconds: Seconds without a message after which a stream with nothing to compute is ended.
+        pairs: Pairs that the server has read and not yet answered.
+        streams: Open streams.
     """
 
-    def __init__(self, service: str, rpcs: Iterable[str], most: int, metrics: Metrics) -> None:
-        self._refusals = {f"/{service}/{rpc}": self._refusal(rpc) for rpc in rpcs}
-        self._most = most
-        self._metrics = metrics
-        self._in_flight = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+    def __init__(
+        self, memory_bytes: int = 2 << 30, max_streams: int = 1024, stream_idle_seconds: float = 300.0
+    ) -> None:
+        """Set the limits; see the settings of the same names."""
+        self.budget = Budget(memory_bytes)
+        self.stream_idle_seconds = stream_idle_seconds
+        self.pairs = 0
+        self.streams = 0
+        self._max_streams = max_streams
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Count the call, or give it a handler that refuses it."""
-        refusal = self._refusals.get(handler_call_details.method)
-        if refusal is None:
-            return await continuation(handler_call_details)
-        if self._in_flight >= self._most:
-            return refusal
-        self._in_flight += 1
-        self._idle.clear()
-        # gRPC runs interceptors and handler of a call in one task, which ends with the call.
-        task = asyncio.current_task()
-        assert task is not None
-        task.add_done_callback(self._ended)
-        return await continuation(handler_call_details)
+    @contextmanager
+    def ranking(self, pairs: int) -> Iterator[None]:
+        """Count the pairs of a ranking as long as the context lasts."""
+        self.pairs += pairs
+        try:
+            yield
+        finally:
+            self.pairs -= pairs
 
-    async def wait_idle(self) -> None:
-        """Return once no scoring call is in flight."""
-        await self._idle.wait()
+    @contextmanager
+    def stream(self, in_flight: Callable[[], bool]) -> Iterator[Account]:
+        """Count a stream as long as the context lasts; gives its account.
 
-    def _ended(self, _: asyncio.Task[Any]) -> None:
-        self._in_flight -= 1
-        if not self._in_flight:
-            self._idle.set()
-
-    def _refusal(self, rpc: str) -> grpc.RpcMethodHandler[Any, Any]:
-        async def refuse(requests: object, context: aio.ServicerContext[Any, Any]) -> AsyncIterator[bytes]:
-            with self._metrics.call(rpc) as call:
-                error = BusyError(
-                    f"{self._most} calls are in flight, the limit of the server (--max-calls); try again later"
-                )
-                call.code = error.code.name
-                trailers = (*(context.trailing_metadata() or ()), *error.metadata())
-                await context.abort(error.code, error.message, trailers)
-            # gRPC takes a handler of streams with a yield for an asynchronous generator.
-            if False:
-                yield b""
-
-        # A handler of streams also serves unary calls, and is called before the message is read.
-        return grpc.stream_stream_rpc_method_handler(refuse)
+        Raises:
+            BusyError: As many streams are open as are allowed.
+        """
+        if self.streams >= self._max_streams:
+            raise BusyError(
+                f"{self.streams} streams are open, which is the limit; try again later, or raise --max-streams"
+            )
+        self.streams += 1
+        account = self.budget.open(in_flight)
+        try:
+            yield account
+        finally:
+            self.streams -= 1
+            account.close()

@@ -87,22 +87,23 @@ class InvalidRequestError(RerankError):
 
 
 class BusyError(RerankError):
-    """The server is full; the same request may succeed later.
+    """The server is full: a limit of all calls together is reached.
 
     Attributes:
-        retry_seconds: Time after which the client may try again.
+        retry_seconds: Time after which the client may try again; ``None`` if the same call would fail again.
     """
 
-    def __init__(self, message: str, retry_seconds: float = 1.0) -> None:
+    def __init__(self, message: str, retry_seconds: float | None = 1.0) -> None:
         super().__init__(message, StatusCode.RESOURCE_EXHAUSTED)
         self.retry_seconds = retry_seconds
 
     def to_status(self) -> status_pb2.Status:
-        """Express the error as a status with one ``RetryInfo`` detail."""
+        """Express the error as a status, with a ``RetryInfo`` detail if a later call may succeed."""
         status = super().to_status()
-        detail = error_details_pb2.RetryInfo()
-        detail.retry_delay.FromNanoseconds(round(self.retry_seconds * 1e9))
-        status.details.add().Pack(detail)
+        if self.retry_seconds is not None:
+            detail = error_details_pb2.RetryInfo()
+            detail.retry_delay.FromNanoseconds(round(self.retry_seconds * 1e9))
+            status.details.add().Pack(detail)
         return status
 
 
@@ -143,6 +144,20 @@ def invalid(field: str, description: str) -> InvalidRequestError:
 def not_ready() -> RerankError:
     """Make the error for calls that arrive while the model is loading; a later call may succeed."""
     return RerankError("the model is still loading; try again soon", StatusCode.UNAVAILABLE)
+
+
+def cancelled() -> RerankError:
+    """Make the error of a chunk that the client has given up."""
+    return RerankError("the client cancelled the chunk", StatusCode.CANCELLED)
+
+
+def idle(seconds: float) -> RerankError:
+    """Make the error that ends a stream on which nothing moves."""
+    return RerankError(
+        f"no message moved on the stream for {seconds:g} s, and nothing of it is being computed; open a stream when "
+        "there is work and read its results, or raise --stream-idle-seconds",
+        StatusCode.DEADLINE_EXCEEDED,
+    )
 
 
 def as_rerank_error(error: Exception) -> RerankError:

@@ -22,6 +22,7 @@ from reranker.v1 import reranker_pb2 as pb
 
 from ..observing.metrics import Call, Metrics
 from ..scoring import Pairs, Scored, Scorer, TextTable, Ticket
+from .admission import Admission
 from .errors import RerankError, as_rerank_error, invalid, not_ready
 from .messages import usage_message
 from .stream import StreamSession
@@ -65,8 +66,9 @@ async def _abort(call: Call, context: Context, error: RerankError) -> None:
 class RerankerServicer:
     """Answers the four RPCs of ``reranker.v1.RerankerService``, with UNAVAILABLE until ``open`` is called."""
 
-    def __init__(self, metrics: Metrics | None = None) -> None:
+    def __init__(self, metrics: Metrics | None = None, admission: Admission | None = None) -> None:
         self._metrics = metrics or Metrics()
+        self._admission = admission or Admission()
         self._scorer: Scorer | None = None
         self._validator: Validator | None = None
         self._info = pb.GetModelInfoResponse()
@@ -118,8 +120,12 @@ class RerankerServicer:
         return response
 
     async def rerank_batch(self, request: pb.RerankBatchRequest) -> pb.RerankBatchResponse:
-        """Answer each request with a response or an error. Raises ``RerankError`` if the batch itself is invalid."""
-        _, validator = self._ready()
+        """Answer each request with a response or an error.
+
+        Raises:
+            RerankError: The batch itself is invalid, or the server has no room for it.
+        """
+        scorer, validator = self._ready()
         # One ticket for all requests: the engine is shared fairly between calls, whatever their size.
         ticket = Ticket(object(), validator.batch(request))
 
@@ -130,12 +136,13 @@ class RerankerServicer:
             except Exception as error:
                 return pb.RerankBatchItem(error=as_rerank_error(error).to_status())
 
-        tasks = [asyncio.create_task(item(position, one)) for position, one in enumerate(request.requests)]
-        try:
-            return pb.RerankBatchResponse(items=await asyncio.gather(*tasks), fingerprint=self._info.fingerprint)
-        finally:
-            for task in tasks:
-                task.cancel()
+        with self._admission.budget.hold(sum(self._cost(scorer, one) for one in request.requests)):
+            tasks = [asyncio.create_task(item(position, one)) for position, one in enumerate(request.requests)]
+            try:
+                return pb.RerankBatchResponse(items=await asyncio.gather(*tasks), fingerprint=self._info.fingerprint)
+            finally:
+                for task in tasks:
+                    task.cancel()
 
     async def get_model_info(self, request: pb.GetModelInfoRequest) -> pb.GetModelInfoResponse:
         """Describe the served model."""
@@ -143,19 +150,16 @@ class RerankerServicer:
         return self._info
 
     async def _rerank_stream(
-        self, messages: AsyncIterator[bytes], context: Context
+        self, _: AsyncIterator[bytes], context: Context
     ) -> AsyncIterator[pb.RerankStreamResponse]:
         with self._metrics.call("RerankStream") as call:
             _judge(call, context, grpc.StatusCode.CANCELLED)
             try:
                 scorer, validator = self._ready()
-                session = StreamSession(scorer, validator, self._info, self._metrics)
-                async for reply in session.replies(
-                    self._parse(pb.RerankStreamRequest, data) async for data in messages
-                ):
-                    # A cancelled write ends this handler at once. gRPC writes what a handler yields, and leaves the
-                    # handler and the span around it to the garbage collector where that write is cancelled.
-                    await context.write(reply)
+                session = StreamSession(scorer, validator, self._info, self._admission, self._metrics)
+                # A cancelled write ends this handler at once. gRPC writes what a handler yields, and leaves the
+                # handler and the span around it to the garbage collector where that write is cancelled.
+                await session.run(self._requests(context), context.write)
                 # The requests of a cancelled call end like those of a half-closed one, up to a few milliseconds before
                 # gRPC cancels this task. gRPC finishes another read only after it has reported the cancellation.
                 await context.read()
@@ -185,6 +189,15 @@ class RerankerServicer:
                 f"{len(data)} bytes are no {message.DESCRIPTOR.full_name}: {error}; strings must be UTF-8",
             ) from None
 
+    async def _requests(self, context: Context) -> AsyncIterator[pb.RerankStreamRequest]:
+        """The messages of a stream. gRPC's own iterator would hold each message until the next one comes."""
+        while True:
+            data: Any = await context.read()
+            if data is aio.EOF:
+                return
+            yield self._parse(pb.RerankStreamRequest, data)
+            del data
+
     def _ready(self) -> tuple[Scorer, Validator]:
         if self._scorer is None or self._validator is None:
             raise not_ready()
@@ -195,7 +208,9 @@ class RerankerServicer:
         scorer, validator = self._ready()
         try:
             ranking = validator.rerank(request, at)
-            scored = await self._score(scorer, ranking, ticket)
+            held = 0 if at else self._cost(scorer, request)  # a batch holds the bytes of all its requests
+            with self._admission.budget.hold(held), self._admission.ranking(len(ranking.documents)):
+                scored = await self._score(scorer, ranking, ticket)
         except Exception as error:
             known = as_rerank_error(error)
             self._metrics.refusal(rpc, known.code.name)
@@ -210,6 +225,16 @@ class RerankerServicer:
                 result.document = ranking.documents[index]
         self._metrics.sent(time.monotonic() - known_at)
         return response
+
+    @staticmethod
+    def _cost(scorer: Scorer, request: pb.RerankRequest) -> int:
+        """Bytes that the server holds for a ranking: the message, what scoring makes of it, and the reply."""
+        options, longest = request.options, scorer.ranges.max_length
+        max_length = min(options.max_length, longest) if options.HasField("max_length") else longest
+        copies = 3 if request.return_documents else 1
+        return copies * request.ByteSize() + scorer.costs.ranking(
+            request.query, request.documents, options.instruction, max_length
+        )
 
     @staticmethod
     async def _score(scorer: Scorer, ranking: Ranking, ticket: Ticket) -> Scored:

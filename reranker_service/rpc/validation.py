@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +23,8 @@ _MOST_SUB_MESSAGES = 1024
 _RESULT_BYTES = 24
 _REPLY_BYTES = 4096
 
+_LEAST_PROGRESS_SECONDS = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
@@ -32,6 +35,21 @@ class Ranking:
     top_n: int
     return_documents: bool
     options: ScoringOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """A validated ``StreamOpen``.
+
+    Attributes:
+        options: Options of all pairs of the stream.
+        interactive: Whether the stream's pairs overtake bulk work.
+        progress_seconds: Silence after which the client wants a sign of life; ``None`` for no such messages.
+    """
+
+    options: ScoringOptions
+    interactive: bool
+    progress_seconds: float | None
 
 
 @dataclass(slots=True)
@@ -129,16 +147,22 @@ class Validator:
         violations.raise_if_any()
         return request.priority != pb.PRIORITY_BULK
 
-    def open(self, message: pb.RerankStreamRequest) -> tuple[ScoringOptions, bool]:
-        """Validate the first message of a stream; returns the options and whether the stream is interactive."""
+    def open(self, message: pb.RerankStreamRequest) -> Opening:
+        """Validate the first message of a stream. An error ends the stream."""
         kind = message.WhichOneof("message")
         if kind != "open":
             raise invalid(kind or "message", "came before open; the first message of a stream must be open")
         violations = Violations()
         options = self._options(message.open.options, "open.options", violations)
         _known_priority(message.open.priority, "open.priority", violations)
+        progress = message.open.progress_seconds if message.open.HasField("progress_seconds") else None
+        if progress is not None and not _LEAST_PROGRESS_SECONDS <= progress < math.inf:
+            violations.add(
+                "open.progress_seconds",
+                f"is {progress:g}; give a finite number of seconds, at least {_LEAST_PROGRESS_SECONDS}, or none",
+            )
         violations.raise_if_any()
-        return options, message.open.priority == pb.PRIORITY_INTERACTIVE
+        return Opening(options, message.open.priority == pb.PRIORITY_INTERACTIVE, progress)
 
     def texts(self, message: pb.StreamTexts, texts_before: int, bytes_before: int) -> int:
         """Validate more texts of a stream; returns their size in bytes. An error ends the stream."""
@@ -163,6 +187,11 @@ class Validator:
             raise invalid("chunk.id", f"is {chunk_id}, as was an earlier chunk's; ids must differ within a stream")
         if len(earlier) >= self.limits.max_chunks_per_stream:
             raise invalid("chunk", f"is one more than {len(earlier)}, the limit of chunks in one stream")
+
+    def cancel(self, message: pb.StreamCancel) -> None:
+        """Validate the giving up of chunks. An error ends the stream."""
+        if not message.chunk_ids:
+            raise invalid("cancel.chunk_ids", "there are none; give at least one chunk id")
 
     def chunk(self, chunk: pb.StreamChunk, text_count: int) -> Pairs:
         """Validate the pairs of a chunk. An error fails only this chunk."""

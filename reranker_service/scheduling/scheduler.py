@@ -89,6 +89,7 @@ class Scheduler:
         engine: The engine; started.
         metrics: Receives the size of each batch.
         waiting: Number of sequences that have not entered the engine.
+        finished: Number of sequences that the engine has finished.
         waiting_since: Time of arrival of the oldest waiting job, ``time.monotonic()`` seconds; ``None`` if none waits.
     """
 
@@ -96,6 +97,7 @@ class Scheduler:
         self.engine = engine
         self.metrics = metrics or Metrics()
         self.waiting = 0
+        self.finished = 0
         self.waiting_since: float | None = None
         self._interactive = FairQueue()
         self._bulk = FairQueue()
@@ -272,6 +274,7 @@ class Scheduler:
         self._held_since = now if self._in_flight.batches else None
         error = task.exception()
         if error is None:
+            self.finished += len(batch)
             # The engine was busy with the batch before this one until that one finished.
             self._pace.add(batch.tokens, max(now - max(batch.entered, self._last_finish), 0.0))
         self._last_finish = now

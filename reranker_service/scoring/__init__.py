@@ -5,12 +5,14 @@
 """
 
 from ..scheduling import Ticket
+from .costs import Costs, TableCosts
 from .errors import EngineFailedError, OutOfMemoryError, OverLongError, ScoringError, TooShortLimitError
 from .scorer import Scorer
 from .texts import TextTable
 from .types import OptionRanges, Pairs, Scored, ScoringOptions, Usage
 
 __all__ = [
+    "Costs",
     "EngineFailedError",
     "OptionRanges",
     "OutOfMemoryError",
@@ -20,6 +22,7 @@ __all__ = [
     "Scorer",
     "ScoringError",
     "ScoringOptions",
+    "TableCosts",
     "TextTable",
     "Ticket",
     "TooShortLimitError",

@@ -12,6 +12,7 @@ from ..models import ModelSpec, NoRoomError, PairLayout, TextLayout
 from ..observing.metrics import Load
 from ..scheduling import EngineDeadError, EngineMemoryError, Scheduler
 from .cache import EmbeddingCache, ScoreCache
+from .costs import Costs
 from .disk import DiskCache
 from .embedding import EmbeddingScorer
 from .encoding import TextEncoder
@@ -30,6 +31,7 @@ class Scorer:
         scheduler: Feeds the engine.
         cache: Known scores or embeddings; ``None`` if none are kept in memory.
         ranges: Options that the model supports.
+        costs: Bytes that texts and pairs take up.
     """
 
     def __init__(
@@ -60,6 +62,8 @@ class Scorer:
             default_instruction=layout.default_instruction,
         )
         self._cosines = isinstance(layout, TextLayout)
+        self.costs = Costs(4 * (spec.dimensions or spec.hidden_size) if self._cosines else 0)
+        self._finished = 0
         self._disk = disk
         self._texts = TextEncoder(layout, scheduler.metrics)
         self._raw: PairScorer | EmbeddingScorer
@@ -97,6 +101,8 @@ class Scorer:
             raise ScoringError(f"scoring failed: {type(error).__name__}") from error
         if not np.isfinite(raw).all():
             raise ScoringError("the model gave a score that is not finite; check its weights and its number format")
+        # The scheduler has counted the sequences of this reply.
+        self._finished += max(len(pairs) - cost.sequences, 0)
         return Scored(raw if table.options.raw else self._probability(raw), cost.usage(len(pairs)))
 
     def load(self) -> Load:
@@ -108,6 +114,11 @@ class Scorer:
             running=self.scheduler.running,
             cache_bytes=0 if self.cache is None else self.cache.size_bytes,
         )
+
+    @property
+    def finished(self) -> int:
+        """Pairs that were finished since the start: in the engine (of a bi-encoder its texts), or without it."""
+        return self._finished + self.scheduler.finished
 
     def close(self) -> None:
         """End the threads."""

@@ -125,18 +125,21 @@ class Cost:
         cached: Pairs whose score was known before.
         shared: Pairs that took the score of an identical pair.
         truncated: Pairs with a truncated text, among those scored for this reply.
+        sequences: Sequences that the engine computed.
     """
 
     arrived: float = field(default_factory=time.monotonic)
     cached: int = 0
     shared: int = 0
     truncated: int = 0
+    sequences: int = 0
     _started: float | None = None
     _tokens: int = 0
 
     def add(self, result: JobResult) -> None:
         """Count a job that has run."""
         self._tokens += result.tokens
+        self.sequences += len(result.values)
         self._started = result.started if self._started is None else min(self._started, result.started)
 
     def usage(self, pairs: int) -> Usage:
