@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
@@ -39,6 +39,25 @@ SCORING_RPCS = tuple(rpc for rpc in RPCS if rpc != "GetModelInfo")
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
 Context = aio.ServicerContext[Message, Message]
+
+
+class _Requests:
+    """The messages of a stream. A generator, such as gRPC's own, would hold each message until the next one comes."""
+
+    def __init__(
+        self, context: Context, parse: Callable[[type[pb.RerankStreamRequest], bytes], pb.RerankStreamRequest]
+    ) -> None:
+        self._context = context
+        self._parse = parse
+
+    def __aiter__(self) -> _Requests:
+        return self
+
+    async def __anext__(self) -> pb.RerankStreamRequest:
+        data: Any = await self._context.read()
+        if data is aio.EOF:
+            raise StopAsyncIteration
+        return self._parse(pb.RerankStreamRequest, data)
 
 
 def _judge(call: Call, context: Context, code: grpc.StatusCode) -> None:
@@ -159,7 +178,7 @@ class RerankerServicer:
                 session = StreamSession(scorer, validator, self._info, self._admission, self._metrics)
                 # A cancelled write ends this handler at once. gRPC writes what a handler yields, and leaves the
                 # handler and the span around it to the garbage collector where that write is cancelled.
-                await session.run(self._requests(context), context.write)
+                await session.run(_Requests(context, self._parse), context.write)
                 # The requests of a cancelled call end like those of a half-closed one, up to a few milliseconds before
                 # gRPC cancels this task. gRPC finishes another read only after it has reported the cancellation.
                 await context.read()
@@ -188,15 +207,6 @@ class RerankerServicer:
                 "message",
                 f"{len(data)} bytes are no {message.DESCRIPTOR.full_name}: {error}; strings must be UTF-8",
             ) from None
-
-    async def _requests(self, context: Context) -> AsyncIterator[pb.RerankStreamRequest]:
-        """The messages of a stream. gRPC's own iterator would hold each message until the next one comes."""
-        while True:
-            data: Any = await context.read()
-            if data is aio.EOF:
-                return
-            yield self._parse(pb.RerankStreamRequest, data)
-            del data
 
     def _ready(self) -> tuple[Scorer, Validator]:
         if self._scorer is None or self._validator is None:

@@ -34,6 +34,9 @@ _SCORE_BYTES = 8  # in an array that grows by doubling
 # A chunk's id, which is kept until the stream ends.
 _ID_BYTES = 128
 
+# A message may hold millions of ids; other calls get their turn between so many of them.
+_CANCELS_AT_ONCE = 4096
+
 Write = Callable[[pb.RerankStreamResponse], Awaitable[object]]
 
 
@@ -140,6 +143,13 @@ class StreamSession:
                 if self._failure is not None:
                     raise self._failure
                 await reader
+            except asyncio.CancelledError:
+                if self._failure is None:
+                    raise
+                # `_watch` cancelled a write that the client does not take. gRPC sends the status behind it.
+                if task := asyncio.current_task():
+                    task.uncancel()
+                raise self._failure from None
             finally:
                 self._writer = None
                 self._admission.pairs -= self._pairs_waiting
@@ -147,6 +157,10 @@ class StreamSession:
                     self._timer.cancel()
                 for task in (reader, *self._tasks):
                     task.cancel()
+                # Otherwise task, error, traceback and this frame keep each other, and the texts, until the garbage
+                # collector looks.
+                del reader
+                self._reader = self._failure = None
 
     async def _next_reply(self) -> _Reply | None:
         """The next reply, or a progress message if there is none for as long as the client asked for.
@@ -179,7 +193,6 @@ class StreamSession:
             return
         self._end(idle(limit))
         if self._writer is not None:
-            # gRPC sends no status behind a message that the client does not take: the call ends as cancelled.
             self._writer.cancel()
 
     def _end(self, error: RerankError) -> None:
@@ -212,16 +225,21 @@ class StreamSession:
                     continue
                 if kind == "cancel":
                     self._validator.cancel(request.cancel)
-                    for chunk_id in request.cancel.chunk_ids:
-                        self._cancel(chunk_id, table, costs, account)
+                    ids = request.cancel.chunk_ids
+                    for begin in range(0, len(ids), _CANCELS_AT_ONCE):
+                        for chunk_id in ids[begin : begin + _CANCELS_AT_ONCE]:
+                            self._cancel(chunk_id, table, costs, account)
+                        await asyncio.sleep(0)
                     continue
                 await self._admitted.wait()
                 if kind == "texts":
                     text_bytes += self._validator.texts(request.texts, len(table.texts), text_bytes)
-                    texts = list(request.texts.texts)
-                    await account.take(costs.add(texts))
-                    table.texts.extend(texts)
-                elif kind == "chunk":
+                    known = len(table.texts)
+                    table.texts.extend(request.texts.texts)
+                    del request  # holds a second copy of the texts
+                    await account.take(costs.add(table.texts[known:]))
+                    continue
+                if kind == "chunk":
                     self._validator.chunk_id(request.chunk.id, chunk_ids)
                     chunk_ids.add(request.chunk.id)
                     self._add(request.chunk, table, costs, account)

@@ -23,9 +23,9 @@ _TOKEN_BYTES = 4
 _TOKENS_A_BYTE = 2
 _RESULT_BYTES = 160
 # A pair in flight: ids, lengths and positions in arrays, its place in the cache's table of pairs in flight, its score.
-_PAIR_BYTES = 400
+_PAIR_BYTES = 256
 # A chunk in flight beside its pairs: a task with its coroutines, futures, small arrays, and its message.
-_CHUNK_BYTES = 16 << 10
+_CHUNK_BYTES = 12 << 10
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,9 +81,10 @@ class OncePerText(Generic[Value]):
                 del self._groups[one]
 
     def close(self) -> None:
-        """Cancel the groups in flight."""
+        """Cancel the groups in flight, and drop the values."""
         for group in set(self._groups.values()):
             group.cancel()
+        self._values.clear()
 
 
 class TextTable:
@@ -135,11 +136,12 @@ class TextTable:
         return self._digests
 
     def close(self) -> None:
-        """Cancel the work in flight for these texts."""
+        """Cancel the work in flight for these texts, and drop them: an error's traceback may hold the table longer."""
         for role in self.encoded:
             self.embedded[role].close()
             self.encoded[role].close()
             self.measured[role].close()
+        self.texts.clear()
 
 
 def _piece(texts: Sequence[str], begin: int) -> tuple[list[str], int]:
