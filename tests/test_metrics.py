@@ -183,16 +183,25 @@ def test_streams_that_their_client_cancels_count_as_cancelled(
 
 
 class Cancelled:
-    """The context of a call that its client has cancelled: ``read`` reports the cancellation, ``abort`` fails."""
+    """The context of a call that its client has cancelled.
+
+    The first ``read`` looks like a half-close, the next one reports the cancellation, ``abort`` fails.
+    """
 
     def __init__(self) -> None:
         self.codes: list[grpc.StatusCode] = []
+        self._reads = 0
 
     def set_code(self, code: grpc.StatusCode) -> None:
         self.codes.append(code)
 
+    async def write(self, _: object) -> None:
+        raise AssertionError("nothing to write")
+
     async def read(self) -> object:
-        asyncio.current_task().cancel()
+        self._reads += 1
+        if self._reads > 1:
+            asyncio.current_task().cancel()
         await asyncio.sleep(0)
         return aio.EOF
 
