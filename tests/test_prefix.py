@@ -28,6 +28,7 @@ from .test_encoding import PIECES, PROPERTY
 WORDS = [*PIECES, "中文", "。", "，", "が", "カ", "！", "Слово", "été", "<mask>", "▁a", "a▁", "\u0308", "\u200d", "_"]
 _WORDS = st.lists(st.sampled_from([*WORDS, " ", "a b", "c d"]), min_size=5, max_size=40)
 LONG_TEXTS = st.one_of(_WORDS.map(" ".join), _WORDS.map("".join), st.text(max_size=30).map("a b {} c d".format))
+LONGER = st.builds("{} {}".format, LONG_TEXTS, st.integers(0, 12).map("some more words 12 ".__mul__))
 FEW = settings(PROPERTY, max_examples=60)
 TOKENIZERS: dict[str, Callable[[], object]] = {
     "wordpiece": models.wordpiece_tokenizer,
@@ -95,10 +96,12 @@ def test_pairs_of_cut_texts_equal_pairs_of_whole_texts(build: Callable[[Path], P
         return replace(text, length=whole.length, exact=True)
 
     @FEW
-    @given(LONG_TEXTS, LONG_TEXTS, st.integers(0, 40))
+    @given(LONGER, LONGER, st.integers(0, 20))
     def check(query: str, document: str, spare: int) -> None:
         nonlocal cut
         limit = least + spare
+        # Longer texts where the template takes a hundred tokens.
+        query, document = query * (1 + least // 20), document * (1 + least // 20)
         pair = layout.encode_queries([query], None, limit) + layout.encode_documents([document], limit)
         whole = layout.encode_queries([query], None) + layout.encode_documents([document])
         assert max(len(text.ids) for text in pair) <= limit
@@ -121,7 +124,7 @@ def test_single_cut_texts_equal_whole_texts(tmp_path: Path) -> None:
     assert isinstance(layout, TextLayout)
 
     @FEW
-    @given(LONG_TEXTS, st.integers(layout.smallest_length(None), 64))
+    @given(LONGER, st.integers(layout.smallest_length(None), 64))
     def check(text: str, limit: int) -> None:
         for part, whole in (
             (layout.encode_queries([text], None, limit)[0], layout.encode_queries([text], None)[0]),
