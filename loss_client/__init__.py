@@ -24,6 +24,7 @@ from loss_client.client.errors import (
 from loss_client.client.options import Priority
 from loss_client.client.ranking import RankedDocument
 from loss_client.client.scores import ScoreMatrix, ScoreType, ScoreUsage
+from loss_client.client.turns import ServerState
 
 if TYPE_CHECKING:
     from loss_client.callbacks import RerankerMarginCallback, RerankerMetricsCallback, RerankerResumeCallback
@@ -69,6 +70,7 @@ __all__ = [
     "ScoreMatrix",
     "ScoreType",
     "ScoreUsage",
+    "ServerState",
 ]
 
 

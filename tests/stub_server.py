@@ -76,15 +76,30 @@ class Gate:
 class Abort(Exception):
     """Raised by a script: ends the call with this status."""
 
-    def __init__(self, code: grpc.StatusCode, message: str, violations: Sequence[tuple[str, str]] = ()) -> None:
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        message: str,
+        violations: Sequence[tuple[str, str]] = (),
+        retry_seconds: float | None = None,
+    ) -> None:
         super().__init__(code, message)
-        self.status = status_of(code, message, violations)
+        self.status = status_of(code, message, violations, retry_seconds)
         self.code = code
 
 
-def status_of(code: grpc.StatusCode, message: str, violations: Sequence[tuple[str, str]] = ()) -> status_pb2.Status:
-    """Return a google.rpc.Status, with (field, description) pairs as its google.rpc.BadRequest."""
+def status_of(
+    code: grpc.StatusCode,
+    message: str,
+    violations: Sequence[tuple[str, str]] = (),
+    retry_seconds: float | None = None,
+) -> status_pb2.Status:
+    """Return a google.rpc.Status, with (field, description) pairs as its google.rpc.BadRequest and with RetryInfo."""
     status = status_pb2.Status(code=code.value[0], message=message)
+    if retry_seconds is not None:
+        info = error_details_pb2.RetryInfo()
+        info.retry_delay.FromMicroseconds(round(retry_seconds * 1e6))
+        status.details.add().Pack(info)
     if violations:
         fields = [
             error_details_pb2.BadRequest.FieldViolation(field=name, description=rule) for name, rule in violations
@@ -162,7 +177,9 @@ class StubServer:
         on_request: The same for unary requests.
         limits: The limits that the server reports; it does not enforce them.
         fingerprint: The model's fingerprint.
-        contract: Major and minor version of the contract.
+        contract: Major and minor version of the contract. From 1.1 on, streams get progress messages that ask for them,
+            and unary replies have the fingerprint.
+        preferred_pairs: Pairs of a chunk that the server prefers, 0 for no preference.
         without: Names of RPCs that answer UNIMPLEMENTED.
         port: The port; 0 for a free one. ``start`` after ``stop`` uses the same port again.
         credentials: Credentials for TLS.
@@ -177,6 +194,7 @@ class StubServer:
         limits: pb.Limits | None = None,
         fingerprint: str = "stub",
         contract: tuple[int, int] = (1, 0),
+        preferred_pairs: int = 0,
         without: frozenset[str] | set[str] = frozenset(),
         port: int = 0,
         credentials: grpc.ServerCredentials | None = None,
@@ -187,6 +205,12 @@ class StubServer:
         self.limits = limits or default_limits()
         self.fingerprint = fingerprint
         self.contract = contract
+        self.preferred_pairs = preferred_pairs
+        self.on_info: Callable[[], Awaitable[None]] | None = None  # awaited before each answer of GetModelInfo
+        self.finished = 0  # pairs, reported in progress messages
+        self.ahead = 0  # pairs of other calls, reported in progress messages
+        self.silent = False  # sends no progress
+        self.next_fingerprints: list[str] = []  # in place of ``fingerprint``, for the next streams
         self.without = without
         self.port = port
         self.streams: list[ReceivedStream] = []
@@ -254,6 +278,11 @@ class _Servicer(reranker_pb2_grpc.RerankerServiceServicer):
 
     async def GetModelInfo(self, request: Any, context: Any) -> Any:
         await self._refuse_if_without("GetModelInfo", context)
+        if self._stub.on_info is not None:
+            try:
+                await self._stub.on_info()
+            except Abort as abort:
+                await _abort(context, abort)
         major, minor = self._stub.contract
         return pb.GetModelInfoResponse(
             model="stub",
@@ -271,13 +300,20 @@ class _Servicer(reranker_pb2_grpc.RerankerServiceServicer):
         )
 
     async def Rerank(self, request: Any, context: Any) -> Any:
-        return await self._unary("Rerank", request, context, self._rank)
+        def answer(request: Any) -> Any:
+            response = self._rank(request)
+            response.fingerprint = self._unary_fingerprint()
+            return response
+
+        return await self._unary("Rerank", request, context, answer)
+
+    def _unary_fingerprint(self) -> str:
+        return self._stub.fingerprint if self._stub.contract >= (1, 1) else ""
 
     async def RerankBatch(self, request: Any, context: Any) -> Any:
         def answer(batch: Any) -> Any:
-            return pb.RerankBatchResponse(
-                items=[pb.RerankBatchItem(response=self._rank(each)) for each in batch.requests]
-            )
+            items = [pb.RerankBatchItem(response=self._rank(each)) for each in batch.requests]
+            return pb.RerankBatchResponse(items=items, fingerprint=self._unary_fingerprint())
 
         return await self._unary("RerankBatch", request, context, answer)
 
@@ -289,7 +325,7 @@ class _Servicer(reranker_pb2_grpc.RerankerServiceServicer):
         replies: asyncio.Queue[Any] = asyncio.Queue()
         reader = asyncio.create_task(self._read(stream, request_iterator, replies))
         try:
-            while (reply := await replies.get()) is not None:
+            while (reply := await self._next_reply(stream, replies)) is not None:
                 if isinstance(reply, Abort):
                     await _abort(context, reply)
                 yield reply
@@ -303,6 +339,27 @@ class _Servicer(reranker_pb2_grpc.RerankerServiceServicer):
             await asyncio.wait({reader})
             stream.ended = True
             stub.note()
+
+    async def _next_reply(self, stream: ReceivedStream, replies: asyncio.Queue[Any]) -> Any:
+        """Wait for a reply; return a progress message if the client asked for one and there is nothing to send."""
+        stub = self._stub
+        reply = asyncio.ensure_future(replies.get())
+        try:
+            while True:
+                # The first reply is the answer to ``open``, before which the client's settings are not known.
+                asked = stub.contract >= (1, 1) and stream.open.HasField("progress_seconds")
+                await asyncio.wait({reply}, timeout=stream.open.progress_seconds if asked else None)
+                if reply.done():
+                    return reply.result()
+                if not stub.silent:
+                    waiting = len(stream.pairs()) - sum(len(stream.chunks[each].pairs()) for each in stream.answered)
+                    return pb.RerankStreamResponse(
+                        progress=pb.StreamProgress(
+                            pairs_waiting=waiting, pairs_in_server=waiting + stub.ahead, pairs_finished=stub.finished
+                        )
+                    )
+        finally:
+            reply.cancel()
 
     async def _read(self, stream: ReceivedStream, requests: AsyncIterator[Any], replies: asyncio.Queue[Any]) -> None:
         stub, tasks = self._stub, set()
@@ -322,7 +379,9 @@ class _Servicer(reranker_pb2_grpc.RerankerServiceServicer):
                     stream.text_messages.append(request.ByteSize())
                 else:
                     stream.open = request.open
-                    opened = pb.StreamOpened(fingerprint=stub.fingerprint, limits=stub.limits)
+                    fingerprint = stub.next_fingerprints.pop(0) if stub.next_fingerprints else stub.fingerprint
+                    opened = pb.StreamOpened(fingerprint=fingerprint, limits=stub.limits)
+                    opened.preferred_pairs_per_chunk = stub.preferred_pairs
                     replies.put_nowait(pb.RerankStreamResponse(opened=opened))
             stream.half_closed = True
             stub.note()
@@ -355,6 +414,7 @@ class _Servicer(reranker_pb2_grpc.RerankerServiceServicer):
         if not result.HasField("id"):
             result.id = chunk.message.id
         stream.answered.append(chunk.number)
+        self._stub.finished += len(result.scores.values)
         return pb.RerankStreamResponse(result=result)
 
     async def _unary(self, name: str, request: Any, context: Any, answer: Callable[[Any], Any]) -> Any:

@@ -22,8 +22,8 @@ from loss_client import (
     RerankerUnavailableError,
     ScoreError,
 )
-from loss_client.client.channels import Patience
 from loss_client.client.endpoints import Endpoint
+from loss_client.client.patience import Patience
 from reranker.v1 import reranker_pb2 as pb
 from tests.stub_server import (
     Abort,
@@ -221,7 +221,7 @@ def test_a_server_that_stalls(server: StubServer) -> None:
 
 
 def test_a_short_call_gets_its_attempt_after_others_failed(server: StubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loss_client.client.endpoints.random.uniform", lambda low, high: 60.0)  # seconds of rest
+    monkeypatch.setattr("loss_client.client.endpoints._generator.uniform", lambda low, high: 60.0)  # seconds of rest
     stalled, never = True, Gate()
 
     async def hold(*_: object) -> None:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from loss_client.client.channels import Channels
 from loss_client.client.endpoints import ChannelSettings
 from loss_client.client.errors import ClientClosedError, RerankerError
+from loss_client.client.turns import ServerState
 
 T = TypeVar("T")
 
@@ -62,6 +63,18 @@ class Background:
                 raise ClientClosedError("the client is closed")
             loop, channels = self._start()
             return asyncio.run_coroutine_threadsafe(work(channels), loop)
+
+    def states(self) -> tuple[ServerState, ...]:
+        """Return the state of each target."""
+        channels = self._channels
+        if channels is None:
+            return tuple(ServerState(str(target), "unused", None) for target in self._settings.targets)
+        return channels.turns.states()
+
+    def model(self) -> str | None:
+        """Return the fingerprint of the client's model; None before the first answer of a server."""
+        channels = self._channels
+        return None if channels is None else channels.turns.model
 
     def close(self) -> None:
         """Cancel all coroutines, close the channels and end the thread. A second call has no effect."""

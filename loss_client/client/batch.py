@@ -8,10 +8,11 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from loss_client.client.channels import Channels, Patience
+from loss_client.client.channels import Channels
 from loss_client.client.chunks import Chunk
 from loss_client.client.errors import ScoreError, from_status
 from loss_client.client.job import Job
+from loss_client.client.patience import Patience
 from loss_client.client.progress import Progress
 from reranker.v1 import reranker_pb2 as pb
 
@@ -28,14 +29,14 @@ async def score_in_batches(job: Job, progress: Progress, channels: Channels, pat
     """
     channels.warn_of_fallback()
     info: pb.GetModelInfoResponse = await channels.call(
-        lambda stub: stub.GetModelInfo, pb.GetModelInfoRequest(), patience
+        lambda stub: stub.GetModelInfo, pb.GetModelInfoRequest(), patience, pin=job.pin
     )
-    progress.plan(job.chunk_pairs)
-    pieces = _fitting(job, progress, info.limits)
+    progress.plan(job.pairs_per_chunk(info.preferred_pairs_per_chunk))
+    pieces = _fitting(job, progress, info)
 
     async def work() -> None:
         for chunk in pieces:
-            await _score(job, progress, chunk, channels, patience)
+            await _score(job, progress, chunk, channels, patience.branch())
 
     workers = [asyncio.get_running_loop().create_task(work()) for _ in range(_CALLS_IN_FLIGHT)]
     try:
@@ -52,7 +53,7 @@ async def _score(job: Job, progress: Progress, chunk: Chunk, channels: Channels,
     def read(response: pb.RerankBatchResponse) -> tuple[NDArray[np.float32], pb.RerankBatchResponse]:
         return _scores(request, response), response
 
-    scores, response = await channels.call(lambda stub: stub.RerankBatch, request, patience, read)
+    scores, response = await channels.call(lambda stub: stub.RerankBatch, request, patience, read, job.pin)
     patience.progress()
     progress.take(chunk, scores, [item.response.usage for item in response.items])
 
@@ -91,9 +92,10 @@ def _scores(request: pb.RerankBatchRequest, response: pb.RerankBatchResponse) ->
     return np.concatenate(rows)
 
 
-def _fitting(job: Job, progress: Progress, limits: pb.Limits) -> Iterator[Chunk]:
+def _fitting(job: Job, progress: Progress, info: pb.GetModelInfoResponse) -> Iterator[Chunk]:
     """Cut the chunks that are left until each fits one call; a single pair always counts as fitting."""
-    while (chunk := progress.next_chunk(job.chunk_pairs)) is not None:
+    limits, preferred = info.limits, info.preferred_pairs_per_chunk
+    while (chunk := progress.next_chunk(job.pairs_per_chunk(preferred))) is not None:
         waiting = [chunk]
         while waiting:
             piece = waiting.pop()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,12 +18,15 @@ from loss_client.client.credentials import TLS_CA
 from loss_client.client.endpoints import ChannelSettings, Endpoint
 from loss_client.client.errors import (
     ConnectionLostError,
+    OtherModelError,
     RerankerError,
     RerankerRequestError,
     RerankerTimeoutError,
     RerankerUnavailableError,
     from_rpc_error,
 )
+from loss_client.client.patience import Patience
+from loss_client.client.turns import ModelPin, Turns
 
 if TYPE_CHECKING:
     from reranker.v1.reranker_pb2_grpc import RerankerServiceAsyncStub
@@ -32,21 +35,10 @@ T = TypeVar("T")
 
 _logger = logging.getLogger(__name__)
 
-
-class Patience:
-    """Deadline of a call or job that each progress extends: at most ``seconds`` may pass without progress."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.last_progress = asyncio.get_running_loop().time()
-
-    def progress(self) -> None:
-        """Extend the deadline: an answer arrived."""
-        self.last_progress = asyncio.get_running_loop().time()
-
-    def remaining(self) -> float:
-        """Seconds until the deadline; 0 or less once it has passed."""
-        return self.last_progress + self.seconds - asyncio.get_running_loop().time()
+# Longest time that the first job of a client with several targets waits until all of them have named their models.
+_SURVEY_SECONDS = 2.0
+# A limit that is noticed so late passed while this process itself stood still: what has arrived by then is read first.
+_LATE_SECONDS = 0.5
 
 
 class _SuspendedError(Exception):
@@ -54,79 +46,110 @@ class _SuspendedError(Exception):
 
 
 class _StalledError(Exception):
-    """The attempt was ended at the deadline."""
+    """The attempt was ended at one of its limits."""
 
 
 Attempt = Callable[[Endpoint, Patience], Coroutine[Any, Any, T]]
 
 
 class Channels:
-    """All endpoints of a client, used in turn."""
+    """All endpoints of a client, used in turn.
+
+    Attributes:
+        turns: Chooses the endpoints, and knows their models.
+    """
 
     def __init__(self, settings: ChannelSettings) -> None:
         self._endpoints = [Endpoint(target, settings) for target in settings.targets]
-        self._next = random.randrange(len(self._endpoints))  # so that many clients with one list spread over it
+        self.turns = Turns(self._endpoints)
+        self._surveying = asyncio.Lock()
+        self._surveyed = len(self._endpoints) == 1
         self._attempts: set[asyncio.Task[Any]] = set()
         self._open = asyncio.Event()
         self._open.set()
         self._idle = asyncio.Event()
         self._warned = False
 
-    async def run(self, attempt: Attempt[T], patience: Patience, left: Callable[[], str] = lambda: "") -> T:
+    async def run(
+        self,
+        attempt: Attempt[T],
+        patience: Patience,
+        left: Callable[[], str] = lambda: "",
+        pin: ModelPin | None = None,
+        on_failure: Callable[[str], None] = lambda failure: None,
+    ) -> T:
         """Make attempts, each at one endpoint, until one succeeds or fails for good.
 
         Args:
             attempt: Makes one attempt. ``ConnectionLostError`` and gRPC's errors for a lost connection lead to another
                 attempt.
-            patience: The deadline.
+            patience: The deadline, and the limits of each attempt.
             left: Returns the end of the error message, such as the number of pairs that are left.
+            pin: The model that is needed. Default: the client's.
+            on_failure: Called with the error of each attempt that another one follows.
 
         Raises:
             RerankerUnavailableError: All attempts failed until the deadline.
-            RerankerTimeoutError: The last attempt got no answer until the deadline.
+            RerankerTimeoutError: Servers were reached, but the attempts got no answer until the deadline.
+            ModelChangedError: Only servers of other models are left.
             RerankerError: An attempt failed with an error that another attempt would meet again.
         """
-        tried, last = 0, "none was made"
+        pin = ModelPin() if pin is None else pin
+        tried, last, lost = 0, "none was made", False
+        others: Counter[Endpoint] = Counter()
+        await self._survey(patience)
         while True:
             await self._open.wait()
-            endpoint, delay = self._choose()
+            now = asyncio.get_running_loop().time()
+            endpoint, delay = self.turns.choose(pin, others, now)
             if tried == 0 and delay > patience.remaining() / 2:
                 delay = 0.0  # earlier failures were other calls': this one makes at least one attempt
             if delay > patience.remaining():
-                raise self._unavailable(tried, patience, last, left())
+                raise self._exhausted(tried, lost, patience, last, left())
             if delay > 0:
                 await asyncio.sleep(delay)
                 continue
             tried += 1
             begun = patience.last_progress
-            failure: RerankerError
+            patience.begin_attempt(takeover=any(one is not endpoint for one in self.turns.usable(pin, others, now)))
+            failure: RerankerError | None = None  # None: the attempt ended at a limit
             # No variable or exception may keep a reference to the attempt: gRPC would still be running at a fork.
             try:
                 result = await self._make(attempt, endpoint, patience)
             except _SuspendedError:
                 continue
             except _StalledError:
-                # So that the next job or call tries another endpoint first.
-                endpoint.failed(asyncio.get_running_loop().time())
-                stalled = f"{endpoint.target} sent nothing for {patience.seconds:g} s"
-                if tried == 1 or patience.last_progress > begun:
-                    failure = RerankerTimeoutError(f"{stalled}{left()}")
-                else:
-                    failure = self._unavailable(tried, patience, stalled, left())
+                pass
             except aio.AioRpcError as error:
-                failure = _with_advice(from_rpc_error(error, str(endpoint.target)), endpoint)
+                if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                    failure = _with_advice(from_rpc_error(error, str(endpoint.target)), endpoint)
+            except OtherModelError as error:
+                others[endpoint] += 1
+                last = str(error)
+                continue
             except ConnectionLostError as error:
-                failure = ConnectionLostError(str(error))
+                failure = ConnectionLostError(str(error), error.retry_seconds)
             else:
                 endpoint.succeeded()
                 return result
+            if failure is None:
+                failure = await self._stalled(endpoint, patience, begun, tried, left)
             if not isinstance(failure, ConnectionLostError):
                 raise failure
             if patience.last_progress > begun:
-                endpoint.succeeded()
-                tried = 1
+                tried, lost = 1, False
+            lost = lost or not isinstance(failure, _StallError)
             last = str(failure)
-            endpoint.failed(asyncio.get_running_loop().time())
+            on_failure(last)
+            now = asyncio.get_running_loop().time()
+            if failure.retry_seconds is not None:
+                endpoint.full(now, failure.retry_seconds)
+            elif not isinstance(failure, _StallError):
+                if patience.last_progress > begun:
+                    endpoint.succeeded()
+                endpoint.failed(now)
+            elif patience.remaining() <= 0:
+                raise self._exhausted(tried, lost, patience, last, left())
 
     async def call(
         self,
@@ -134,6 +157,8 @@ class Channels:
         request: Any,
         patience: Patience,
         read: Callable[[Any], T] = lambda response: response,
+        pin: ModelPin | None = None,
+        on_failure: Callable[[str], None] = lambda failure: None,
     ) -> T:
         """Make a unary call, with retries.
 
@@ -142,15 +167,21 @@ class Channels:
             request: The request message.
             patience: The deadline.
             read: Turns the response into the result; ``ConnectionLostError`` leads to another attempt.
+            pin: The model that is needed. Default: the client's.
+            on_failure: Called with the error of each attempt that another one follows.
         """
+        pin = ModelPin() if pin is None else pin
 
         async def attempt(endpoint: Endpoint, patience: Patience) -> T:
             stub = await endpoint.stub(patience.remaining())
             # The deadline goes to the server too, which then stops scoring when the client stops waiting.
-            timeout = max(patience.remaining(), 0.001)
-            return read(await rpc(stub)(request, timeout=timeout, metadata=endpoint.metadata))
+            timeout = max(patience.attempt_remaining(), 0.001)
+            response = await rpc(stub)(request, timeout=timeout, metadata=endpoint.metadata)
+            if response.fingerprint:  # not set in ranked replies of contract 1.0
+                self.turns.agree(pin, endpoint, response.fingerprint)
+            return read(response)
 
-        return await self.run(attempt, patience)
+        return await self.run(attempt, patience, pin=pin, on_failure=on_failure)
 
     def warn_of_fallback(self) -> None:
         """Warn, once in the life of a client, that the server has no streams."""
@@ -180,22 +211,55 @@ class Channels:
         for endpoint in self._endpoints:
             await endpoint.close()
 
+    async def _survey(self, patience: Patience) -> None:
+        """At the first use of several targets, ask all of them at once for contract and model."""
+        if self._surveyed:
+            return
+        async with self._surveying:
+            if self._surveyed:
+                return
+            await self._open.wait()
+            seconds = min(_SURVEY_SECONDS, patience.seconds / 4)
+            answers = await asyncio.gather(
+                *(self._make(_introduce, endpoint, _one_attempt(seconds)) for endpoint in self._endpoints),
+                return_exceptions=True,
+            )
+            if any(isinstance(answer, _SuspendedError) for answer in answers):
+                return
+            now = asyncio.get_running_loop().time()
+            for endpoint, answer in zip(self._endpoints, answers, strict=True):
+                stalled = isinstance(answer, _StalledError)
+                if isinstance(answer, aio.AioRpcError):
+                    stalled = answer.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+                    if not stalled:
+                        endpoint.failed(now)
+                if stalled:
+                    await endpoint.stalled(now, patience.stall_seconds)
+            self.turns.vote()
+            self._surveyed = True
+
     async def _make(self, attempt: Attempt[T], endpoint: Endpoint, patience: Patience) -> T:
-        """Make one attempt, and end it at the deadline.
+        """Make one attempt, and end it at its limits.
 
         Raises:
-            _StalledError: The deadline passed.
+            _StalledError: A limit has passed.
             _SuspendedError: ``suspend`` ended the attempt.
             Exception: The attempt's own error.
         """
-        task = asyncio.get_running_loop().create_task(attempt(endpoint, patience))
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(attempt(endpoint, patience))
         self._attempts.add(task)
+        endpoint.attempts += 1
+        late = False
         try:
             while not task.done():
-                remaining = patience.remaining()
-                if remaining <= 0:
+                remaining = patience.attempt_remaining()
+                if remaining <= 0 and not late:
                     raise _StalledError
-                await asyncio.wait({task}, timeout=remaining)
+                # Not longer than the stall limit, which may begin to count once the server is known to send progress.
+                due = loop.time() + (_LATE_SECONDS if late else min(remaining, patience.stall_seconds))
+                await asyncio.wait({task}, timeout=due - loop.time())
+                late = not late and loop.time() - due > _LATE_SECONDS
             if task.cancelled():
                 raise _SuspendedError
             return task.result()
@@ -203,28 +267,50 @@ class Channels:
             if not task.done():
                 task.cancel()
                 await asyncio.wait({task})
+            endpoint.attempts -= 1
             self._attempts.discard(task)
             if not self._attempts:
                 self._idle.set()
             del task  # breaks the circle of an exception, its traceback, this frame and the task
 
-    def _choose(self) -> tuple[Endpoint, float]:
-        """Return (endpoint, seconds until it is ready): the next in turn that is ready, or the first that will be."""
-        now = asyncio.get_running_loop().time()
-        count = len(self._endpoints)
-        for step in range(count):
-            endpoint = self._endpoints[(self._next + step) % count]
-            if endpoint.ready_at <= now:
-                self._next = (self._next + step + 1) % count
-                return endpoint, 0.0
-        first = min(self._endpoints, key=lambda endpoint: endpoint.ready_at)
-        return first, first.ready_at - now
+    async def _stalled(
+        self, endpoint: Endpoint, patience: Patience, begun: float, tried: int, left: Callable[[], str]
+    ) -> RerankerError:
+        """Let an endpoint rest after an attempt that ended at a limit; return the attempt's failure.
 
-    def _unavailable(self, tried: int, patience: Patience, last: str, left: str) -> RerankerUnavailableError:
+        Args:
+            endpoint: The endpoint.
+            patience: The limits.
+            begun: Time of the last progress before the attempt.
+            tried: Number of attempts since then.
+            left: Returns the end of the error message.
+        """
+        now, over = asyncio.get_running_loop().time(), patience.remaining() <= 0
+        only = over and (tried == 1 or patience.last_progress > begun)
+        failure: RerankerError
+        if only:  # the deadline passed in the first attempt since the last progress
+            failure = RerankerTimeoutError(f"{endpoint.target} {patience.describe(patience.seconds)}{left()}")
+        else:
+            failure = _StallError(f"{endpoint.target} {patience.describe()}")
+        # So that the next job or call tries another endpoint first.
+        await endpoint.stalled(now, min(patience.stall_seconds, patience.seconds))
+        return failure
+
+    def _exhausted(self, tried: int, lost: bool, patience: Patience, last: str, left: str) -> RerankerError:
+        """Return the error for a deadline that passed after several attempts.
+
+        Args:
+            tried: Number of attempts since the last progress.
+            lost: Whether a connection was lost in one of them.
+            patience: The deadline.
+            last: The last error.
+            left: The end of the message.
+        """
         targets = [str(endpoint.target) for endpoint in self._endpoints]
-        return RerankerUnavailableError(
+        kind = RerankerUnavailableError if lost or tried == 0 else RerankerTimeoutError
+        return kind(
             f"no progress for {patience.seconds:g} s with {', '.join(targets)}: {tried} attempts; "
-            f"the last error: {last}{left}"
+            f"the last error: {last}{self.turns.left_out()}{left}"
         )
 
 
@@ -240,6 +326,19 @@ def _with_advice(failure: RerankerError, endpoint: Endpoint) -> RerankerError:
             f"another name: give the authority's certificate as root_certificates or in {TLS_CA})"
         )
     return failure
+
+
+class _StallError(ConnectionLostError):
+    """An attempt that ended at a limit before the deadline: another one follows."""
+
+
+async def _introduce(endpoint: Endpoint, patience: Patience) -> None:
+    """Connect to an endpoint, and learn its contract and its model."""
+    await endpoint.stub(patience.remaining())
+
+
+def _one_attempt(seconds: float) -> Patience:
+    return Patience(seconds, seconds)
 
 
 def is_unimplemented(error: BaseException) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import logging
+import time
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from os import PathLike
@@ -14,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_client.client.background import Background
-from loss_client.client.channels import Channels, Patience
+from loss_client.client.channels import Channels
 from loss_client.client.credentials import Pem, make_credentials
 from loss_client.client.endpoints import ChannelSettings
 from loss_client.client.errors import ClientClosedError, IncompatibleServerError
@@ -28,14 +30,23 @@ from loss_client.client.options import (
     positive_seconds,
     priority_value,
 )
+from loss_client.client.patience import Patience
 from loss_client.client.ranking import RankedDocument, read_ranking
 from loss_client.client.run import run_job
 from loss_client.client.scores import RawScale, ScoreMatrix, ScoreType
 from loss_client.client.targets import parse_targets
 from loss_client.client.texts import TextTable
+from loss_client.client.turns import ModelPin, ServerState
 from reranker.v1 import reranker_pb2 as pb
 
 T = TypeVar("T")
+
+_logger = logging.getLogger(__name__)
+
+_STREAM_CHUNK_PAIRS = 128  # of jobs whose rows are read as they arrive
+_WHOLE_CHUNK_PAIRS = 1024  # of jobs that are read as a whole
+_READY_STALL_SECONDS = 5.0
+_READY_REPORT_SECONDS = 5.0
 
 _RAW_SCALES: dict[int, RawScale] = {
     pb.MODEL_KIND_CROSS_ENCODER: "logit",
@@ -50,7 +61,12 @@ class RerankerClient:
     The client makes its thread and its connections at first use. They end with ``close``, with the ``with`` block,
     with the last reference to the client, or with the interpreter. Any thread may use the client, and so may a forked
     child, which makes its own thread and connections. Equal texts are sent once. After a lost connection the client
-    connects again and sends only chunks without an answer.
+    connects again, after a backoff, and sends only chunks without an answer. It does the same at another server if a
+    server stalls. Errors that another attempt would meet again are raised at once.
+
+    All scores of one job come from one model, told by its fingerprint. The client's model is the one that most targets
+    serve at first. A server of another model is left out, with one warning, as long as a server of the client's model
+    is left; ``servers`` has the state of each.
 
     All scoring methods take the same options by keyword:
 
@@ -60,13 +76,18 @@ class RerankerClient:
     - ``timeout``: seconds, in place of the client's ``timeout``.
 
     Methods that score many pairs also take ``priority``, ``"bulk"`` (the default) or ``"interactive"``, and
-    ``chunk_pairs``, the most pairs of one message.
+    ``chunk_pairs``, the most pairs of one message. Default: the number that the server prefers, or 1,024 in methods
+    that return all scores at once and 128 in methods that return them as they arrive.
 
     Args:
         target: ``"host:port"``, gRPC's own forms (``"dns:///..."``, ``"unix:..."``), ``"grpc://host:port"``,
             ``"grpcs://host:port"`` (TLS), or a list of these. Jobs and calls go to each target of a list in turn, and
             skip targets that have just failed.
-        timeout: Most seconds of a call, and most seconds that a job may go without a score, reconnecting included.
+        timeout: Most seconds of a call, and most seconds that a job may go without finished work, reconnecting
+            included. Finished work is a score of the job or, at a server of contract 1.1, of any other call.
+        stall_timeout: Most seconds that a server may send nothing before another attempt is made, at another server if
+            there is one. Servers of contract 1.1 send progress messages while they work. Default: a third of the
+            timeout; a server of contract 1.0 that is the only target then keeps the whole timeout.
         metadata: Pairs of key (lower case) and value, sent with every call.
         token: Token that is sent with every call. Default: the variable ``RERANKER_CLIENT_TOKEN``, if it is set.
         token_file: File that holds the token and nothing else; it is read again when it changes. Default: the file that
@@ -92,6 +113,7 @@ class RerankerClient:
         target: str | Sequence[str],
         *,
         timeout: float = 60.0,
+        stall_timeout: float | None = None,
         metadata: Sequence[tuple[str, str]] = (),
         token: str | None = None,
         token_file: str | PathLike[str] | None = None,
@@ -112,6 +134,7 @@ class RerankerClient:
             client_key=client_key,
         )
         self._timeout = positive_seconds("timeout", timeout)
+        self._stall_timeout = None if stall_timeout is None else positive_seconds("stall_timeout", stall_timeout)
         self._settings = ChannelSettings(targets, tuple((key, value) for key, value in metadata), credentials)
         if remembered_pairs < 0:
             raise ValueError(f"remembered_pairs is {remembered_pairs}; it has to be 0 or more")
@@ -162,13 +185,13 @@ class RerankerClient:
         )
 
     def score_pairs(
-        self, pairs: Sequence[tuple[str, str]], *, chunk_pairs: int = 1024, **options: Unpack[JobOptions]
+        self, pairs: Sequence[tuple[str, str]], *, chunk_pairs: int | None = None, **options: Unpack[JobOptions]
     ) -> NDArray[np.float32]:
         """Score pairs of a query and a document; returns scores of shape ``(len(pairs),)``.
 
         Args:
             pairs: The pairs. Equal ones are scored once.
-            chunk_pairs: Most pairs of a message.
+            chunk_pairs: See the class.
             **options: See the class.
 
         Raises:
@@ -176,8 +199,8 @@ class RerankerClient:
         """
         queries, documents = [query for query, _ in pairs], [document for _, document in pairs]
         every = range(len(pairs))
-        matrix = self.stream_pairs(queries, documents, every, every, chunk_pairs=chunk_pairs, **options)
-        return self._finish(matrix)[:, 0]
+        asked = pair_list(queries, documents, every, every)
+        return self._finish(self._begin(asked, _WHOLE_CHUNK_PAIRS, chunk_pairs, recurring=True, **options))[:, 0]
 
     def stream_pairs(
         self,
@@ -189,10 +212,11 @@ class RerankerClient:
         instruction: str | None = None,
         max_length: int | None = None,
         score_type: ScoreType = "probability",
-        chunk_pairs: int = 128,
+        chunk_pairs: int | None = None,
         priority: Priority = "bulk",
         timeout: float | None = None,
         recurring: bool = True,
+        pin: ModelPin | None = None,
     ) -> ScoreMatrix:
         """Begin to score listed pairs of queries and documents, and return at once.
 
@@ -207,11 +231,12 @@ class RerankerClient:
             instruction: See the class.
             max_length: See the class.
             score_type: See the class.
-            chunk_pairs: Most pairs of a message.
+            chunk_pairs: See the class.
             priority: See the class.
             timeout: See the class.
             recurring: Whether the pairs will come again, such as positives in every epoch. The client remembers other
                 pairs only in the space that recurring pairs leave.
+            pin: See ``one_model``.
 
         Returns:
             The scores, shape ``(n, 1)``: one row for each pair, readable as it arrives. Pairs of one query are scored
@@ -220,16 +245,25 @@ class RerankerClient:
         Raises:
             IndexError: A position is out of range.
         """
-        pairs = pair_list(queries, documents, query_ids, document_ids)
-        options = options_message(instruction, max_length, score_type)
-        return self._begin(pairs, options, priority, chunk_pairs, timeout, recurring)
+        return self._begin(
+            pair_list(queries, documents, query_ids, document_ids),
+            _STREAM_CHUNK_PAIRS,
+            chunk_pairs,
+            instruction=instruction,
+            max_length=max_length,
+            score_type=score_type,
+            priority=priority,
+            timeout=timeout,
+            recurring=recurring,
+            pin=pin,
+        )
 
     def score_grid(
         self,
         queries: Sequence[str],
         documents: Sequence[str],
         *,
-        chunk_pairs: int = 1024,
+        chunk_pairs: int | None = None,
         **options: Unpack[JobOptions],
     ) -> NDArray[np.float32]:
         """Score every query with every document; returns scores of shape ``(len(queries), len(documents))``.
@@ -237,13 +271,13 @@ class RerankerClient:
         Args:
             queries: The queries. Equal ones are scored once.
             documents: The documents. Equal ones are scored once.
-            chunk_pairs: Most pairs of a message.
+            chunk_pairs: See the class.
             **options: See the class.
 
         Raises:
             RerankerError: The job failed.
         """
-        return self._finish(self.stream_grid(queries, documents, chunk_pairs=chunk_pairs, **options))
+        return self._finish(self._begin(pair_grid(queries, documents), _WHOLE_CHUNK_PAIRS, chunk_pairs, **options))
 
     def stream_grid(
         self,
@@ -253,9 +287,10 @@ class RerankerClient:
         instruction: str | None = None,
         max_length: int | None = None,
         score_type: ScoreType = "probability",
-        chunk_pairs: int = 128,
+        chunk_pairs: int | None = None,
         priority: Priority = "bulk",
         timeout: float | None = None,
+        pin: ModelPin | None = None,
     ) -> ScoreMatrix:
         """Begin to score every query with every document, first query first, and return at once.
 
@@ -265,17 +300,83 @@ class RerankerClient:
             instruction: See the class.
             max_length: See the class.
             score_type: See the class.
-            chunk_pairs: Most pairs of a message. With fewer the first rows arrive sooner, with more there is less
+            chunk_pairs: See the class. With fewer the first rows arrive sooner, with more there is less
                 overhead.
             priority: See the class.
             timeout: See the class.
+            pin: See ``one_model``.
 
         Returns:
             The scores, shape ``(Q, D)``; each row is readable as soon as it has arrived. Reading raises the job's
             errors.
         """
-        options = options_message(instruction, max_length, score_type)
-        return self._begin(pair_grid(queries, documents), options, priority, chunk_pairs, timeout)
+        return self._begin(
+            pair_grid(queries, documents),
+            _STREAM_CHUNK_PAIRS,
+            chunk_pairs,
+            instruction=instruction,
+            max_length=max_length,
+            score_type=score_type,
+            priority=priority,
+            timeout=timeout,
+            pin=pin,
+        )
+
+    def one_model(self) -> OneModel:
+        """Return a view of this client whose jobs get all their scores from one model, or fail.
+
+        The first score decides which model that is. The scores of one training step belong together in this way.
+        """
+        return OneModel(self)
+
+    def wait_until_ready(
+        self, timeout: float = 600.0, on_progress: Callable[[str], object] | None = None
+    ) -> pb.GetModelInfoResponse:
+        """Wait until a server serves its model, such as one that still loads it, and return what it serves.
+
+        Args:
+            timeout: Most seconds to wait.
+            on_progress: Called every 5 seconds, in this thread, with the time that has passed and the last error.
+                Default: these are logged as information.
+
+        Raises:
+            IncompatibleServerError: A server speaks another major version of the contract, or is no reranker.
+            RerankerError: No server was ready in time, or one refused the call.
+        """
+        last = "no answer yet"
+
+        def note(failure: str) -> None:
+            nonlocal last
+            last = failure
+
+        async def work(channels: Channels) -> pb.GetModelInfoResponse:
+            patience = Patience(seconds, min(_READY_STALL_SECONDS, seconds))
+            ask = pb.GetModelInfoRequest()
+            found: pb.GetModelInfoResponse = await channels.call(
+                lambda stub: stub.GetModelInfo, ask, patience, on_failure=note
+            )
+            return found
+
+        seconds, begun = positive_seconds("timeout", timeout), time.monotonic()
+
+        def report() -> None:
+            text = f"waited {time.monotonic() - begun:.0f} s of {seconds:g} s for the reranker: {last}"
+            if on_progress is None:
+                _logger.info("%s", text)
+            else:
+                on_progress(text)
+
+        return self._wait(work, report)
+
+    @property
+    def servers(self) -> tuple[ServerState, ...]:
+        """The state of each target, as the client last saw it; ``"unused"`` before the first use."""
+        return self._background.states()
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Fingerprint of the client's model; None before the first answer of a server."""
+        return self._background.model()
 
     def model_info(self, timeout: float | None = None) -> pb.GetModelInfoResponse:
         """Ask a server for its model and its limits.
@@ -284,17 +385,21 @@ class RerankerClient:
             IncompatibleServerError: The server speaks another major version of the contract.
             RerankerError: The server could not be reached in time.
         """
-        return self._call(lambda stub: stub.GetModelInfo, pb.GetModelInfoRequest(), timeout)
+        return self._model_info(timeout)
 
-    def raw_scale(self, timeout: float | None = None) -> RawScale:
+    def raw_scale(self, timeout: float | None = None, *, pin: ModelPin | None = None) -> RawScale:
         """Ask a server whether its raw scores are logits or cosines.
+
+        Args:
+            timeout: See the class.
+            pin: See ``one_model``.
 
         Raises:
             IncompatibleServerError: The server speaks another major version of the contract, or names a kind of model
                 that this client does not know.
             RerankerError: The server could not be reached in time.
         """
-        kind = self.model_info(timeout).kind
+        kind = self._model_info(timeout, pin).kind
         scale = _RAW_SCALES.get(kind)
         if scale is None:
             raise IncompatibleServerError(
@@ -302,6 +407,9 @@ class RerankerClient:
                 "and cannot tell how their raw scores become probabilities: update the client"
             )
         return scale
+
+    def _model_info(self, timeout: float | None, pin: ModelPin | None = None) -> pb.GetModelInfoResponse:
+        return self._call(lambda stub: stub.GetModelInfo, pb.GetModelInfoRequest(), timeout, pin=pin)
 
     def close(self) -> None:
         """End all jobs, connections and the thread. Calls that wait for scores raise ``ClientClosedError``."""
@@ -317,25 +425,40 @@ class RerankerClient:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A thread and sockets cannot be pickled: a copy makes its own.
-        return _rebuild, (self._settings, self._timeout, self._remembered_pairs)
+        return _rebuild, (self._settings, self._timeout, self._stall_timeout, self._remembered_pairs)
 
     def _begin(
         self,
         pairs: Pairs,
-        options: pb.RerankOptions,
-        priority: Priority,
-        chunk_pairs: int,
-        timeout: float | None,
+        usual_pairs: int,
+        chunk_pairs: int | None,
+        *,
+        instruction: str | None = None,
+        max_length: int | None = None,
+        score_type: ScoreType = "probability",
+        priority: Priority = "bulk",
+        timeout: float | None = None,
         recurring: bool = False,
+        pin: ModelPin | None = None,
     ) -> ScoreMatrix:
-        level = priority_value(priority)
-        if chunk_pairs < 1:
+        if chunk_pairs is not None and chunk_pairs < 1:
             raise ValueError(f"chunk_pairs is {chunk_pairs}; it has to be 1 or more")
-        seconds = self._seconds(timeout)
         matrix = ScoreMatrix(
             pairs.shape, row_ids=pairs.row_ids, column_ids=pairs.column_ids, on_cancel=lambda: future.cancel()
         )
-        job = Job(pairs, matrix, options, level, chunk_pairs, seconds, self._memory, recurring)
+        job = Job(
+            pairs=pairs,
+            matrix=matrix,
+            options=options_message(instruction, max_length, score_type),
+            priority=priority_value(priority),
+            chunk_pairs=chunk_pairs,
+            usual_pairs=usual_pairs,
+            timeout=self._seconds(timeout),
+            stall_timeout=self._stall_timeout,
+            pin=ModelPin() if pin is None else pin,
+            memory=self._memory,
+            recurring=recurring,
+        )
         future = self._background.submit(lambda channels: self._run(job, channels))
         return matrix
 
@@ -357,20 +480,24 @@ class RerankerClient:
         request: Any,
         timeout: float | None,
         read: Callable[[Any], T] = lambda response: response,
+        pin: ModelPin | None = None,
     ) -> T:
         seconds = self._seconds(timeout)
 
         async def work(channels: Channels) -> T:
-            return await channels.call(rpc, request, Patience(seconds), read)
+            return await channels.call(rpc, request, Patience(seconds, self._stall_timeout), read, pin)
 
         return self._wait(work)
 
     def _seconds(self, timeout: float | None) -> float:
         return self._timeout if timeout is None else positive_seconds("timeout", timeout)
 
-    def _wait(self, work: Callable[[Channels], Coroutine[Any, Any, T]]) -> T:
+    def _wait(self, work: Callable[[Channels], Coroutine[Any, Any, T]], report: Callable[[], None] | None = None) -> T:
+        """Run ``work`` and wait for its result, with a report every few seconds."""
         future = self._background.submit(work)
         try:
+            while report is not None and not concurrent.futures.wait([future], _READY_REPORT_SECONDS).done:
+                report()
             return future.result()
         except (concurrent.futures.CancelledError, asyncio.CancelledError):
             raise ClientClosedError("the client was closed while it waited for an answer") from None
@@ -379,10 +506,48 @@ class RerankerClient:
             raise
 
 
-def _rebuild(settings: ChannelSettings, timeout: float, remembered_pairs: int) -> RerankerClient:
+class OneModel:
+    """View of a client whose jobs get all their scores from one model; see ``RerankerClient.one_model``.
+
+    Args:
+        client: The client.
+    """
+
+    def __init__(self, client: RerankerClient) -> None:
+        self._client = client
+        self._pin = ModelPin()
+
+    def stream_grid(self, queries: Sequence[str], documents: Sequence[str], **options: Any) -> ScoreMatrix:
+        """See ``RerankerClient.stream_grid``. Reading may raise ``ModelChangedError``."""
+        return self._client.stream_grid(queries, documents, **options, pin=self._pin)
+
+    def stream_pairs(
+        self,
+        queries: Sequence[str],
+        documents: Sequence[str],
+        query_ids: Ids,
+        document_ids: Ids,
+        **options: Any,
+    ) -> ScoreMatrix:
+        """See ``RerankerClient.stream_pairs``. Reading may raise ``ModelChangedError``."""
+        return self._client.stream_pairs(queries, documents, query_ids, document_ids, **options, pin=self._pin)
+
+    def raw_scale(self, timeout: float | None = None) -> RawScale:
+        """See ``RerankerClient.raw_scale``.
+
+        Raises:
+            ModelChangedError: No server serves the model of the earlier scores any more.
+        """
+        return self._client.raw_scale(timeout, pin=self._pin)
+
+
+def _rebuild(
+    settings: ChannelSettings, timeout: float, stall_timeout: float | None, remembered_pairs: int
+) -> RerankerClient:
     return RerankerClient(
         [str(target) for target in settings.targets],
         timeout=timeout,
+        stall_timeout=stall_timeout,
         metadata=settings.metadata,
         **settings.credentials.arguments(),
         remembered_pairs=remembered_pairs,

@@ -1,9 +1,10 @@
-"""Endpoint: one target of a client with its channel, its check of the contract, and its backoff after failures."""
+"""Endpoint: one target of a client with its channel, its check of the contract, and its times of rest."""
 
 from __future__ import annotations
 
-import random
+import asyncio
 from dataclasses import dataclass, field
+from random import SystemRandom
 from typing import TYPE_CHECKING
 
 import grpc
@@ -21,6 +22,12 @@ CONTRACT_MAJOR = 1
 # Short enough to find a restarted server within seconds, long enough not to flood one that is down.
 _FIRST_BACKOFF_SECONDS = 0.1
 _LONGEST_BACKOFF_SECONDS = 5.0
+# A stalled server costs its next job a whole stall limit; after n stalls in a row it rests 2^n limits, at most these.
+_LONGEST_REST_LIMITS = 16
+# A server of another model may be replaced by one of the right model; this is how soon the client finds out.
+_OTHER_MODEL_SECONDS = 30.0
+# Not the global generator of ``random``: training code seeds it alike on all ranks, and restores its state.
+_generator = SystemRandom()
 _CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -52,13 +59,28 @@ class ChannelSettings:
 
 
 class Endpoint:
-    """One target with its channel, which is made at first use, and its failures since the last success."""
+    """One target with its channel, which is made at first use, and its failures since the last success.
+
+    Attributes:
+        target: The target.
+        metadata: Sent with every call.
+        failures: Failed attempts since the last success, at most 16.
+        stalls: Stalled attempts since the last success, at most 16.
+        ready_at: Loop time of the next attempt.
+        rests_until: Loop time before which other endpoints are preferred, because this one stalled.
+        fingerprint: The model that the server named last; None before the first answer.
+        reports: Whether the server sends progress on streams: it speaks contract 1.1 or newer.
+        attempts: Number of attempts that are being made now.
+    """
 
     def __init__(self, target: Target, settings: ChannelSettings) -> None:
         self.target = target
         self.credentials = settings.credentials
-        self.failures = 0
-        self.ready_at = 0.0  # loop time before which it is not tried
+        self.failures = self.stalls = self.attempts = 0
+        self.ready_at = self.rests_until = 0.0
+        self.fingerprint: str | None = None
+        self.reports = False
+        self._seen_at = 0.0  # loop time of ``fingerprint``
         self._metadata = settings.metadata
         self._channel: aio.Channel | None = None
         self._stub: RerankerServiceAsyncStub | None = None
@@ -109,11 +131,23 @@ class Endpoint:
                 f"{self.target} speaks contract {info.contract.major}.{info.contract.minor}; this client needs "
                 f"{CONTRACT_MAJOR}.x: use a server and a client of the same major version"
             )
+        self.reports = info.contract.minor >= 1
+        self.saw(info.fingerprint)
+
+    def saw(self, fingerprint: str) -> None:
+        """Note the model that the server serves now."""
+        self.fingerprint, self._seen_at = fingerprint, asyncio.get_running_loop().time()
+
+    def has_other_model(self, wanted: str | None, now: float) -> bool:
+        """Whether the server served another model than ``wanted`` when it was last asked, not long ago."""
+        if wanted is None or self.fingerprint is None:
+            return False
+        return self.fingerprint != wanted and now < self._seen_at + _OTHER_MODEL_SECONDS
 
     def succeeded(self) -> None:
-        """Reset the backoff after an answer."""
-        self.failures = 0
-        self.ready_at = 0.0
+        """Reset backoff and rest after an answer."""
+        self.failures = self.stalls = 0
+        self.ready_at = self.rests_until = 0.0
 
     def failed(self, now: float) -> None:
         """Set the time of the next attempt: exponential backoff with full jitter.
@@ -123,8 +157,31 @@ class Endpoint:
         """
         longest = min(_LONGEST_BACKOFF_SECONDS, _FIRST_BACKOFF_SECONDS * 2**self.failures)
         self.failures = min(self.failures + 1, 16)
-        self.ready_at = now + random.uniform(0, longest)
+        self.ready_at = now + _generator.uniform(0, longest)
         self._checked = False  # a restarted server may have another version
+
+    def full(self, now: float, seconds: float) -> None:
+        """Set the time of the next attempt as the server asked for it, later by up to a half.
+
+        Args:
+            now: The loop's time.
+            seconds: The delay that the server named.
+        """
+        self.ready_at = now + seconds * _generator.uniform(1, 1.5)
+
+    async def stalled(self, now: float, limit: float) -> None:
+        """Rest after a stall, twice as long after each one; drop a connection that no other attempt uses.
+
+        Args:
+            now: The loop's time.
+            limit: The stall limit, in seconds.
+        """
+        self.failed(now)
+        self.stalls = min(self.stalls + 1, 16)
+        self.rests_until = now + limit * min(2**self.stalls, _LONGEST_REST_LIMITS) * _generator.uniform(0.5, 1)
+        # A connection whose packets are lost stays open for minutes; the next attempt makes another.
+        if not self.attempts:
+            await self.close()
 
     async def close(self) -> None:
         """Close the channel, if there is one; the next use makes another."""

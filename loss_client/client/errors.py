@@ -14,6 +14,16 @@ _DETAILS_KEY = "grpc-status-details-bin"
 # A broken connection is mostly UNAVAILABLE. Resets by peers and proxies have one of these codes; only the message
 # distinguishes them from other errors.
 _RESET_CODES = frozenset({grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED})
+_HINTS = {
+    grpc.StatusCode.UNAUTHENTICATED: "the server accepts only callers with valid credentials: give them to the client",
+    grpc.StatusCode.PERMISSION_DENIED: "the server does not allow this call with the client's credentials",
+    grpc.StatusCode.UNIMPLEMENTED: "use a server of a contract version that has this method",
+    grpc.StatusCode.RESOURCE_EXHAUSTED: "send fewer or shorter texts in one message, or raise the server's limits",
+}
+# Codes that every later request would meet as well, whatever its texts are.
+_PERMANENT_CODES = frozenset(
+    {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNIMPLEMENTED}
+)
 _RESET_MARKS = (
     "rst_stream",
     "goaway",
@@ -73,7 +83,8 @@ class RerankerRequestError(RerankerError):
     def __str__(self) -> str:
         rules = [f"{violation.field}: {violation.description}" for violation in self.violations]
         missing = [f"\n  {rule}" for rule in rules if rule not in self.message]
-        return f"{self.code.name}: {self.message}{''.join(missing)}"
+        hint = f" ({_HINTS[self.code]})" if self.code in _HINTS else ""
+        return f"{self.code.name}: {self.message}{hint}{''.join(missing)}"
 
 
 class IncompatibleServerError(RerankerError):
@@ -81,7 +92,7 @@ class IncompatibleServerError(RerankerError):
 
 
 class ModelChangedError(RerankerError):
-    """A job was resumed at a server with another model; the scores of two models must not be mixed."""
+    """Scores of a job or step are still missing, and all servers left have another model than its first scores."""
 
 
 class ScoreError(RerankerError):
@@ -97,32 +108,74 @@ class ClientClosedError(RerankerError):
 
 
 class ConnectionLostError(RerankerError):
-    """One attempt failed and another may succeed. The client handles this error; its callers never get it."""
+    """One attempt failed and another may succeed. The client handles this error; its callers never get it.
+
+    Attributes:
+        retry_seconds: Seconds after which the server asked for the next attempt; None if it named none.
+    """
+
+    def __init__(self, message: str, retry_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_seconds = retry_seconds
+
+
+class OtherModelError(ConnectionLostError):
+    """An attempt reached a server with another model than the one that the scores have to come from."""
+
+
+def is_permanent(error: BaseException) -> bool:
+    """Whether every later request would meet the error as well: another contract, or a caller that is not allowed."""
+    if isinstance(error, RerankerRequestError):
+        return error.code in _PERMANENT_CODES
+    return isinstance(error, IncompatibleServerError)
 
 
 def from_status(status: status_pb2.Status) -> RerankerError:
     """Return the exception for a ``google.rpc.Status``; ``ConnectionLostError`` if another attempt may succeed."""
     code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
-    if code is grpc.StatusCode.UNAVAILABLE:
-        return ConnectionLostError(f"UNAVAILABLE: {status.message}")
+    retry_seconds = _retry_seconds(code, status)
+    if code is grpc.StatusCode.UNAVAILABLE or retry_seconds is not None:
+        return ConnectionLostError(f"{code.name}: {status.message}", retry_seconds)
     return RerankerRequestError(code, status.message, _violations(status))
 
 
 def from_rpc_error(error: aio.AioRpcError, server: str) -> RerankerError:
     """Return the exception for a failed call to ``server``; ``ConnectionLostError`` if another attempt may succeed."""
     code, message = error.code(), error.details() or ""
+    status = _details(error)
+    retry_seconds = _retry_seconds(code, status)
     reset = code in _RESET_CODES and any(mark in message.lower() for mark in _RESET_MARKS)
-    if code is grpc.StatusCode.UNAVAILABLE or reset:
-        return ConnectionLostError(f"{server}: {code.name}: {message}")
+    if code is grpc.StatusCode.UNAVAILABLE or reset or retry_seconds is not None:
+        return ConnectionLostError(f"{server}: {code.name}: {message}", retry_seconds)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return RerankerTimeoutError(f"{server} did not answer in time: {message}")
+    return RerankerRequestError(code, message, _violations(status))
+
+
+def _details(error: aio.AioRpcError) -> status_pb2.Status:
+    """Return the status with the details of a failed call; an empty one if there are none that can be read."""
     for key, value in error.trailing_metadata() or ():
         if key == _DETAILS_KEY and isinstance(value, bytes):
             try:
-                return RerankerRequestError(code, message, _violations(status_pb2.Status.FromString(value)))
+                return status_pb2.Status.FromString(value)
             except DecodeError:
                 break  # the code and the message are left
-    return RerankerRequestError(code, message)
+    return status_pb2.Status()
+
+
+def _retry_seconds(code: grpc.StatusCode, status: status_pb2.Status) -> float | None:
+    """Return the delay of a ``google.rpc.RetryInfo`` among the details of a full or unavailable server.
+
+    Without it RESOURCE_EXHAUSTED is final, because gRPC uses the code for messages that are too large as well.
+    """
+    if code not in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE):
+        return None
+    for detail in status.details:
+        info = error_details_pb2.RetryInfo()
+        if detail.Is(info.DESCRIPTOR) and detail.Unpack(info):
+            seconds: float = info.retry_delay.seconds + info.retry_delay.nanos / 1e9
+            return max(seconds, 0.0)
+    return None
 
 
 def _violations(status: status_pb2.Status) -> tuple[FieldViolation, ...]:

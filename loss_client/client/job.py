@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from loss_client.client.memory import ScoreMemory
 from loss_client.client.scores import ScoreMatrix
 from loss_client.client.texts import TextTable, distinct
+from loss_client.client.turns import ModelPin
 from reranker.v1 import reranker_pb2 as pb
 
 Ids = Sequence[int] | NDArray[np.integer[Any]]
@@ -50,8 +51,11 @@ class Job:
         matrix: Takes the scores.
         options: The scoring options, as the server takes them.
         priority: The priority that the server is asked for.
-        chunk_pairs: Most pairs of a chunk.
-        timeout: Seconds without a score after which the job fails.
+        chunk_pairs: Most pairs of a chunk; None: as many as the server prefers.
+        usual_pairs: Most pairs of a chunk, if neither the caller nor the server names a number.
+        timeout: Seconds without finished work after which the job fails; see ``Patience``.
+        stall_timeout: Seconds without a sign of life after which an attempt ends. None: the default of ``Patience``.
+        pin: The model that the scores have to come from.
         memory: Scores that this client remembers from earlier jobs; used for lists, not for grids.
         recurring: Whether the memory keeps these pairs in preference to others.
     """
@@ -60,10 +64,21 @@ class Job:
     matrix: ScoreMatrix
     options: pb.RerankOptions
     priority: pb.Priority.ValueType
-    chunk_pairs: int
+    chunk_pairs: int | None
+    usual_pairs: int
     timeout: float
+    stall_timeout: float | None
+    pin: ModelPin
     memory: ScoreMemory
     recurring: bool
+
+    def pairs_per_chunk(self, preferred: int = 0) -> int:
+        """Return the most pairs of a chunk.
+
+        Args:
+            preferred: The number that the server prefers; 0 if it names none.
+        """
+        return self.chunk_pairs or preferred or self.usual_pairs
 
 
 def pair_grid(queries: Sequence[str], documents: Sequence[str]) -> Pairs:

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_client.client.chunks import Chunk, grid_chunks, list_chunks, panel_shape
-from loss_client.client.errors import ModelChangedError
 from loss_client.client.job import Job
 from loss_client.client.memory import PairKeys
 from reranker.v1 import reranker_pb2 as pb
@@ -36,22 +35,13 @@ class Progress:
         self._stream_broke = False
         self.pairs = self.pairs_left = self._count()
 
-    def begin_stream(self, fingerprint: str, server: object) -> None:
+    def begin_stream(self, fingerprint: str) -> None:
         """Note that a server has opened a stream; at the first one, take the scores that the client remembers.
 
         Args:
-            fingerprint: The model that the server serves.
-            server: The server's address, for error messages.
-
-        Raises:
-            ModelChangedError: Earlier scores of this job are another model's.
+            fingerprint: The model that the server serves; the same for all streams of a job.
         """
         job = self._job
-        if self._fingerprint not in (None, fingerprint):
-            raise ModelChangedError(
-                f"the job began with the model {self._fingerprint} and cannot continue at {server} with "
-                f"{fingerprint}: all servers of a client have to serve the same model"
-            )
         if self._fingerprint is None and job.memory.keeps and not job.pairs.grid:
             self._recall(fingerprint)
         self._fingerprint = fingerprint

@@ -6,9 +6,10 @@ import asyncio
 from functools import partial
 
 from loss_client.client.batch import score_in_batches
-from loss_client.client.channels import Channels, Patience, is_unimplemented
+from loss_client.client.channels import Channels, is_unimplemented
 from loss_client.client.errors import ClientClosedError, RerankerError
 from loss_client.client.job import Job
+from loss_client.client.patience import Patience
 from loss_client.client.progress import Progress
 from loss_client.client.stream import score_on_stream
 
@@ -16,10 +17,11 @@ from loss_client.client.stream import score_on_stream
 async def run_job(job: Job, channels: Channels) -> None:
     """Score a job. Its matrix gets every score, or the error that ended the job."""
     try:
-        progress, patience = Progress(job), Patience(job.timeout)
+        progress, patience = Progress(job), Patience(job.timeout, job.stall_timeout)
+        attempt = partial(score_on_stream, job, progress, partial(channels.turns.agree, job.pin))
         while progress.pairs_left:
             try:
-                await channels.run(partial(score_on_stream, job, progress), patience, progress.describe)
+                await channels.run(attempt, patience, progress.describe, job.pin)
             except RerankerError as error:
                 if not is_unimplemented(error):
                     raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -16,11 +16,11 @@ import numpy as np
 from grpc import aio
 from numpy.typing import NDArray
 
-from loss_client.client.channels import Patience
 from loss_client.client.chunks import Chunk
 from loss_client.client.endpoints import Endpoint
 from loss_client.client.errors import ConnectionLostError, IncompatibleServerError, ScoreError, from_status
 from loss_client.client.job import Job
+from loss_client.client.patience import Patience
 from loss_client.client.progress import Progress
 from loss_client.client.texts import TextTable
 from reranker.v1 import reranker_pb2 as pb
@@ -30,10 +30,21 @@ _MESSAGE_OVERHEAD_BYTES = 1 << 10
 _TEXT_OVERHEAD_BYTES = 8
 
 
-async def score_on_stream(job: Job, progress: Progress, endpoint: Endpoint, patience: Patience) -> None:
+async def score_on_stream(
+    job: Job, progress: Progress, agree: Callable[[Endpoint, str], None], endpoint: Endpoint, patience: Patience
+) -> None:
     """Score over one stream until every chunk is answered, or the stream may carry no more.
 
+    Args:
+        job: The job.
+        progress: The part of the job without scores.
+        agree: Called with the endpoint and the model that it opened the stream with; raises ``OtherModelError`` if the
+            job's scores may not come from that model.
+        endpoint: The server.
+        patience: Extended by answers and by progress messages.
+
     Raises:
+        OtherModelError: See ``agree``.
         ConnectionLostError, grpc.aio.AioRpcError: The stream broke; ``progress`` has what was not answered.
         RerankerError: The server refused the stream or a chunk, or its answer is wrong.
     """
@@ -41,8 +52,13 @@ async def score_on_stream(job: Job, progress: Progress, endpoint: Endpoint, pati
     call = stub.RerankStream(metadata=endpoint.metadata)
     stream = _Stream(job, progress, call)
     try:
-        limits = await stream.open(str(endpoint.target))
-        async with _alongside(stream.send(limits), call):
+        opened = await stream.open(str(endpoint.target), patience.progress_seconds)
+        patience.heard()
+        agree(endpoint, opened.fingerprint)
+        progress.begin_stream(opened.fingerprint)
+        if endpoint.reports:
+            patience.expect_reports()
+        async with _alongside(stream.send(opened), call):
             await stream.receive(patience)
         progress.end_stream()
     finally:
@@ -63,26 +79,32 @@ class _Stream:
         self._progress = progress
         self._call = call
 
-    async def open(self, server: str) -> pb.Limits:
-        """Open the stream and return its limits."""
+    async def open(self, server: str, progress_seconds: float) -> pb.StreamOpened:
+        """Open the stream and return the server's reply.
+
+        Args:
+            server: The server's address, for error messages.
+            progress_seconds: Longest silence of the server before it sends a progress message; servers of contract 1.0
+                send none.
+        """
         job = self._job
-        opening = pb.RerankStreamRequest(open=pb.StreamOpen(options=job.options, priority=job.priority))
+        first_message = pb.StreamOpen(options=job.options, priority=job.priority, progress_seconds=progress_seconds)
         with suppress(aio.BaseError, asyncio.InvalidStateError):  # the read below raises the reason
-            await self._call.write(opening)
+            await self._call.write(pb.RerankStreamRequest(open=first_message))
         first = await self._call.read()
         if first is aio.EOF:
             raise ConnectionLostError(f"{server} ended the stream without an answer")
         opened: pb.StreamOpened = first.opened
-        self._progress.begin_stream(opened.fingerprint, server)
         limits = opened.limits
         if not min(limits.max_pairs_per_chunk, limits.max_texts_per_stream, limits.max_text_bytes_per_stream):
             raise IncompatibleServerError(f"{server} opened a stream without naming its limits")
-        return limits
+        return opened
 
-    async def send(self, limits: pb.Limits) -> None:
+    async def send(self, opened: pb.StreamOpened) -> None:
         """Send chunks, each after those of its texts that are not on this stream yet, and half-close the stream."""
-        job, progress, call = self._job, self._progress, self._call
-        table, pairs = job.pairs.table, min(job.chunk_pairs, limits.max_pairs_per_chunk)
+        job, progress, call, limits = self._job, self._progress, self._call, opened.limits
+        table, pairs = job.pairs.table, job.pairs_per_chunk(opened.preferred_pairs_per_chunk)
+        pairs = min(pairs, limits.max_pairs_per_chunk)
         progress.plan(pairs, limits)
         sent_ids = np.full(len(table.texts), -1, dtype=np.int64)  # a text's id on this stream, -1: not sent
         texts_sent = bytes_sent = chunks_sent = chunk_id = 0
@@ -125,8 +147,11 @@ class _Stream:
                 raise
             if message is aio.EOF:
                 break
-            self._accept(message.result)
-            patience.progress()
+            if message.WhichOneof("message") == "result":
+                self._accept(message.result)
+                patience.progress()
+            elif message.HasField("progress"):
+                patience.heard(message.progress)
         if self.unanswered:
             raise ConnectionLostError(f"the server ended the stream with {len(self.unanswered)} chunks unanswered")
 
