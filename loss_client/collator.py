@@ -26,7 +26,8 @@ class RerankerDataCollator(SentenceTransformerDataCollator):
 
     A collator with a ``loss`` begins to score each batch when it collates it, which is one batch ahead of training: the
     scores have a whole step to arrive. With loader workers, the scoring begins when the batch arrives in the process
-    that trains. The scoring of batches that are never trained on is cancelled.
+    that trains; a copy of the collator, such as that of a worker, has no loss. The scoring of batches that are never
+    trained on is cancelled.
 
     :class:`RerankerTrainer` makes this collator by itself. Another trainer passes prompts, router mapping and lengths
     of its arguments only to the collator that it makes; :meth:`for_training` passes them to this one.
@@ -49,6 +50,16 @@ class RerankerDataCollator(SentenceTransformerDataCollator):
     def __post_init__(self) -> None:
         # Copies in loader workers keep the name, and their batches find this object by it.
         self._name = register(self)
+        self._holds: bool | dict[str, bool] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the loss, which holds the model: a copy in a loader worker begins no scoring of its own."""
+        held: bool | dict[str, bool] | None = self._holds
+        if isinstance(self.loss, Mapping):
+            held = {name: _reranker_loss_in(loss) is not None for name, loss in self.loss.items()}
+        elif self.loss is not None:
+            held = _reranker_loss_in(self.loss) is not None
+        return {**self.__dict__, "loss": None, "_holds": held}
 
     @classmethod
     def for_training(
@@ -98,8 +109,7 @@ class RerankerDataCollator(SentenceTransformerDataCollator):
             TypeError: A column that is no label holds a value that is not a string.
             ValueError: There are instructions by dataset, but the rows do not name their dataset.
         """
-        loss = self._loss_of(features[0].get("dataset_name")) if features else None
-        if loss is not None and _reranker_loss_in(loss) is None:
+        if features and self._holds_reranker_loss(features[0].get("dataset_name")) is False:
             collated: dict[str, Any] = super().__call__(features)
             return collated
         texts = {name: self._texts(name, features) for name in self._text_columns(features)}
@@ -112,7 +122,7 @@ class RerankerDataCollator(SentenceTransformerDataCollator):
         return batch
 
     def _ticket(self, texts: Mapping[str, list[str]], features: list[dict[str, Any]]) -> Ticket | None:
-        if not texts or (self.loss is None and not self.instructions):
+        if not texts or (self.loss is None and self._holds is None and not self.instructions):
             return None
         dataset = features[0].get("dataset_name")
         if self.instructions and dataset is None:
@@ -139,6 +149,13 @@ class RerankerDataCollator(SentenceTransformerDataCollator):
         if inner is None or len(columns) < 2:
             return None
         return inner.begin(columns, instruction)
+
+    def _holds_reranker_loss(self, dataset: str | None) -> bool | None:
+        """Whether the dataset's loss is or holds a ``RerankerCachedGISTEmbedLoss``; ``None`` if there is no loss."""
+        if self.loss is None:
+            return self._holds.get(dataset or "") if isinstance(self._holds, dict) else self._holds
+        loss = self._loss_of(dataset)
+        return None if loss is None else _reranker_loss_in(loss) is not None
 
     def _loss_of(self, dataset: str | None) -> nn.Module | None:
         return self.loss.get(dataset or "") if isinstance(self.loss, Mapping) else self.loss

@@ -44,7 +44,7 @@ from loss_client.filter.distillation import Distillation
 from loss_client.filter.distiller import Distiller
 from loss_client.filter.gather import gather_embeddings
 from loss_client.filter.grid import GridStep
-from loss_client.filter.jobs import ScoreRows, ScoringClient
+from loss_client.filter.jobs import OneModelClient, ScoreRows, ScoringClient
 from loss_client.filter.masking import MarginStrategy
 from loss_client.filter.prefetch import TICKET, Ticket
 from loss_client.filter.scale import probabilities
@@ -89,13 +89,14 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         margin: The margin: in units of the score (absolute) or as a share of the positive's score (relative). A larger
             margin drops more negatives.
         chunk_pairs: Most pairs of one message to the reranker. With fewer the first scores arrive sooner; with
-            more there is less overhead. The result does not depend on it.
+            more there is less overhead. The result does not depend on it. Default: the number that the server prefers,
+            or 128.
         instruction: The task in words, for rerankers that take an instruction. Default: the served model's own.
         max_length: Longest input of the reranker, in its tokens. Default: the server's.
         score_type: ``"probability"``: scores in [0, 1]. ``"raw"``: the reranker's own number, a logit or, from a
             bi-encoder, a cosine. The margin is in units of these scores.
-        timeout: Seconds that a batch may go without a score, reconnecting included, before the step fails. Default:
-            the client's, 60.
+        timeout: Seconds that a batch may go without finished work of the server, reconnecting included, before the step
+            fails. Default: the client's, 60.
         contrast_anchors: Whether the other anchors are negatives of an anchor too.
         contrast_positives: Whether the other positives are negatives of the anchor's positive too.
         contrast_filter: The pairs of anchors, and of positives, that are dropped. ``"known"``: pairs of rows i and j if
@@ -113,7 +114,8 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             documents of its own row. The bound does not hold for anchors that would need more; they are counted.
             Default: no limit.
         on_error: ``"raise"``: a step fails if its scores do not arrive. ``"unfiltered"``: the step trains without the
-            filter, is counted, and leads to a warning. A server with another contract always ends training.
+            filter, is counted, and leads to a warning. A server with another contract, or one that refuses the
+            client's credentials, always ends training.
         distillation: Adds a term that teaches the model the reranker's scores. The loss then asks for raw scores,
             because probabilities saturate, and computes the probabilities for the margin by itself. It keeps raw scores
             in float32 until the step ends: anchors x columns with ``over="row"``, anchors x distinct documents with
@@ -205,7 +207,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         show_progress_bar: bool = False,
         margin_strategy: MarginStrategy = "absolute",
         margin: float = 0.0,
-        chunk_pairs: int = 128,
+        chunk_pairs: int | None = None,
         instruction: str | None = None,
         max_length: int | None = None,
         score_type: ScoreType = "probability",
@@ -294,6 +296,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         self._steps_to_next_warning = 1
         self._distiller = Distiller()
         self._raw_scale: RawScale | None = None  # unknown before the first step that needs it
+        self._scale_model: str | None = None  # fingerprint of the model that has this scale
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         """Compute the loss of one batch.
@@ -439,14 +442,16 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             The step, which has to be given to ``forward`` in a ticket, or cancelled with ``cancel()``.
         """
         ask = partial(self._ask, instruction=self.instruction if instruction is None else instruction)
+        # One step has several jobs. Thresholds of one model's scores would not fit the scores of another.
+        client = self._client.one_model() if isinstance(self._client, OneModelClient) else self._client
         step: FilterStep
         if self.candidates == "mass":
-            pairs = partial(ask, self._client.stream_pairs)
+            pairs = partial(ask, client.stream_pairs)
             step = CandidateStep(columns, self.epsilon, self.max_candidates, pairs)
         else:
             scored = self.contrast_filter == "scores"
             contrast = (scored and self.contrast_anchors, scored and self.contrast_positives)
-            step = GridStep(columns, contrast, partial(ask, self._client.stream_grid))
+            step = GridStep(columns, contrast, partial(ask, client.stream_grid))
         step.source = self._source()
         return step
 
@@ -491,8 +496,10 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         return probabilities(raw, self._scale())
 
     def _scale(self) -> RawScale:
-        if self._raw_scale is None:
+        model = getattr(self._client, "fingerprint", None)
+        if self._raw_scale is None or self._scale_model != model:
             self._raw_scale = self._client.raw_scale(self.timeout)
+            self._scale_model = model
         return self._raw_scale
 
     def _ask(
@@ -513,7 +520,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         ticket: Ticket | None = features[0].pop(TICKET, None) if features else None
         columns = self._texts.take(features, self.model)
         begun = None if ticket is None else ticket.take()
-        if begun is not None and begun.source == self._source() and not (self.on_error == "raise" and begun.failed()):
+        if begun is not None and begun.source == self._source() and not begun.failed():
             return begun
         if begun is not None:
             # Its settings are old, or it failed while the batch waited, say during a long evaluation, and may now work.

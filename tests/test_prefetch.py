@@ -16,7 +16,6 @@ from sentence_transformers import (
 )
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
-from loss_client.client.errors import RerankerUnavailableError
 from loss_client.collator import RerankerDataCollator
 from loss_client.loss import RerankerCachedGISTEmbedLoss
 
@@ -226,15 +225,6 @@ def test_an_empty_instruction_is_an_instruction(model: SentenceTransformer) -> N
     loss.begin(texts(2, 4), "")
     loss.begin(texts(2, 4))
     assert [job.options["instruction"] for job in scorer.jobs] == ["", "by default"]
-
-
-def test_what_failed_ahead_is_asked_for_anew(model: SentenceTransformer) -> None:
-    scorer = MemoryScorer(random_scores())
-    loss = make(model, scorer)
-    batch = batch_of(RerankerDataCollator.for_training(model, loss=loss)(rows()))
-    scorer.jobs[0].error = RerankerUnavailableError("gone for a while")
-    loss(batch, None)
-    assert [job.cancelled for job in scorer.jobs] == [True, False]
 
 
 def test_the_job_begins_before_the_texts_are_tokenized(model: SentenceTransformer) -> None:

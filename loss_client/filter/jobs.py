@@ -52,7 +52,7 @@ class ScoringClient(Protocol):
         instruction: str | None,
         max_length: int | None,
         score_type: ScoreType,
-        chunk_pairs: int,
+        chunk_pairs: int | None,
         timeout: float | None,
     ) -> ScoreRows:
         """Begin to score every query with every document; returns at once."""
@@ -67,7 +67,7 @@ class ScoringClient(Protocol):
         instruction: str | None,
         max_length: int | None,
         score_type: ScoreType,
-        chunk_pairs: int,
+        chunk_pairs: int | None,
         timeout: float | None,
         recurring: bool,
     ) -> ScoreRows:
@@ -75,6 +75,14 @@ class ScoringClient(Protocol):
 
     def raw_scale(self, timeout: float | None) -> RawScale:
         """Return whether raw scores are logits or cosines; asks the server, at most ``timeout`` seconds."""
+
+
+@runtime_checkable
+class OneModelClient(ScoringClient, Protocol):
+    """A client of several servers that can keep jobs to one model; ``RerankerClient`` is one."""
+
+    def one_model(self) -> ScoringClient:
+        """Return a view of the client whose jobs all get their scores from one model, or fail."""
 
 
 class AskForGrid(Protocol):

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loss_client.client.errors import IncompatibleServerError, RerankerError
+from loss_client.client.errors import RerankerError, is_permanent
 from loss_client.filter.equal_anchors import EqualAnchors
 from loss_client.filter.gather import Rows, gather_columns
 from loss_client.filter.interning import intern
@@ -211,8 +211,8 @@ class FilterStep(ABC):
 
     def _failed(self, error: RerankerError) -> None:
         """Raise the error, or continue without scores."""
-        # A server with another contract would fail every later step as well.
-        if self._settings.on_error == "raise" or isinstance(error, IncompatibleServerError):
+        # A server with another contract, for example, would fail every later step as well.
+        if self._settings.on_error == "raise" or is_permanent(error):
             raise error
         self.error = error
         self.cancel()
