@@ -21,6 +21,8 @@ class RerankerTrainer(SentenceTransformerTrainer):
       each batch while the batch before it trains. Prompts and router mapping of the training arguments are kept.
     - A :class:`RerankerMetricsCallback`, before the callbacks of TensorBoard, W&B and the like.
     - A :class:`RerankerResumeCallback`.
+    - Over several ranks, each rank reads its own part of an ``IterableDataset``: accelerate's dispatcher, the default
+      for such data, cannot join lists of texts. ``accelerator_config={"dispatch_batches": True}`` is refused.
 
     The loss may be any that sentence-transformers' trainer takes: a loss, one inside another such as
     :class:`MatryoshkaLoss`, several by dataset name, or functions that make them. For losses without a
@@ -60,9 +62,27 @@ class RerankerTrainer(SentenceTransformerTrainer):
         if self._own_collator is not None:
             self._own_collator.loss = self.loss
         if find_reranker_losses(self.loss):
+            self._refuse_dispatcher()
             given = self.callback_handler.pop_callback(RerankerMetricsCallback)  # type: ignore[no-untyped-call]
             (given or RerankerMetricsCallback(self.loss)).attach(self)
             self.add_callback(RerankerResumeCallback(self.loss))
+
+    def _refuse_dispatcher(self) -> None:
+        """Have each rank make its own batches, with texts.
+
+        Raises:
+            ValueError: The training arguments ask for accelerate's dispatcher, and several ranks train.
+        """
+        if self.accelerator.num_processes == 1 or not isinstance(self.data_collator, RerankerDataCollator):
+            return
+        config = self.accelerator.dataloader_config
+        if config.dispatch_batches:
+            raise ValueError(
+                "accelerator_config has dispatch_batches=True, but the batches hold texts for the reranker, which "
+                "accelerate cannot send from rank 0 to the others. Set accelerator_config={'dispatch_batches': False} "
+                "in the training arguments: each rank then reads its own part of the data."
+            )
+        config.dispatch_batches = False
 
     def get_data_collator(self, *args: Any, **kwargs: Any) -> BaseDataCollator:
         """Make the data collator, if none is given; for the arguments see the base class."""

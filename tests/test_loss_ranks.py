@@ -138,14 +138,49 @@ def train(rank: int, directory: Path) -> None:
         trainer.evaluate()
         jobs = [(job.queries, job.documents) for job in scorer.jobs if used(job)]
         history = [entry for entry in trainer.state.log_history if "learned" not in entry]
-        torch.save({"jobs": jobs, "history": history}, directory / f"trained-{rank}.pt")
+        streamed, refusal = train_on_a_stream(directory)
+        torch.save(
+            {"jobs": jobs, "history": history, "streamed": streamed, "refusal": refusal},
+            directory / f"trained-{rank}.pt",
+        )
     finally:
         dist.destroy_process_group()
 
 
-def test_every_rank_logs_the_figures_of_all_ranks(directory: Path) -> None:
+def train_on_a_stream(directory: Path) -> tuple[list[list[str]], str]:
+    """Train on an iterable dataset; return this rank's anchors by batch, and the error of accelerate's dispatcher."""
+    data = dataset(3, 16).to_iterable_dataset()
+    for dispatch in (True, None):
+        model = SentenceTransformer(str(directory / "student"), device="cpu")
+        args = arguments(
+            directory, max_steps=2, ddp_backend="gloo", ddp_find_unused_parameters=True,
+            accelerator_config={"dispatch_batches": dispatch},
+        )  # fmt: skip
+        scorer = MemoryScorer(random_scores())
+        try:
+            trainer = RerankerTrainer(model=model, args=args, train_dataset=data, loss=make(model, scorer))
+        except ValueError as error:
+            refusal = str(error)
+        else:
+            trainer.train()
+    return [job.queries for job in scorer.jobs if used(job)], refusal
+
+
+@pytest.fixture(scope="module")
+def trained(directory: Path) -> list[Result]:
     run_ranks(train, (directory,), RANKS)
-    results = [torch.load(directory / f"trained-{rank}.pt") for rank in range(RANKS)]
+    return [torch.load(directory / f"trained-{rank}.pt") for rank in range(RANKS)]
+
+
+def test_each_rank_reads_its_part_of_an_iterable_dataset(trained: list[Result]) -> None:
+    anchors = list(dataset(3, 16)["anchor"])
+    batches = [anchors[begin : begin + 4] for begin in range(0, 16, 4)]
+    assert [result["streamed"] for result in trained] == [batches[rank::RANKS] for rank in range(RANKS)]
+    assert all("Set accelerator_config={'dispatch_batches': False}" in result["refusal"] for result in trained)
+
+
+def test_every_rank_logs_the_figures_of_all_ranks(trained: list[Result]) -> None:
+    results = trained
     jobs = [result["jobs"] for result in results]
     sizes = [[len(queries) for queries, _ in of_rank] for of_rank in jobs]
     assert [size[:3] for size in sizes] == [[4, 4, 4], [4, 4, 2]]
