@@ -168,9 +168,7 @@ class RerankerServicer:
         self._ready()
         return self._info
 
-    async def _rerank_stream(
-        self, _: AsyncIterator[bytes], context: Context
-    ) -> AsyncIterator[pb.RerankStreamResponse]:
+    async def _rerank_stream(self, _: AsyncIterator[bytes], context: Context) -> AsyncIterator[pb.RerankStreamResponse]:
         with self._metrics.call("RerankStream") as call:
             _judge(call, context, grpc.StatusCode.CANCELLED)
             try:
@@ -190,7 +188,7 @@ class RerankerServicer:
             else:
                 return
             # As in ``handler``: a cycle of context, error and frame would keep the stream's texts.
-            del messages, context
+            del _, context
             await aborting
         # OpenTelemetry's interceptor takes a handler of streams for an asynchronous generator.
         if False:
