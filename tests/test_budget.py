@@ -19,7 +19,7 @@ from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
 from reranker_service.rpc.admission import Admission
 from reranker_service.rpc.budget import Budget
-from reranker_service.rpc.errors import ExhaustedError
+from reranker_service.rpc.errors import BusyError
 
 from .servers import ControlledEngine, ServerProcess, serve_in_process
 from .test_progress import Unread, opening, rest, results, start
@@ -71,10 +71,10 @@ async def failure(call: aio.StreamStreamCall) -> aio.AioRpcError:
 def test_unary_calls_take_room_or_are_refused() -> None:
     budget = Budget(800)
     with budget.hold(500), budget.hold(300):
-        with pytest.raises(ExhaustedError, match="raise --memory-bytes") as caught, budget.hold(1):
+        with pytest.raises(BusyError, match="raise --memory-bytes") as caught, budget.hold(1):
             pass
         assert caught.value.retry_seconds is not None
-    with pytest.raises(ExhaustedError) as caught, budget.hold(801):
+    with pytest.raises(BusyError) as caught, budget.hold(801):
         pass
     assert caught.value.retry_seconds is None
     assert budget.held == 0
@@ -104,7 +104,7 @@ def test_streams_wait_for_room_and_the_oldest_that_fits_comes_first() -> None:
         await asyncio.wait(tasks)
         accounts[3].close()
         assert budget.held == 0
-        with pytest.raises(ExhaustedError) as caught:
+        with pytest.raises(BusyError) as caught:
             await accounts[2].take(701)
         assert caught.value.retry_seconds is None
         return order
@@ -121,7 +121,7 @@ def test_the_youngest_stream_with_nothing_in_flight_is_ended() -> None:
         waiting = [asyncio.create_task(one.take(200)) for one in (busy, oldest, middle, youngest)]
         done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         assert done == {waiting[3]}
-        with pytest.raises(ExhaustedError, match=r"waited 0.3 s .*--memory-bytes"):
+        with pytest.raises(BusyError, match=r"waited 0.3 s .*--memory-bytes"):
             await waiting[3]
         youngest.close()
         await waiting[0]  # the oldest that waits
