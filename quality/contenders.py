@@ -19,8 +19,13 @@ from loss_client.filter.calibration import entropy_sums, temperature_of
 from loss_client.filter.jobs import ScoringClient
 from quality.plan import Entrant, Guide, LocalGuide, OwnDocuments, Plan, Served, Unfiltered
 
-#: Score type of each guide, which is the unit of its margins; the bi-encoder's raw score is the cosine.
-SCORE_TYPES: dict[Guide, ScoreType] = {"bi-encoder": "raw", "cross-encoder": "probability", "mean": "raw"}
+#: Score type of each guide, which is the unit of its margins; a bi-encoder's raw score is the cosine.
+SCORE_TYPES: dict[Guide, ScoreType] = {
+    "bi-encoder": "raw",
+    "tuned bi-encoder": "raw",
+    "cross-encoder": "probability",
+    "mean": "raw",
+}
 
 # A negative is masked if it scores above the positive's score less the margin: with this one, all are.
 _MASKS_ALL = 1e6

@@ -17,17 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
+from examples.docstrings import Pair
 from examples.serving import reranker_server
 from examples.student import load_minilm, load_student
 from examples.training import Recipe, train
 from loss_client import RerankerClient
 from loss_client.client.scores import ScoreType
 from loss_client.filter.jobs import ScoringClient
-from quality import batches, contenders, cross_encoder, evaluation, guides, report, sources
+from quality import batches, contenders, cross_encoder, evaluation, guides, report, sources, tuned
 from quality.contenders import SCORE_TYPES, max_length
 from quality.ledger import Ledger
 from quality.mean_guide import MeanScorer, Member, onto
-from quality.plan import MARGINS, SERVED, Entrant, Guide, OwnDocuments, Plan, Regime, Stage
+from quality.plan import AVERAGED, MARGINS, SERVED, Entrant, Guide, OwnDocuments, Plan, Regime, Stage
 from quality.sources import KnownRelevance, Parts
 
 # Pairs of a batch in the evaluation of the guides: neighbours in the held-out modules.
@@ -78,19 +79,20 @@ class Study:
             for name in stage.sources:
                 # Now, so that too few pairs end the study before anything is trained.
                 self._pool(name, self._plan.regime(stage.regime))
-        model = self._make_cross_encoder()
+        tuned_model, cross_encoder_model = self._make_tuned(), self._make_cross_encoder()
         with ExitStack() as servers:
             flags: dict[Guide, list[str]] = {
                 "bi-encoder": [],
+                "tuned bi-encoder": ["--model", str(tuned_model)],
                 # The cache is on disk, because many trainings and later studies score the same pairs.
-                "cross-encoder": ["--model", str(model), "--cache-dir", str(self._work / "scores")],
+                "cross-encoder": ["--model", str(cross_encoder_model), "--cache-dir", str(self._work / "scores")],
             }
             started = {
                 guide: servers.enter_context(reranker_server(self._work / f"{guide}.log", self._engine, own))
                 for guide, own in flags.items()
             }
             self._addresses = {guide: server.wait_ready() for guide, server in started.items()}
-            for name in self._plan.sources:
+            for name in dict.fromkeys(name for stage in self._stages for name in stage.sources):
                 self._evaluate_guides(name)
             for stage in self._stages:
                 regime = self._plan.regime(stage.regime)
@@ -112,23 +114,43 @@ class Study:
             self._ledger.add(("data", name), {"pairs": len(pairs), **sizes})
 
     def _make_cross_encoder(self) -> Path:
-        """Return the directory of the cross-encoder; train it unless one with the same data and settings exists."""
+        """Return the directory of the trained cross-encoder."""
         recipe = self._plan.cross_encoder
+        return self._made(
+            "cross-encoder", recipe, lambda pairs, output: cross_encoder.make(pairs, recipe, self._local, output)
+        )
+
+    def _make_tuned(self) -> Path:
+        """Return the directory of the tuned bi-encoder."""
+        recipe = self._plan.tuned
+        return self._made(
+            "tuned bi-encoder",
+            recipe,
+            lambda pairs, output: tuned.make(pairs, recipe, self._shortened(load_minilm()), output),
+        )
+
+    def _made(
+        self,
+        guide: Guide,
+        recipe: cross_encoder.Recipe | tuned.Recipe,
+        make: Callable[[list[Pair], Path], list[float]],
+    ) -> Path:
+        """Return the directory of a trained guide; train it unless one with the same data and settings exists."""
         pairs = [
             pair
             for parts in self._parts.values()
             for pair in random.Random(0).sample(parts.guide, min(recipe.pairs, len(parts.guide)))
         ]
         made_of = json.dumps([asdict(recipe), self._plan.tokens, [asdict(pair) for pair in pairs]])
-        model = self._work / f"cross-encoder-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
+        model = self._work / f"{guide.replace(' ', '-')}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
         if model.exists():
-            self._say(f"Using the cross-encoder that was trained before: {model}")
+            self._say(f"Using the {guide} that was trained before: {model}")
             return model
-        self._say(f"Training the cross-encoder on {len(pairs):,} pairs")
+        self._say(f"Training the {guide} on {len(pairs):,} pairs")
         began = time.monotonic()
         unfinished = model.with_suffix(".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
-        losses = cross_encoder.make(pairs, recipe, self._local, unfinished)
+        losses = make(pairs, unfinished)
         unfinished.rename(model)
         self._say(
             f"  {time.monotonic() - began:.0f} s; mean loss of every 25 steps: "
@@ -151,7 +173,7 @@ class Study:
         return score
 
     def _evaluate_guides(self, name: str) -> None:
-        """Evaluate each guide by itself, and the mean of both, before any student is trained."""
+        """Evaluate each guide by itself, and the mean of two, before any student is trained."""
         held_out = self._parts[name].held_out
         evaluator = self._evaluator(name)
         for model, load in (("untrained student", self._load_student), ("bi-encoder", lambda: self._local)):
@@ -165,7 +187,7 @@ class Study:
                 guide: [guides.score(batch, self._score_grid(guide), self._known[name]) for batch in laid]
                 for guide in SERVED
             }
-            cosines = scored["bi-encoder"]
+            cosines = scored["tuned bi-encoder"]
             logits = [
                 guides.score(batch, self._score_grid("cross-encoder", "raw"), self._known[name]) for batch in laid
             ]
@@ -185,10 +207,10 @@ class Study:
 
     def _guides(self, name: str) -> dict[Guide, str | ScoringClient]:
         """Return the address or the client of each guide for a data set."""
-        maps = {"bi-encoder": {}, "cross-encoder": self._ledger.under("mean", name)[()]}
+        maps = {"tuned bi-encoder": {}, "cross-encoder": self._ledger.under("mean", name)[()]}
         members = [
             Member(RerankerClient(self._addresses[guide]), max_length(self._plan, guide), **maps[guide])
-            for guide in SERVED
+            for guide in AVERAGED
         ]
         return {**self._addresses, "mean": MeanScorer(members)}
 

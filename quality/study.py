@@ -30,6 +30,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         choices=("screening", "final", "cross-encoder", "large"),
         help="the parts of the study to run; without it, all",
     )
+    parser.add_argument(
+        "--sources",
+        nargs="+",
+        choices=("docstrings", "code"),
+        help="the data sets to train and evaluate on; without it, all. Two studies, one of each, may run side by side",
+    )
     parser.add_argument("--engine", choices=("auto", "vllm", "torch"), default="torch", help="engine of the servers")
     parser.add_argument("--output", type=Path, default=Path("bench-results"), help="directory for results and logs")
     return parser.parse_args(arguments)
@@ -50,6 +56,8 @@ def _run(options: argparse.Namespace) -> None:
     from quality.run import Study
 
     plan = quick() if options.quick else FULL
+    if options.sources:
+        plan = plan.on(options.sources)
     began = time.monotonic()
 
     def say(text: str) -> None:

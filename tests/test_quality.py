@@ -463,6 +463,13 @@ def test_a_plans_digest_changes_with_the_settings_that_results_depend_on() -> No
     smaller = replace(FULL.regimes[0], steps=3)
     assert FULL.digest != replace(FULL, regimes=(smaller, *FULL.regimes[1:])).digest
     assert FULL.digest == replace(FULL, stages=FULL.stages[:1]).digest
+    assert FULL.digest == FULL.on(["code"]).digest
+
+
+def test_a_plan_can_be_kept_to_some_data_sets() -> None:
+    assert {name for stage in FULL.on(["code"]).stages for name in stage.sources} == {"code"}
+    assert len(FULL.on(["docstrings"]).stages) == len(FULL.stages) > len(FULL.on(["code"]).stages)
+    assert FULL.on(["code"]).sources == FULL.sources  # the guides are trained on all data sets
 
 
 @pytest.mark.usefixtures("forked_children")
@@ -492,7 +499,7 @@ def test_a_small_study_runs_from_texts_to_tables_and_a_second_run_adds_nothing(
         (tmp_path / name).stat().st_size > 0
         for name in ("quality.json", "quality.md", "quality.png", "quality-margins.png")
     )
-    for log in ("bi-encoder.log", "cross-encoder.log"):
+    for log in ("bi-encoder.log", "tuned bi-encoder.log", "cross-encoder.log"):
         assert "event=stopped status=0" in (tmp_path / "quality" / log).read_text()
     assert not any("was trained before" in line for line in said)
 
