@@ -31,10 +31,9 @@ class RerankerMetricsCallback(TrainerCallback):
       the server's cache and from the client's memory; ``skipped_pairs``: mean number of pairs that were not scored.
     - ``seconds_waited``: mean seconds that a step waited for scores.
     - ``unscored_share``: with ``candidates="mass"``, mean share of the softmax denominator without a score.
-    - ``distillation_loss``: with distillation, mean of the term (the KL with ``target="kl"``), before its weight.
+    - ``distillation_loss``: with distillation, mean of the term, a KL divergence, before its weight.
     - ``guide_entropy``: with distillation, mean entropy of the guide's distributions, in nats.
-    - ``dropped_anchors``: with ``max_outscorers``, share of the anchors without a contrastive term;
-      ``promoted_negatives``: with ``promote_margin``, share of the negatives that became positives.
+    - ``promoted_negatives``: with ``promote_margin``, share of the negatives that became positives.
     - ``reconnects``, ``unfiltered_steps``: their numbers.
 
     A callback among a trainer's ``callbacks`` runs after those of TensorBoard, W&B and the like, which then do not log
@@ -245,8 +244,6 @@ def _metrics(counts: LossStatistics) -> dict[str, float]:
     if counts.distilled_anchors:
         values["distillation_loss"] = counts.distillation_loss / counts.distilled_anchors
         values["guide_entropy"] = counts.guide_entropy / counts.distilled_anchors
-    if counts.dropped_anchors:
-        values["dropped_anchors"] = counts.dropped_anchors / counts.anchors
     if counts.promoted_negatives:
         values["promoted_negatives"] = counts.promoted_negatives / counts.negatives
     values["reconnects"] = counts.reconnects

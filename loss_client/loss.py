@@ -118,8 +118,8 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             client's credentials, always ends training.
         distillation: Adds a term that teaches the model the reranker's scores. The loss then asks for raw scores,
             because probabilities saturate, and computes the probabilities for the margin by itself. It keeps raw scores
-            in float32 until the step ends: anchors x columns with ``over="row"``, anchors x distinct documents with
-            ``over="batch"``. With ``candidates="mass"`` the distributions are over the documents that have a score.
+            in float32 until the step ends: anchors x distinct documents. With ``candidates="mass"`` the distributions
+            are over the documents that have a score.
         hardness_mode: Adds ``hardness_strength * cosine``, without gradient, to the logits of negatives, so that
             similar negatives count more; as in :class:`CachedMultipleNegativesRankingLoss`.
             ``"in_batch_negatives"``: those of other rows. ``"hard_negatives"``: those of the anchor's own row.
@@ -129,10 +129,6 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         promote_margin: Makes each text that scores above the positive, by more than this margin, a further positive of
             the anchor, in the sense of ``margin_strategy``. The anchor's loss is then the log-sum-exp of its logits
             less the mean logit of its positives. Not with ``candidates="mass"``. Default: no promotion.
-        max_outscorers: Leaves an anchor out of the contrastive term if more documents than this many score above its
-            positive: then the label itself is in doubt. The anchor still counts in the mean, and keeps its distillation
-            term. Positives of rows with the same anchor do not count; with ``candidates="mass"`` only scored documents
-            do. Default: no limit.
 
     Raises:
         ValueError: An argument or a batch cannot work. The message says why.
@@ -143,8 +139,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         - Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup:
           https://huggingface.co/papers/2101.06983
         - Distillation beside a contrastive term whose false negatives are masked:
-          https://huggingface.co/papers/2505.19274; margins: https://huggingface.co/papers/2104.06967; graded binary
-          cross-entropy: https://huggingface.co/papers/2508.06781
+          https://huggingface.co/papers/2505.19274
         - Hardness: https://huggingface.co/papers/2503.04812
 
     Requirements:
@@ -224,7 +219,6 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         hardness_mode: HardnessMode | None = None,
         hardness_strength: float = 0.0,
         promote_margin: float | None = None,
-        max_outscorers: int | None = None,
     ) -> None:
         super().__init__()
         if has_static_embedding_input(model):
@@ -250,9 +244,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             timeout=timeout,
         )
         check_choice("hardness_mode", hardness_mode, (None, *get_args(HardnessMode)))
-        check_not_negative(
-            hardness_strength=hardness_strength, promote_margin=promote_margin, max_outscorers=max_outscorers
-        )
+        check_not_negative(hardness_strength=hardness_strength, promote_margin=promote_margin)
         if hardness_mode is not None and not hardness_strength:
             logger.warning(
                 "hardness_mode=%r has no effect with hardness_strength=0.0. Set a hardness_strength above 0.",
@@ -287,7 +279,6 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         self.hardness_mode = hardness_mode
         self.hardness_strength = hardness_strength
         self.promote_margin = promote_margin
-        self.max_outscorers = max_outscorers
         self.statistics = LossStatistics()
         # Connects at first use; a copy or a pickle makes its own connections.
         self._client = reranker if isinstance(reranker, ScoringClient) else RerankerClient(reranker)
@@ -315,8 +306,6 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         """
         # Copies, because the texts are removed for the model but have to stay in the caller's batch.
         features = [dict(column) for column in sentence_features]
-        if self.distillation is not None:
-            self.distillation.check_columns(len(features))
         step = self._take(features)
         try:
             step.settle(self._settings())
@@ -326,7 +315,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             raise
         self.statistics.add(step.statistics())
         if self.distillation is not None:
-            self._distiller.check_underflow(self.distillation, step, type(self).__name__)
+            self._distiller.check_underflow(step, type(self).__name__)
         if step.error is not None:
             self._warn_of_unfiltered(step.error)
         return loss
@@ -381,20 +370,15 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         logits = self._logits(embeddings, step, begin, end)
         own = torch.arange(begin, end, device=logits.device) + step.rows.offset
         mask = torch.from_numpy(step.mask(begin, end)).to(logits.device)
-        positives, without = (
-            None if flags is None else torch.from_numpy(flags).to(logits.device)
-            for flags in (step.positives(begin, end), step.dropped(begin, end))
-        )
+        promoted = step.positives(begin, end)
+        positives = None if promoted is None else torch.from_numpy(promoted).to(logits.device)
         if positives is not None:
             mask &= ~positives
         contrasted = self._penalized(logits, own, step, positives)
         step.observe(begin, end, contrasted.detach())
-        loss = contrastive_loss(contrasted, own, mask, positives, without)
-        settings = self.distillation
-        if settings is not None:
-            loss = loss + settings.weight * self._distiller.loss(
-                settings, step, begin, end, logits, self.temperature, self._probabilities
-            )
+        loss = contrastive_loss(contrasted, own, mask, positives)
+        if self.distillation is not None:
+            loss = loss + self.distillation.weight * self._distiller.loss(step, begin, end, logits)
         return loss
 
     def _contrast_logits(self, embeddings: list[Tensor], step: FilterStep, begin: int, end: int) -> Tensor:
@@ -474,8 +458,6 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             gather=self.gather_across_devices,
             on_error=self.on_error,
             promote_margin=self.promote_margin,
-            max_outscorers=self.max_outscorers,
-            distill=None if self.distillation is None else self.distillation.over,
             convert=None if self.distillation is None else self._in_units,
         )
 
@@ -486,14 +468,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
 
     def _in_units(self, raw: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return raw scores in the margin's units."""
-        if self.score_type == "probability":
-            return self._probabilities(raw)
-        if self.distillation is not None and self.distillation.target == "bce":
-            self._scale()  # now, because here an error of the client is handled as on_error says
-        return raw
-
-    def _probabilities(self, raw: NDArray[np.float32]) -> NDArray[np.float32]:
-        return probabilities(raw, self._scale())
+        return probabilities(raw, self._scale()) if self.score_type == "probability" else raw
 
     def _scale(self) -> RawScale:
         model = getattr(self._client, "fingerprint", None)
@@ -570,7 +545,6 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             "hardness_mode": self.hardness_mode,
             "hardness_strength": self.hardness_strength,
             "promote_margin": self.promote_margin,
-            "max_outscorers": self.max_outscorers,
         }
 
     @property

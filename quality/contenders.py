@@ -90,7 +90,6 @@ def served_options(plan: Plan, served: Served) -> dict[str, Any]:
         "epsilon": 1e-3,
         "distillation": served.distillation,
         "promote_margin": served.promote_margin,
-        "max_outscorers": served.max_outscorers,
         **more,
     }
 

@@ -84,7 +84,6 @@ class Served:
         distillation: The distillation term.
         hardness: Hardness mode and strength.
         promote_margin: Margin above which a document becomes a further positive.
-        max_outscorers: Number of documents above the positive from which on the anchor is left out.
     """
 
     guide: Guide
@@ -93,7 +92,6 @@ class Served:
     distillation: Distillation | None = None
     hardness: tuple[HardnessMode, float] | None = None
     promote_margin: float | None = None
-    max_outscorers: int | None = None
 
     @property
     def name(self) -> str:
@@ -107,8 +105,6 @@ class Served:
             parts.append(f"hardness {_words(self.hardness)}")
         if self.promote_margin is not None:
             parts.append(f"promote {self.promote_margin:g}")
-        if self.max_outscorers is not None:
-            parts.append(f"outscorers {self.max_outscorers}")
         return " + ".join(parts)
 
 
@@ -122,10 +118,10 @@ def _words(hardness: tuple[HardnessMode, float]) -> str:
 
 
 def _distillation_name(distillation: Distillation) -> str:
-    """Return target and documents, then the other settings that differ from the defaults."""
-    default = asdict(Distillation(target=distillation.target, over=distillation.over))
+    """Return the kind of the term, then the settings that differ from the defaults."""
+    default = asdict(Distillation())
     different = [f"{key} {value}" for key, value in asdict(distillation).items() if value != default[key]]
-    return " ".join([distillation.target.replace("_", " "), distillation.over, *different])
+    return " ".join(["kl batch", *different])  # in these words, because ledgers have results under them
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,12 +250,11 @@ MARGINS: dict[Guide, tuple[Margin, ...]] = {
 
 _IN_BATCH: tuple[HardnessMode, float] = ("in_batch_negatives", 9.0)
 _MARGIN = Margin("absolute", 0.05)
-_BATCH = Distillation(over="batch")
-_ROW = Distillation(over="row")
+_KL = Distillation()
 
 NO_FILTER, HARDNESS, LOCAL = Unfiltered(), Unfiltered(_IN_BATCH), LocalGuide()
 _FILTER = Served("bi-encoder", _MARGIN)
-_FILTER_KL = Served("bi-encoder", _MARGIN, distillation=_BATCH)
+_FILTER_KL = Served("bi-encoder", _MARGIN, distillation=_KL)
 
 #: All contenders, with the bi-encoder as guide: its scores cost little, and a setting that does not help with it can be
 #: left out with the cross-encoder, which takes longer to score one seed's batches than to train on them.
@@ -270,13 +265,10 @@ SCREENED: tuple[Entrant, ...] = (
     OwnDocuments("bi-encoder"),
     _FILTER,
     _FILTER_KL,
-    replace(_FILTER, distillation=_ROW),
-    Served("bi-encoder", None, distillation=_BATCH),
-    replace(_FILTER, distillation=Distillation(target="margin_mse")),
-    replace(_FILTER, distillation=Distillation(target="bce")),
+    Served("bi-encoder", None, distillation=_KL),
     *(
         replace(one, **more)
-        for more in ({"hardness": _IN_BATCH}, {"promote_margin": 0.1}, {"max_outscorers": 3})
+        for more in ({"hardness": _IN_BATCH}, {"promote_margin": 0.1})
         for one in (_FILTER, _FILTER_KL)
     ),
 )
@@ -327,8 +319,8 @@ FULL = Plan(
             (0,),
             (
                 Served("cross-encoder", _MARGIN),
-                Served("cross-encoder", _MARGIN, distillation=_BATCH),
-                Served("mean", _MARGIN, distillation=_BATCH),
+                Served("cross-encoder", _MARGIN, distillation=_KL),
+                Served("mean", _MARGIN, distillation=_KL),
             ),
         ),
         Stage("large", _LARGE, _LARGE, _BOTH[:1], (0,), _WITHOUT_HARDNESS, ("bi-encoder",)),

@@ -53,58 +53,39 @@ class Reference:
         """Return the positives of all rows with this anchor."""
         return {self.columns[1][other] for other in self.rows if self.columns[0][other] == self.columns[0][row]}
 
-    def documents(self, row: int, over: str = "batch") -> dict[str, tuple[int, int]]:
+    def documents(self, row: int) -> dict[str, tuple[int, int]]:
         """Return by text the place of each distinct document: in the row itself, or else its first one."""
         found: dict[str, tuple[int, int]] = {}
         for column in range(1, len(self.columns)):
             found.setdefault(self.columns[column][row], (column, row))
-        if over == "batch":
-            for column in range(1, len(self.columns)):
-                for other in self.rows:
-                    found.setdefault(self.columns[column][other], (column, other))
+        for column in range(1, len(self.columns)):
+            for other in self.rows:
+                found.setdefault(self.columns[column][other], (column, other))
         return found
 
-    def distilled(
-        self, target: str, over: str, temperature: float = 0.3, scale: float = 20.0, bias: float = -10.0
-    ) -> Tensor:
+    def distilled(self, temperature: float = 0.3) -> Tensor:
         """Return the mean over the rows of the distillation term."""
         terms = []
         for row in self.rows:
-            scored = {
-                text: place for text, place in self.documents(row, over).items() if self.score(row, text) is not None
-            }
+            scored = {text: place for text, place in self.documents(row).items() if self.score(row, text) is not None}
             scores = torch.tensor([self.score(row, text) for text in scored])
             cosines = torch.stack([self.cosine(row, *place) for place in scored.values()])
-            if target == "kl":
-                guide, student = (scores / temperature).softmax(0), (cosines / TEMPERATURE).log_softmax(0)
-                terms.append(nn.functional.kl_div(student, guide, reduction="sum"))
-            elif target == "bce":
-                student = torch.sigmoid(scale * cosines + bias)
-                terms.append(nn.functional.binary_cross_entropy(student, torch.sigmoid(scores)))
-            else:
-                own = list(scored).index(self.columns[1][row])
-                others = [number for number in range(len(scored)) if number != own]
-                margins = [
-                    (cosines[own] - cosines[number]) / TEMPERATURE - (scores[own] - scores[number]) / temperature
-                    for number in others
-                ]
-                terms.append(torch.stack(margins).square().mean() if margins else torch.zeros(()))
+            guide, student = (scores / temperature).softmax(0), (cosines / TEMPERATURE).log_softmax(0)
+            terms.append(nn.functional.kl_div(student, guide, reduction="sum"))
         return torch.stack(terms).mean()
 
-    def contrasted(
-        self,
-        promote: float | None = None,
-        outscorers: int | None = None,
-        hardness: tuple[str, float] | None = None,
-    ) -> tuple[Tensor, int, int]:
-        """Return the mean over the rows of the contrastive term, and the numbers of promoted texts, dropped rows."""
-        losses, promotions, dropped = [], 0, 0
+    def contrasted(self, promote: float | None = None, hardness: tuple[str, float] | None = None) -> tuple[Tensor, int]:
+        """Return the mean over the rows of the contrastive term, and the number of promoted texts."""
+        losses, promotions = [], 0
         for row in self.rows:
             own, labelled, places = self.score(row, self.columns[1][row]), self.labelled(row), self.documents(row)
             assert own is not None
             scores = {text: self.score(row, text) for text in places}
-            above = [text for text, score in scores.items() if score is not None and score > own]
-            promoted = {text for text in above if promote is not None and (scores[text] or 0) > own + promote}
+            promoted = {
+                text
+                for text, score in scores.items()
+                if promote is not None and score is not None and score > own + promote
+            }
             positives, negatives = [self.cosine(row, 1, row) / TEMPERATURE], []
             positives += [self.cosine(row, *places[text]) / TEMPERATURE for text in promoted]
             promotions += len(promoted)
@@ -123,17 +104,14 @@ class Reference:
                         negatives[-1] = negatives[-1] + strength * cosine.detach()
                     if mode == "in_batch_negatives" and other != row:
                         negatives[-1] = negatives[-1] + strength * cosine.detach()
-            loss = torch.logsumexp(torch.stack([*positives, *negatives]), 0) - torch.stack(positives).mean()
-            if outscorers is not None and len(set(above) - labelled) > outscorers:
-                loss, dropped = loss * 0, dropped + 1
-            losses.append(loss)
-        return torch.stack(losses).mean(), promotions, dropped
+            losses.append(torch.logsumexp(torch.stack([*positives, *negatives]), 0) - torch.stack(positives).mean())
+        return torch.stack(losses).mean(), promotions
 
-    def entropy(self, temperature: float, over: str = "batch") -> float:
+    def entropy(self, temperature: float) -> float:
         """Return the mean over the rows of the guide's entropy as a share of the largest one."""
         shares = []
         for row in self.rows:
-            scores = torch.tensor([self.score(row, text) for text in self.documents(row, over)], dtype=torch.float64)
+            scores = torch.tensor([self.score(row, text) for text in self.documents(row)], dtype=torch.float64)
             if len(scores) > 1:
                 p = (scores / temperature).softmax(0)
                 shares.append(float(torch.special.entr(p).sum()) / math.log(len(scores)))

@@ -72,16 +72,12 @@ def assert_equal(model: SentenceTransformer, loss: RerankerCachedGISTEmbedLoss, 
     assert_same_gradients(found[1], wanted, tolerance=2e-5)
 
 
-@pytest.mark.parametrize("target", ["kl", "bce", "margin_mse"])
-@pytest.mark.parametrize("over", ["row", "batch"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_equals_the_definition_with_repeated_texts(
-    model: SentenceTransformer, target: Any, over: Any, variant: str
-) -> None:
+def test_equals_the_definition_with_repeated_texts(model: SentenceTransformer, variant: str) -> None:
     columns, inputs = batch(), features(model, batch())
-    loss = make(model, Distillation(target=target, over=over, **FIXED), **VARIANTS[variant])
+    loss = make(model, Distillation(**FIXED), **VARIANTS[variant])
     contrast = pairwise(embeddings(model, inputs), columns, GUIDE, **VARIANTS[variant])
-    term = reference(model, columns).distilled(target, over)
+    term = reference(model, columns).distilled()
     assert_equal(model, loss, inputs, contrast + 0.7 * term)
     assert loss.statistics.distilled_anchors == 6
     assert loss.statistics.distillation_loss == pytest.approx(6 * float(term.detach()), rel=1e-4)
@@ -91,12 +87,11 @@ def test_equals_the_definition_with_repeated_texts(
         assert sorted(row for begin, end in job.released for row in range(begin, end)) == list(range(job.shape[0]))
 
 
-@pytest.mark.parametrize("over", ["row", "batch"])
-def test_a_row_with_two_copies_of_a_text_has_one_target(model: SentenceTransformer, over: Any) -> None:
+def test_a_row_with_two_copies_of_a_text_has_one_target(model: SentenceTransformer) -> None:
     columns = texts(4, 5)
     columns[2][0], columns[3][1], columns[3][2] = columns[1][0], columns[2][1], columns[2][3]
-    reference_term = reference(model, columns).distilled("kl", over)
-    loss = make(model, Distillation(over=over, **FIXED))
+    reference_term = reference(model, columns).distilled()
+    loss = make(model, Distillation(**FIXED))
     contrast = pairwise(embeddings(model, features(model, columns)), columns, GUIDE)
     assert_equal(model, loss, features(model, columns), contrast + 0.7 * reference_term)
 
@@ -116,11 +111,11 @@ def test_without_gradient_caching_and_without_gradients(model: SentenceTransform
 
 def test_matryoshka(model: SentenceTransformer) -> None:
     columns, inputs, scorer = batch(), features(model, batch()), MemoryScorer(GUIDE)
-    loss = make(model, Distillation(over="batch", **FIXED), scorer)
+    loss = make(model, Distillation(**FIXED), scorer)
     expected = torch.zeros(())
     for dim, weight in ((32, 1.0), (8, 0.5)):
         cut = [column[:, :dim] for column in embeddings(model, inputs)]
-        term = Reference(cut, columns, GUIDE).distilled("kl", "batch")
+        term = Reference(cut, columns, GUIDE).distilled()
         expected = expected + weight * (pairwise(cut, columns, GUIDE) + 0.7 * term)
     model.zero_grad()
     expected.backward()  # type: ignore[no-untyped-call]
@@ -142,7 +137,7 @@ def test_where_not_all_is_scored_the_distributions_are_over_what_is(model: Sente
     assert loss.statistics.skipped_pairs > 5
     term = reference(model, columns, known=known)
     model.zero_grad()
-    expected = term.contrasted()[0] + 0.7 * term.distilled("kl", "batch")
+    expected = term.contrasted()[0] + 0.7 * term.distilled()
     expected.backward()  # type: ignore[no-untyped-call]
     assert found[0] == pytest.approx(float(expected.detach()), rel=1e-5)
     assert_same_gradients(found[1], gradients(model))
@@ -156,7 +151,7 @@ def test_bfloat16(model: SentenceTransformer) -> None:
         value = loss(inputs, None)
         embedded = [column.detach() for column in embeddings(model, inputs)]
     value.backward()
-    expected = pairwise(embedded, columns, GUIDE) + 0.7 * Reference(embedded, columns, GUIDE).distilled("kl", "batch")
+    expected = pairwise(embedded, columns, GUIDE) + 0.7 * Reference(embedded, columns, GUIDE).distilled()
     assert value.dtype == torch.float32
     assert float(value.detach()) == pytest.approx(float(expected), rel=1e-3)
     assert all(each.isfinite().all() for each in gradients(model).values())
@@ -206,25 +201,24 @@ def test_hardness_equals_the_ranking_loss_where_nothing_is_masked(model: Sentenc
         ({"hardness": ("in_batch_negatives", 5.0)}, {"hardness_mode": "in_batch_negatives", "hardness_strength": 5.0}),
         ({"hardness": ("all_negatives", 5.0)}, {"hardness_mode": "all_negatives", "hardness_strength": 5.0, **MASS}),
         ({"promote": 0.3}, {"promote_margin": 0.3}),
-        ({"promote": 0.0, "outscorers": 3}, {"promote_margin": 0.0, "max_outscorers": 3}),
-        ({"outscorers": 2}, {"max_outscorers": 2, **MASS}),
+        ({"promote": 0.0}, {"promote_margin": 0.0}),
         (
-            {"promote": 0.5, "outscorers": 5, "hardness": ("hard_negatives", 5.0)},
-            {"promote_margin": 0.5, "max_outscorers": 5, "hardness_mode": "hard_negatives", "hardness_strength": 5.0},
+            {"promote": 0.5, "hardness": ("hard_negatives", 5.0)},
+            {"promote_margin": 0.5, "hardness_mode": "hard_negatives", "hardness_strength": 5.0},
         ),
     ],
 )
-def test_hardness_promotion_and_dropped_rows_beside_distillation(
+def test_hardness_and_promotion_beside_distillation(
     model: SentenceTransformer, more: dict[str, Any], options: dict[str, Any]
 ) -> None:
     columns = batch()
     terms = reference(model, columns)
-    contrast, promoted, dropped = terms.contrasted(**more)
+    contrast, promoted = terms.contrasted(**more)
     loss = make(model, Distillation(**FIXED), **options)
-    assert_equal(model, loss, features(model, columns), contrast + 0.7 * terms.distilled("kl", "batch"))
-    assert (loss.statistics.promoted_negatives, loss.statistics.dropped_anchors) == (promoted, dropped)
+    assert_equal(model, loss, features(model, columns), contrast + 0.7 * terms.distilled())
+    assert loss.statistics.promoted_negatives == promoted
     assert loss.statistics.distilled_anchors == 6
-    assert promoted or dropped or "hardness" in more
+    assert promoted or "hardness" in more
 
 
 def test_contrast_terms_get_no_penalty(model: SentenceTransformer) -> None:
@@ -296,7 +290,7 @@ def test_masks_are_those_of_the_servers_probabilities(model: SentenceTransformer
         return GUIDE(queries, documents) * np.float32(20 if scale == "logit" else 1)
 
     masks = []
-    for distillation in (None, Distillation(), Distillation(target="bce")):
+    for distillation in (None, Distillation()):
         scorer = ServedScorer(wide, scale=scale)
         loss = make(model, distillation, scorer, score_type="probability", **BOTH)
         step = loss.begin(columns)
@@ -305,7 +299,6 @@ def test_masks_are_those_of_the_servers_probabilities(model: SentenceTransformer
         assert scorer.jobs[0].options["score_type"] == ("raw" if distillation else "probability")
     assert 0 < masks[0].sum() < masks[0].size
     assert np.array_equal(masks[0], masks[1])
-    assert np.array_equal(masks[0], masks[2])
 
 
 def test_the_client_names_the_scale_of_raw_scores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,14 +322,11 @@ def bisected(entropy: Callable[[float], float], wanted: float) -> float:
     return low
 
 
-@pytest.mark.parametrize("over", ["row", "batch"])
 @pytest.mark.parametrize("variant", [{}, MASS])
-def test_the_temperature_gives_the_entropy_asked_for(
-    model: SentenceTransformer, over: Any, variant: dict[str, Any]
-) -> None:
+def test_the_temperature_gives_the_entropy_asked_for(model: SentenceTransformer, variant: dict[str, Any]) -> None:
     model.train()
     parts = [texts(4, 8), [column[::-1] for column in texts(4, 5)]]
-    loss = make(model, Distillation(over=over, entropy=0.4), **variant)
+    loss = make(model, Distillation(entropy=0.4), **variant)
     assert loss.distill_temperature is None
     references = []
     for columns in parts:
@@ -345,7 +335,7 @@ def test_the_temperature_gives_the_entropy_asked_for(
         weights = [len(each.rows) for each in references]
         expected = bisected(
             lambda t, each=tuple(references), w=tuple(weights): (
-                sum(one.entropy(t, over) * n for one, n in zip(each, w, strict=True)) / sum(w)
+                sum(one.entropy(t) * n for one, n in zip(each, w, strict=True)) / sum(w)
             ),
             0.4,
         )
@@ -430,13 +420,9 @@ def test_one_warning_where_probabilities_underflow(
     ("options", "message"),
     [
         ({"weight": -1.0}, "weight must be"),
-        ({"target": "mse"}, "target must be 'kl' or 'bce' or 'margin_mse'"),
-        ({"over": "all"}, "over must be 'row' or 'batch'"),
         ({"temperature": 0.0}, "temperature must be 'auto' or"),
         ({"temperature": "warm"}, "temperature must be 'auto' or"),
         ({"entropy": 1.0}, "entropy must be"),
-        ({"scale": 0.0}, "scale must be"),
-        ({"bias": float("nan")}, "bias must be"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(options: dict[str, Any], message: str) -> None:
@@ -450,7 +436,6 @@ def test_settings_that_cannot_work_are_refused(options: dict[str, Any], message:
         ({"hardness_mode": "hard"}, "hardness_mode must be None or"),
         ({"hardness_strength": -1.0}, "hardness_strength must be"),
         ({"promote_margin": -0.1}, "promote_margin must be"),
-        ({"max_outscorers": -1}, "max_outscorers must be"),
         ({"promote_margin": 0.1, "candidates": "mass"}, "promote_margin needs candidates='all'"),
     ],
 )
@@ -461,14 +446,6 @@ def test_arguments_that_cannot_work_are_refused(
         make(model, None, **options)
 
 
-@pytest.mark.parametrize("target", ["kl", "margin_mse"])
-def test_a_row_with_a_single_document_is_refused(model: SentenceTransformer, target: Any) -> None:
-    loss = make(model, Distillation(over="row", target=target))
-    with pytest.raises(ValueError, match="Over one document the term is constant"):
-        loss(features(model, texts(2, 4)), None)
-    assert make(model, Distillation(over="row", target="bce"))(features(model, texts(2, 4)), None).isfinite()
-
-
 def test_a_batch_that_was_begun_for_probabilities_is_asked_for_anew(model: SentenceTransformer) -> None:
     scorer = MemoryScorer(GUIDE)
     loss = make(model, None, scorer, score_type="probability", margin=0.05)
@@ -476,33 +453,30 @@ def test_a_batch_that_was_begun_for_probabilities_is_asked_for_anew(model: Sente
     columns = batch()
     rows = [dict(zip(("anchor", "positive", "negative"), row, strict=True)) for row in zip(*columns, strict=True)]
     ahead = batch_of(collator(rows))
-    loss.distillation = Distillation(over="row", **FIXED)
+    loss.distillation = Distillation(**FIXED)
     loss(ahead, None)
     assert [job.options["score_type"] for job in scorer.jobs] == ["probability", "raw"]
     assert [job.cancelled for job in scorer.jobs] == [True, False]
     loss.score_type, loss.margin = "raw", 0.1
     ahead = batch_of(collator(rows))
-    loss.distillation = Distillation(over="batch", **FIXED)  # of the same scores
+    loss.distillation = Distillation(weight=0.5, temperature=0.3)  # of the same scores
     found = float(loss(ahead, None).detach())
     assert len(scorer.jobs) == 3
     terms = reference(model, columns)
-    expected = terms.contrasted()[0] + 0.7 * terms.distilled("kl", "batch")
+    expected = terms.contrasted()[0] + 0.5 * terms.distilled()
     assert found == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
 @pytest.mark.parametrize("variant", [{}, MASS])
-@pytest.mark.parametrize("target", ["kl", "bce"])
-def test_without_scores_a_step_trains_without_both(
-    model: SentenceTransformer, variant: dict[str, Any], target: Any
-) -> None:
-    inputs, options = features(model, batch()), {**variant, "on_error": "unfiltered", "max_outscorers": 1}
+def test_without_scores_a_step_trains_without_both(model: SentenceTransformer, variant: dict[str, Any]) -> None:
+    inputs, options = features(model, batch()), {**variant, "on_error": "unfiltered"}
     model.train()
     torch.manual_seed(0)
     expected = loss_and_gradients(
         make(model, None, MemoryScorer(GUIDE, RerankerUnavailableError("gone")), **options), inputs
     )
     torch.manual_seed(0)
-    loss = make(model, Distillation(target=target), MemoryScorer(GUIDE, RerankerUnavailableError("gone")), **options)
+    loss = make(model, Distillation(), MemoryScorer(GUIDE, RerankerUnavailableError("gone")), **options)
     found = loss_and_gradients(loss, inputs)
     assert found[0] == pytest.approx(expected[0], abs=1e-6)
     assert_same_gradients(found[1], expected[1])
@@ -514,7 +488,7 @@ def test_a_reranker_without_a_known_scale_counts_as_missing_scores(model: Senten
         def raw_scale(self, timeout: float | None) -> Any:
             raise RerankerUnavailableError("gone")
 
-    loss = make(model, Distillation(target="bce"), Unknown(GUIDE), on_error="unfiltered")
+    loss = make(model, Distillation(), Unknown(GUIDE), score_type="probability", on_error="unfiltered")
     assert loss(features(model, batch()), None).isfinite()
     assert loss.statistics.unfiltered_steps == 1
 

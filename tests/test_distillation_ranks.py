@@ -26,7 +26,6 @@ GUIDE = random_scores()
 RUNS: list[tuple[Distillation, bool]] = [
     (Distillation(weight=0.7, temperature=0.3), True),
     (Distillation(weight=0.7), True),
-    (Distillation(weight=0.7, over="row"), True),
     (Distillation(weight=0.7), False),
 ]
 
@@ -83,14 +82,11 @@ def test_ranks_train_like_one_process_with_one_temperature(directory: Path, run:
     terms = [Reference(embeddings(model, features(model, part)), part, GUIDE) for part in parts]
     if settings.temperature == "auto":
         rows = [len(each.rows) for each in terms]
-        entropies = [each.entropy(temperature, settings.over) * n for each, n in zip(terms, rows, strict=True)]
+        entropies = [each.entropy(temperature) * n for each, n in zip(terms, rows, strict=True)]
         assert sum(entropies) / sum(rows) == pytest.approx(settings.entropy, abs=0.01)
     else:
         assert temperature == settings.temperature
-    values = [
-        each.contrasted()[0] + settings.weight * each.distilled(settings.target, settings.over, temperature)
-        for each in terms
-    ]
+    values = [each.contrasted()[0] + settings.weight * each.distilled(temperature) for each in terms]
     expected = torch.stack(values).mean()
     expected.backward()  # type: ignore[no-untyped-call]
     # With gathering each rank's value is its part of the mean over all rows.

@@ -121,7 +121,7 @@ def test_distillation_masks_by_the_servers_probabilities(
     server: ServerProcess = request.getfixturevalue(f"{kind}_server")
     columns = texts(3, 12)
     masks, scores = [], []
-    for distillation in (None, Distillation(over="batch")):
+    for distillation in (None, Distillation()):
         loss = RerankerCachedGISTEmbedLoss(model, server.address, margin=0.01, distillation=distillation)
         step = loss.begin(columns)
         step.settle(loss._settings())

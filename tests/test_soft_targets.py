@@ -30,18 +30,9 @@ def test_a_text_is_represented_by_the_rows_own_occurrence_or_else_by_the_first()
         [0, 1, 2, 8, -1],
     ]
     scores = np.arange(10, dtype=np.float32).reshape(2, 5)
-    targets = places.of_batch(np.array([1, 2]), scores)
+    targets = places.targets(np.array([1, 2]), scores)
     assert targets.columns.tolist() == [[7, 1, 2, 6], [0, 1, 2, 8]]
     assert targets.scores.tolist() == [[0, 1, 2, 3], [5, 6, 7, 8]]
-    assert targets.own.tolist() == [1, 2]
-
-
-def test_a_text_that_a_row_repeats_has_one_target() -> None:
-    places = Places([np.array([0, 1]), np.array([0, 2]), np.array([3, 2])], 4, 0)
-    targets = places.of_row(np.array([0, 1]), np.ones((2, 3), np.float32))
-    assert targets.columns.tolist() == [[0, 2, 4], [1, 3, 5]]
-    assert np.isnan(targets.scores).tolist() == [[False, True, False], [False, False, True]]
-    assert targets.own.tolist() == [0, 0]
 
 
 def test_rows_with_equal_anchors_share_their_positives() -> None:

@@ -238,27 +238,10 @@ class CandidateStep(FilterStep):
     def positives(self, begin: int, end: int) -> None:
         """Return ``None``: promotion needs every score."""
 
-    def dropped(self, begin: int, end: int) -> NDArray[np.bool_] | None:
-        """See :meth:`FilterStep.dropped`; documents without a score do not count."""
-        most = self._settings.max_outscorers
-        return None if most is None else self._outscorers(begin, end) > most
-
-    def _outscorers(self, begin: int, end: int) -> NDArray[np.intp]:
-        own = self._own[begin:end]
-        scores = self._scores.rows(self._anchor_queries[begin:end])
-        above_own = scores > scores[np.arange(len(own)), self._own_documents[begin:end], None]
-        labelled = np.zeros_like(above_own)
-        self._equal_anchors.mark(labelled, own)
-        counts: NDArray[np.intp] = (above_own & ~labelled & (self._repeats > 0)).sum(axis=1)
-        return counts
-
     def targets(self, begin: int, end: int) -> Targets:
         """See :meth:`FilterStep.targets`."""
         own = self._own[begin:end]
-        scores = self._raw.rows(self._anchor_queries[begin:end])
-        if self._settings.distill == "batch":
-            return self._places.of_batch(own, scores)
-        return self._places.of_row(own, scores[np.arange(len(own))[:, None], self._places.row_ids(own)])
+        return self._places.targets(own, self._raw.rows(self._anchor_queries[begin:end]))
 
     def observe(self, begin: int, end: int, logits: Tensor) -> None:
         """See :meth:`FilterStep.observe`."""
@@ -280,9 +263,6 @@ class CandidateStep(FilterStep):
         every, others = len(self._anchor_ids), masked[:, len(self._anchor_ids) + contrast :]
         counts.negatives += rows * (int(self._repeats.sum()) - 1)
         counts.masked_negatives += int(masked[:, :every].sum() + others.sum())
-        dropped = self.dropped(begin, end)
-        if dropped is not None:
-            counts.dropped_anchors += int(dropped.sum())
         if self.error is None:
             known = ~np.isnan(scores)
             counts.scored_anchors += rows

@@ -43,9 +43,7 @@ class Hardness:
         return torch.where(chosen, self.strength * cosines.detach(), 0)
 
 
-def contrastive_loss(
-    logits: Tensor, own: Tensor, mask: Tensor, positives: Tensor | None = None, without: Tensor | None = None
-) -> Tensor:
+def contrastive_loss(logits: Tensor, own: Tensor, mask: Tensor, positives: Tensor | None = None) -> Tensor:
     """Return the sum of the rows' contrastive losses, a scalar.
 
     A row's loss is the log-sum-exp of its logits that are not masked, less the mean logit of its positives.
@@ -55,12 +53,9 @@ def contrastive_loss(
         own: Position of each row's own positive, shape ``(rows,)``.
         mask: True for candidates that are dropped, same shape as ``logits``.
         positives: True for positives, the own one among them, same shape. Default: only the own one.
-        without: True for rows that have no loss, shape ``(rows,)``. Default: none.
     """
     kept = logits.masked_fill(mask, -torch.inf)
-    if positives is not None:
-        mean = logits.masked_fill(~positives, 0).sum(1) / positives.sum(1)
-        losses = kept.logsumexp(1) - mean
-    else:
-        losses = functional.cross_entropy(kept, own, reduction="sum" if without is None else "none")
-    return losses.sum() if without is None else losses.masked_fill(without, 0).sum()
+    if positives is None:
+        return functional.cross_entropy(kept, own, reduction="sum")
+    mean = logits.masked_fill(~positives, 0).sum(1) / positives.sum(1)
+    return (kept.logsumexp(1) - mean).sum()

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from sentence_transformers.util import get_rank
 from torch import Tensor
 
 from loss_client.filter.calibration import ROWS, STEPS, Calibration, entropy_sums, temperature_of
 from loss_client.filter.distillation import Distillation
-from loss_client.filter.distilling import Guide, graded_cross_entropies
+from loss_client.filter.distilling import Guide
 from loss_client.filter.gather import sum_over_ranks
 from loss_client.filter.step import FilterStep
-from loss_client.filter.targets import Targets
 
 logger = logging.getLogger(__name__)
-
-Convert = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
 class Distiller:
@@ -32,9 +27,7 @@ class Distiller:
         self._warned = False
 
     def temperature(self, settings: Distillation) -> float | None:
-        """Return the guide's temperature as far as it is known; ``None`` before the first step, and with ``"bce"``."""
-        if settings.target == "bce":
-            return None
+        """Return the guide's temperature as far as it is known; ``None`` before the first step."""
         return self._calibration.temperature(settings.entropy) if settings.calibrates else float(settings.temperature)
 
     def state(self) -> dict[str, Any]:
@@ -78,47 +71,28 @@ class Distiller:
         # Without two scores in any row there is no distribution that a temperature could change.
         step.temperature = step.temperature or 1.0
 
-    def loss(
-        self,
-        settings: Distillation,
-        step: FilterStep,
-        begin: int,
-        end: int,
-        logits: Tensor,
-        temperature: float,
-        probabilities: Convert,
-    ) -> Tensor:
+    @staticmethod
+    def loss(step: FilterStep, begin: int, end: int, logits: Tensor) -> Tensor:
         """Return the sum of the distillation term over some rows, without its weight, a scalar.
 
         Args:
-            settings: The settings.
             step: The step, whose temperature has been set.
             begin: First local row.
             end: The local row after the last.
             logits: The student's logits of these rows, shape ``(end - begin, candidates)``.
-            temperature: The student's temperature, by which the cosines were divided.
-            probabilities: Turns raw scores into probabilities.
         """
         targets, device = step.targets(begin, end), logits.device
         student = logits.gather(1, torch.from_numpy(targets.columns).to(device))
-        if settings.target == "bce":
-            scores = torch.from_numpy(_where_scored(probabilities, targets)).to(device, logits.dtype)
-            losses = graded_cross_entropies(settings.scale * temperature * student + settings.bias, scores)
-            entropies, underflows = torch.zeros_like(losses), losses.new_zeros(())
-        else:
-            guide = Guide.of(torch.from_numpy(targets.scores).to(device, logits.dtype), step.temperature or 1.0)
-            own = torch.from_numpy(targets.own).to(device)
-            losses = guide.divergences(student) if settings.target == "kl" else guide.margin_errors(student, own)
-            entropies, underflows = guide.entropies, guide.underflows
-        total = losses.sum()
+        guide = Guide.of(torch.from_numpy(targets.scores).to(device, logits.dtype), step.temperature or 1.0)
+        total = guide.divergences(student).sum()
         counted = int(np.isfinite(targets.scores).any(axis=1).sum())
-        sums = [losses.new_tensor(counted), total, entropies.sum(), underflows]
+        sums = [total.new_tensor(counted), total, guide.entropies.sum(), guide.underflows]
         step.count_distilled(begin, end, torch.stack([value.detach().to(logits.dtype) for value in sums]))
         return total
 
-    def check_underflow(self, settings: Distillation, step: FilterStep, name: str) -> None:
+    def check_underflow(self, step: FilterStep, name: str) -> None:
         """Warn once, in the name of a loss, if some of a step's probabilities are exactly 0."""
-        if self._warned or settings.target != "kl" or not step.underflows:
+        if self._warned or not step.underflows:
             return
         self._warned = True
         logger.warning(
@@ -127,11 +101,3 @@ class Distiller:
             "divided by the temperature exceeds about 100. Raise the temperature above a hundredth of the spread.",
             *(name, step.temperature, step.underflows),
         )
-
-
-def _where_scored(convert: Convert, targets: Targets) -> NDArray[np.float32]:
-    """Convert the scores that are there; the others stay NaN."""
-    scored = np.isfinite(targets.scores)
-    if not scored.any():
-        return targets.scores
-    return np.where(scored, convert(np.where(scored, targets.scores, np.float32(0))), np.float32(np.nan))

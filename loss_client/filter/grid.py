@@ -114,12 +114,10 @@ class GridStep(FilterStep):
         self._places = Places(self._document_ids, documents, settings.contrast_blocks)
         if settings.promote_margin is not None:
             self._promoted = np.zeros_like(self._relevant)
-        self._outscorers = np.zeros(local, dtype=np.intp)
         # Raw scores for the distillation term, which may be computed several times (MatryoshkaLoss).
         self._arrived = np.zeros(local, dtype=np.bool_)
-        if settings.distill is not None:
-            kept = len(self._document_ids) if settings.distill == "row" else documents
-            self._raw = np.empty((local, kept), dtype=np.float32)
+        if settings.convert is not None:
+            self._raw = np.empty((local, documents), dtype=np.float32)
 
     def select(self, size: int, logits: Callable[[int, int], Tensor]) -> None:
         """Return at once: all pairs are being scored."""
@@ -162,20 +160,12 @@ class GridStep(FilterStep):
         found[lines, self._places.columns(own)[lines, texts]] = True
         return found
 
-    def dropped(self, begin: int, end: int) -> NDArray[np.bool_] | None:
-        """See :meth:`FilterStep.dropped`."""
-        if self._settings.max_outscorers is None:
-            return None
-        self._decide(begin, end)
-        return self._outscorers[begin:end] > self._settings.max_outscorers
-
     def targets(self, begin: int, end: int) -> Targets:
         """See :meth:`FilterStep.targets`."""
         self._decide(begin, end)
         own = np.arange(begin, end) + self.rows.offset
         scores = np.where(self._arrived[begin:end, None], self._raw[begin:end], np.float32(np.nan))
-        place = self._places.of_row if self._settings.distill == "row" else self._places.of_batch
-        return place(own, scores)
+        return self._places.targets(own, scores)
 
     def _decide(self, begin: int, end: int) -> None:
         """Turn the scores of rows into bits, if that has not been done, and free the scores."""
@@ -201,8 +191,6 @@ class GridStep(FilterStep):
             promoted = int(np.unpackbits(self._promoted[rows]).sum())
             self._counts.promoted_negatives += promoted
             self._counts.masked_negatives -= promoted
-        if settings.max_outscorers is not None:
-            self._counts.dropped_anchors += int((self._outscorers[rows] > settings.max_outscorers).sum())
 
     def _compare(self, rows: NDArray[np.intp], positives: NDArray[np.intp]) -> NDArray[np.bool_]:
         """Return which documents score above each row's threshold.
@@ -228,13 +216,8 @@ class GridStep(FilterStep):
             promoted &= self._repeats > 0
             relevant |= promoted
             self._promoted[rows] = np.packbits(promoted, axis=1)
-        if settings.max_outscorers is not None:
-            labelled = np.zeros_like(outscoring)
-            self._equal_anchors.mark(labelled, rows + self.rows.offset)
-            self._outscorers[rows] = (outscoring & ~labelled).sum(axis=1)
-        if settings.distill is not None:
-            own = self._places.row_ids(rows + self.rows.offset)
-            self._raw[rows] = raw[lines[:, None], own] if settings.distill == "row" else raw
+        if settings.convert is not None:
+            self._raw[rows] = raw
             self._arrived[rows] = True
         counts.outscored_positives += int(outscoring.any(axis=1).sum())
         counts.scored_anchors += len(rows)

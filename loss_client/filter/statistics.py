@@ -32,12 +32,10 @@ class LossStatistics:
         unscored_share: Sum over the scored anchors of the share of the softmax denominator, after masking, that
             candidates without a score hold.
         capped_anchors: Anchors with such a share above ``epsilon``, because of ``max_candidates``.
-        dropped_anchors: Anchors that the contrastive term left out, because of ``max_outscorers``.
         promoted_negatives: Documents that became a positive of an anchor, with ``promote_margin``.
         distilled_anchors: Anchors in the distillation term: those with scores.
-        distillation_loss: Sum over them of the distillation term, without its weight: of KL(guide || student) with
-            ``target="kl"``.
-        guide_entropy: Sum over them of the entropy of the guide's distribution, in nats; 0 with ``target="bce"``.
+        distillation_loss: Sum over them of the distillation term, KL(guide || student), without its weight.
+        guide_entropy: Sum over them of the entropy of the guide's distribution, in nats.
     """
 
     steps: int = 0
@@ -59,7 +57,6 @@ class LossStatistics:
     negative_scores: float = 0.0
     unscored_share: float = 0.0
     capped_anchors: int = 0
-    dropped_anchors: int = 0
     promoted_negatives: int = 0
     distilled_anchors: int = 0
     distillation_loss: float = 0.0

@@ -23,7 +23,7 @@ from loss_client.filter.interning import intern
 from loss_client.filter.jobs import ScoreRows
 from loss_client.filter.masking import MarginStrategy
 from loss_client.filter.statistics import LossStatistics
-from loss_client.filter.targets import DistillOver, Targets
+from loss_client.filter.targets import Targets
 
 ContrastFilter = Literal["known", "scores"]
 """Source of the filter for pairs of anchors and pairs of positives; see ``RerankerCachedGISTEmbedLoss``."""
@@ -37,8 +37,8 @@ class FilterSettings:
     """Settings by which scores become masks and targets; see ``RerankerCachedGISTEmbedLoss`` for most of them.
 
     Attributes:
-        distill: Documents whose raw scores are targets; ``None`` without distillation.
-        convert: With distillation, turns the raw scores that arrive into scores in the margin's units.
+        convert: With distillation, turns the raw scores that arrive into scores in the margin's units; the raw ones are
+            kept as targets. ``None`` without distillation.
     """
 
     margin_strategy: MarginStrategy
@@ -49,8 +49,6 @@ class FilterSettings:
     gather: bool = False
     on_error: OnError = "raise"
     promote_margin: float | None = None
-    max_outscorers: int | None = None
-    distill: DistillOver | None = None
     convert: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None
 
     @property
@@ -160,13 +158,6 @@ class FilterStep(ABC):
 
         They are the anchor's own positive, and one candidate for each text that scores above it by more than the
         margin. For the shape see :meth:`mask`, which masks promoted candidates too.
-        """
-
-    @abstractmethod
-    def dropped(self, begin: int, end: int) -> NDArray[np.bool_] | None:
-        """Return the anchors whose positive more than ``max_outscorers`` documents outscore; ``None`` without a limit.
-
-        Positives of rows with the same anchor do not count. Shape ``(end - begin,)``.
         """
 
     @abstractmethod

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-
-DistillOver = Literal["row", "batch"]
-"""Documents whose scores are targets; see ``Distillation``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,13 +15,11 @@ class Targets:
 
     Attributes:
         columns: Position of each document among the candidates of the logits, shape ``(rows, K)``.
-        scores: Raw scores, NaN for a document without a score and for the repetition of a text, shape ``(rows, K)``.
-        own: Position of each row's own positive among the K documents, shape ``(rows,)``.
+        scores: Raw scores, NaN for a document without a score, shape ``(rows, K)``.
     """
 
     columns: NDArray[np.intp]
     scores: NDArray[np.float32]
-    own: NDArray[np.intp]
 
 
 class Places:
@@ -69,26 +63,7 @@ class Places:
             found[np.arange(len(own)), column[own]] = start + own
         return found
 
-    def of_row(self, own: NDArray[np.intp], scores: NDArray[np.float32]) -> Targets:
-        """Return the targets over the documents of each anchor's own row.
-
-        Args:
-            own: Numbers of rows among the rows of all ranks, shape ``(rows,)``.
-            scores: Scores of :meth:`row_ids`, shape ``(rows, columns)``.
-        """
-        ids = self.row_ids(own)
-        repeated = np.zeros(ids.shape, dtype=np.bool_)
-        for column in range(1, ids.shape[1]):
-            repeated[:, column] = (ids[:, :column] == ids[:, column : column + 1]).any(axis=1)
-        return Targets(
-            own[:, None] + np.array(self._starts), np.where(repeated, np.float32(np.nan), scores), np.zeros_like(own)
-        )
-
-    def row_ids(self, own: NDArray[np.intp]) -> NDArray[np.intp]:
-        """Return the ids of each row's own documents, shape ``(rows, columns)``."""
-        return np.stack([column[own] for column in self._ids], axis=1)
-
-    def of_batch(self, own: NDArray[np.intp], scores: NDArray[np.float32]) -> Targets:
+    def targets(self, own: NDArray[np.intp], scores: NDArray[np.float32]) -> Targets:
         """Return the targets over all documents.
 
         Args:
@@ -96,4 +71,4 @@ class Places:
             scores: Scores of all ids, NaN where there is none, shape ``(rows, documents)``.
         """
         present = np.flatnonzero(self._first >= 0)
-        return Targets(self.columns(own)[:, present], scores[:, present], np.searchsorted(present, self._ids[0][own]))
+        return Targets(self.columns(own)[:, present], scores[:, present])
