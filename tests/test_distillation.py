@@ -304,9 +304,9 @@ def test_masks_are_those_of_the_servers_probabilities(model: SentenceTransformer
 def test_the_client_names_the_scale_of_raw_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     with StubServer() as server, RerankerClient(server.target, timeout=WAIT_SECONDS) as client:
         assert client.raw_scale() == "logit"
-        monkeypatch.setattr(client, "model_info", lambda timeout: SimpleNamespace(kind=3))
+        monkeypatch.setattr(client, "_model_info", lambda *_: SimpleNamespace(kind=3))
         assert client.raw_scale() == "cosine"
-        monkeypatch.setattr(client, "model_info", lambda timeout: SimpleNamespace(kind=9))
+        monkeypatch.setattr(client, "_model_info", lambda *_: SimpleNamespace(kind=9))
         with pytest.raises(IncompatibleServerError, match="kind 9"):
             client.raw_scale()
 
