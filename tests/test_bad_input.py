@@ -10,7 +10,6 @@ import pytest
 
 from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
-from reranker_service.rpc.limits import Limits
 
 from .servers import ServerProcess, violations, violations_of
 
@@ -59,10 +58,11 @@ def refused(call: object, *arguments: object) -> dict[str, str]:
     return found
 
 
-def test_a_status_names_as_many_violations_as_headers_have_room_for(cross_encoder_server: ServerProcess) -> None:
-    most = Limits().max_text_bytes
+def test_a_status_names_as_many_violations_as_headers_have_room_for(cross_encoder: object) -> None:
+    most = 100_000
     documents = ["a document", *["x" * (most + 1)] * 50]
-    with grpc.insecure_channel(cross_encoder_server.address) as channel:
+    flags = ["--model", str(cross_encoder), "--engine", "torch", "--threads", "1", "--limits.max-text-bytes", str(most)]
+    with ServerProcess(*flags) as server, grpc.insecure_channel(server.address) as channel:
         with pytest.raises(grpc.RpcError) as caught:
             rpc.RerankerServiceStub(channel).Rerank(pb.RerankRequest(query="a", documents=documents), timeout=60)
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT

@@ -231,7 +231,7 @@ def test_another_server_is_asked_while_one_is_full() -> None:
     ("code", "hint"),
     [
         (grpc.StatusCode.RESOURCE_EXHAUSTED, "raise the server's limits"),  # without RetryInfo: a message is too large
-        (grpc.StatusCode.UNAUTHENTICATED, "valid credentials"),
+        (grpc.StatusCode.UNAUTHENTICATED, "no token.*valid credentials"),
         (grpc.StatusCode.PERMISSION_DENIED, "does not allow this call"),
     ],
 )
@@ -240,7 +240,7 @@ def test_errors_that_would_come_again_end_the_job_at_once_and_say_what_to_do(cod
         raise Abort(code, "no")
 
     with StubServer(on_chunk=refuse) as server, RerankerClient(server.target, timeout=WAIT_SECONDS) as client:
-        with pytest.raises(RerankerRequestError, match=f"{code.name}: no .*{hint}"):
+        with pytest.raises(RerankerRequestError, match=f"{code.name}: .*no .*{hint}"):
             client.score_grid(["q"], ["d"])
         assert len(server.streams) == 1
 

@@ -109,9 +109,9 @@ class BusyError(RerankError):
 
 def _first(violations: Sequence[Violation]) -> tuple[Violation, ...]:
     """The first violations that a status has room for, at least one."""
-    size = 0
+    size = len("; and 1000000 more")
     for number, violation in enumerate(violations):
-        size += _size(violation.field) + _size(violation.description)
+        size += _size(violation.field) + _size(violation.description) + len(": ; ")
         if number and size > _MOST_BYTES:
             return tuple(violations[:number])
     return tuple(violations)
