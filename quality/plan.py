@@ -309,7 +309,7 @@ FULL = Plan(
     stages=(
         Stage("screening", _MINED, "screening", _BOTH[:1], (3,), SCREENED),
         Stage("final", _MINED, _MINED, _BOTH, (0, 1, 2), FINAL, measured=("bi-encoder", "tuned bi-encoder")),
-        Stage("final", _RELATED, _RELATED, _BOTH, (0, 1, 2), _WITHOUT_HARDNESS, ("bi-encoder",)),
+        Stage("related", _RELATED, _RELATED, _BOTH, (0, 1, 2), _WITHOUT_HARDNESS, ("bi-encoder",)),
         # One seed, because scoring its batches takes as long as many trainings. The mean uses the same scores.
         Stage(
             "cross-encoder",

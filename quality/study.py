@@ -27,7 +27,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--stages",
         nargs="+",
-        choices=("screening", "final", "cross-encoder", "large"),
+        choices=("screening", "final", "related", "cross-encoder", "large"),
         help="the parts of the study to run; without it, all",
     )
     parser.add_argument(
