@@ -236,7 +236,8 @@ def draw_gains(path: Path, ledger: Ledger) -> None:
     """Plot the gain in nDCG@10 over no filter: a dot for every seed, and the mean with its 95% interval."""
     found = rows(ledger)
     names = list(dict.fromkeys(source for source, _, _ in found))
-    regimes = list(dict.fromkeys(regime for _, regime, _ in found))
+    # The screening last, because it chooses settings and its one seed decides nothing.
+    regimes = sorted(dict.fromkeys(regime for _, regime, _ in found), key=lambda regime: regime == "screening")
     listed = {at: list(dict.fromkeys(one for _, regime, one in found if regime == at)) for at in regimes}
     canvas = Canvas(figsize=(5.5 * len(names) + 3, 0.32 * sum(map(len, listed.values())) + 2), layout="constrained")
     panels = canvas.subplots(
@@ -244,12 +245,15 @@ def draw_gains(path: Path, ledger: Ledger) -> None:
     )
     for line, regime in zip(panels, regimes, strict=True):
         for axes, source in zip(line, names, strict=True):
+            if not any((source, regime, contender) in found for contender in listed[regime]):
+                axes.set_axis_off()
+                continue
             for place, contender in enumerate(listed[regime]):
                 row = found.get((source, regime, contender))
                 if row is None or not row.gain:
                     continue
                 gains = list(row.gain.values())
-                color = "tab:blue" if contender.startswith("cross-encoder") else "tab:gray"
+                color = "tab:blue" if " + kl" in contender else "tab:gray"
                 axes.plot(gains, [place] * len(gains), ".", color=color, alpha=0.5)
                 interval = compare(found, [source], regime, contender, NO_FILTER.name)
                 if interval is not None:
