@@ -367,7 +367,15 @@ def test_half_sent_calls_count_and_refused_messages_are_not_read(cross_encoder: 
                 break
         assert error is not None
         assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert scrape(server)["reranker_requests_total", "Rerank", "RESOURCE_EXHAUSTED"] >= 1
+        counted = ("reranker_requests_total", "Rerank", "RESOURCE_EXHAUSTED")
+        deadline = time.monotonic() + 20
+        # The refusal is counted once gRPC has sent it, which the client may see before.
+        while not any(
+            name == counted[0] and set(counted[1:]) <= {text for _, text in labels}
+            for name, labels in scrape(server).samples
+        ):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 def test_a_signal_ends_a_server_whose_download_hangs() -> None:
