@@ -215,7 +215,7 @@ def _make_server(settings: Settings, interceptors: Sequence[aio.ServerIntercepto
             # streams that were no longer read from took up 1.2 GiB.
             ("grpc.http2.bdp_probe", 0),
             ("grpc.http2.lookahead_bytes", _WINDOW_BYTES),
-            # What may be used without a chance of refusal, and what is refused at once.
+            # gRPC refuses metadata between the two limits at random, and above the second always.
             ("grpc.max_metadata_size", settings.max_metadata_bytes),
             ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes),
             ("grpc.max_concurrent_streams", settings.max_connection_calls),

@@ -16,7 +16,7 @@ from loss_client.client.targets import Target
 
 TOKEN, TOKEN_FILE = "RERANKER_CLIENT_TOKEN", "RERANKER_CLIENT_TOKEN_FILE"
 TLS_CA, TLS_CERT, TLS_KEY = "RERANKER_CLIENT_TLS_CA", "RERANKER_CLIENT_TLS_CERT", "RERANKER_CLIENT_TLS_KEY"
-# What a header may carry. A wrong character is reported here, because gRPC's error would show the token.
+# The characters that a header may carry. A wrong character is reported here, because gRPC's error would show the token.
 _TOKEN = re.compile(r"[!-~]{1,4096}")
 
 Pem = bytes | str | PathLike[str]
