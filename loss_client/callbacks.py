@@ -33,7 +33,6 @@ class RerankerMetricsCallback(TrainerCallback):
     - ``unscored_share``: with ``candidates="mass"``, mean share of the softmax denominator without a score.
     - ``distillation_loss``: with distillation, mean of the term, a KL divergence, before its weight.
     - ``guide_entropy``: with distillation, mean entropy of the guide's distributions, in nats.
-    - ``promoted_negatives``: with ``promote_margin``, share of the negatives that became positives.
     - ``reconnects``, ``unfiltered_steps``: their numbers.
 
     A callback among a trainer's ``callbacks`` runs after those of TensorBoard, W&B and the like, which then do not log
@@ -244,8 +243,6 @@ def _metrics(counts: LossStatistics) -> dict[str, float]:
     if counts.distilled_anchors:
         values["distillation_loss"] = counts.distillation_loss / counts.distilled_anchors
         values["guide_entropy"] = counts.guide_entropy / counts.distilled_anchors
-    if counts.promoted_negatives:
-        values["promoted_negatives"] = counts.promoted_negatives / counts.negatives
     values["reconnects"] = counts.reconnects
     values["unfiltered_steps"] = counts.unfiltered_steps
     return {f"reranker/{name}": value for name, value in values.items()}

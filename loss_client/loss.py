@@ -126,9 +126,6 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             ``"all_negatives"``: both. Negatives that are dropped stay dropped. The logits of ``contrast_anchors`` and
             ``contrast_positives`` get no penalty.
         hardness_strength: See ``hardness_mode``.
-        promote_margin: Makes each text that scores above the positive, by more than this margin, a further positive of
-            the anchor, in the sense of ``margin_strategy``. The anchor's loss is then the log-sum-exp of its logits
-            less the mean logit of its positives. Not with ``candidates="mass"``. Default: no promotion.
 
     Raises:
         ValueError: An argument or a batch cannot work. The message says why.
@@ -218,7 +215,6 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         distillation: Distillation | None = None,
         hardness_mode: HardnessMode | None = None,
         hardness_strength: float = 0.0,
-        promote_margin: float | None = None,
     ) -> None:
         super().__init__()
         if has_static_embedding_input(model):
@@ -244,16 +240,11 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             timeout=timeout,
         )
         check_choice("hardness_mode", hardness_mode, (None, *get_args(HardnessMode)))
-        check_not_negative(hardness_strength=hardness_strength, promote_margin=promote_margin)
+        check_not_negative(hardness_strength=hardness_strength)
         if hardness_mode is not None and not hardness_strength:
             logger.warning(
                 "hardness_mode=%r has no effect with hardness_strength=0.0. Set a hardness_strength above 0.",
                 hardness_mode,
-            )
-        if promote_margin is not None and candidates == "mass":
-            raise ValueError(
-                "promote_margin needs candidates='all': with candidates='mass' a document without a score might have "
-                "become a positive, so that the bound of epsilon would not hold."
             )
         self.model = model
         self.temperature = temperature
@@ -278,7 +269,6 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         self.distillation = distillation
         self.hardness_mode = hardness_mode
         self.hardness_strength = hardness_strength
-        self.promote_margin = promote_margin
         self.statistics = LossStatistics()
         # Connects at first use; a copy or a pickle makes its own connections.
         self._client = reranker if isinstance(reranker, ScoringClient) else RerankerClient(reranker)
@@ -370,13 +360,9 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         logits = self._logits(embeddings, step, begin, end)
         own = torch.arange(begin, end, device=logits.device) + step.rows.offset
         mask = torch.from_numpy(step.mask(begin, end)).to(logits.device)
-        promoted = step.positives(begin, end)
-        positives = None if promoted is None else torch.from_numpy(promoted).to(logits.device)
-        if positives is not None:
-            mask &= ~positives
-        contrasted = self._penalized(logits, own, step, positives)
+        contrasted = self._penalized(logits, own, step)
         step.observe(begin, end, contrasted.detach())
-        loss = contrastive_loss(contrasted, own, mask, positives)
+        loss = contrastive_loss(contrasted, own, mask)
         if self.distillation is not None:
             loss = loss + self.distillation.weight * self._distiller.loss(step, begin, end, logits)
         return loss
@@ -384,19 +370,17 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
     def _contrast_logits(self, embeddings: list[Tensor], step: FilterStep, begin: int, end: int) -> Tensor:
         """Compute the logits of the contrastive term; for the arguments see ``_logits``."""
         own = torch.arange(begin, end, device=embeddings[0].device) + step.rows.offset
-        return self._penalized(self._logits(embeddings, step, begin, end), own, step, None)
+        return self._penalized(self._logits(embeddings, step, begin, end), own, step)
 
-    def _penalized(self, logits: Tensor, own: Tensor, step: FilterStep, positives: Tensor | None) -> Tensor:
+    def _penalized(self, logits: Tensor, own: Tensor, step: FilterStep) -> Tensor:
         """Add the hardness penalties of negatives to logits of shape ``(rows, candidates)``."""
         if self.hardness_mode is None or not self.hardness_strength:
             return logits
         rows = sum(step.rows.sizes)
         blocks = range(0, logits.shape[1], rows)
         starts = [0, *blocks[1 + self.contrast_anchors + self.contrast_positives :]]
-        penalties = Hardness(self.hardness_mode, self.hardness_strength).penalties(
-            logits.detach() * self.temperature, own, starts, rows
-        )
-        return logits + (penalties if positives is None else penalties.masked_fill(positives, 0))
+        hardness = Hardness(self.hardness_mode, self.hardness_strength)
+        return logits + hardness.penalties(logits.detach() * self.temperature, own, starts, rows)
 
     def _logits(self, embeddings: list[Tensor], step: FilterStep, begin: int, end: int) -> Tensor:
         """Compute cosine / temperature of some anchors with their candidates, shape ``(end - begin, candidates)``.
@@ -457,7 +441,6 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             contrast_filter=self.contrast_filter,
             gather=self.gather_across_devices,
             on_error=self.on_error,
-            promote_margin=self.promote_margin,
             convert=None if self.distillation is None else self._in_units,
         )
 
@@ -544,7 +527,6 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             "distillation": None if self.distillation is None else asdict(self.distillation),
             "hardness_mode": self.hardness_mode,
             "hardness_strength": self.hardness_strength,
-            "promote_margin": self.promote_margin,
         }
 
     @property

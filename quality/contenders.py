@@ -89,7 +89,6 @@ def served_options(plan: Plan, served: Served) -> dict[str, Any]:
         "candidates": served.candidates,
         "epsilon": 1e-3,
         "distillation": served.distillation,
-        "promote_margin": served.promote_margin,
         **more,
     }
 

@@ -83,7 +83,6 @@ class Served:
         candidates: Pairs that are scored.
         distillation: The distillation term.
         hardness: Hardness mode and strength.
-        promote_margin: Margin above which a document becomes a further positive.
     """
 
     guide: Guide
@@ -91,7 +90,6 @@ class Served:
     candidates: Literal["all", "mass"] = "all"
     distillation: Distillation | None = None
     hardness: tuple[HardnessMode, float] | None = None
-    promote_margin: float | None = None
 
     @property
     def name(self) -> str:
@@ -103,8 +101,6 @@ class Served:
             parts.append(_distillation_name(self.distillation))
         if self.hardness is not None:
             parts.append(f"hardness {_words(self.hardness)}")
-        if self.promote_margin is not None:
-            parts.append(f"promote {self.promote_margin:g}")
         return " + ".join(parts)
 
 
@@ -266,11 +262,7 @@ SCREENED: tuple[Entrant, ...] = (
     _FILTER,
     _FILTER_KL,
     Served("bi-encoder", None, distillation=_KL),
-    *(
-        replace(one, **more)
-        for more in ({"hardness": _IN_BATCH}, {"promote_margin": 0.1})
-        for one in (_FILTER, _FILTER_KL)
-    ),
+    *(replace(one, hardness=_IN_BATCH) for one in (_FILTER, _FILTER_KL)),
 )
 
 #: Contenders that are left, with the reason for each. Change the list after the screening: results stay valid.
@@ -280,7 +272,6 @@ FINAL: tuple[Entrant, ...] = (
     LOCAL,  # the filter that sentence-transformers has already
     _FILTER,  # the loss by default; says what distillation adds
     _FILTER_KL,  # best in the trial on which the loss's distillation rests
-    replace(_FILTER_KL, promote_margin=0.1),  # best in the screening
     replace(_FILTER_KL, guide="tuned bi-encoder"),  # says what a better guide adds
 )
 

@@ -74,27 +74,19 @@ class Reference:
             terms.append(nn.functional.kl_div(student, guide, reduction="sum"))
         return torch.stack(terms).mean()
 
-    def contrasted(self, promote: float | None = None, hardness: tuple[str, float] | None = None) -> tuple[Tensor, int]:
-        """Return the mean over the rows of the contrastive term, and the number of promoted texts."""
-        losses, promotions = [], 0
+    def contrasted(self, hardness: tuple[str, float] | None = None) -> Tensor:
+        """Return the mean over the rows of the contrastive term."""
+        losses = []
         for row in self.rows:
             own, labelled, places = self.score(row, self.columns[1][row]), self.labelled(row), self.documents(row)
             assert own is not None
             scores = {text: self.score(row, text) for text in places}
-            promoted = {
-                text
-                for text, score in scores.items()
-                if promote is not None and score is not None and score > own + promote
-            }
-            positives, negatives = [self.cosine(row, 1, row) / TEMPERATURE], []
-            positives += [self.cosine(row, *places[text]) / TEMPERATURE for text in promoted]
-            promotions += len(promoted)
+            positive, negatives = self.cosine(row, 1, row) / TEMPERATURE, []
             for column in range(1, len(self.columns)):
                 for other in self.rows:
                     text = self.columns[column][other]
                     score = scores[text]
-                    masked = text in labelled or (score is not None and np.float32(score) > np.float32(own - MARGIN))
-                    if masked or text in promoted:
+                    if text in labelled or (score is not None and np.float32(score) > np.float32(own - MARGIN)):
                         continue
                     cosine = self.cosine(row, column, other)
                     negatives.append(cosine / TEMPERATURE)
@@ -104,8 +96,8 @@ class Reference:
                         negatives[-1] = negatives[-1] + strength * cosine.detach()
                     if mode == "in_batch_negatives" and other != row:
                         negatives[-1] = negatives[-1] + strength * cosine.detach()
-            losses.append(torch.logsumexp(torch.stack([*positives, *negatives]), 0) - torch.stack(positives).mean())
-        return torch.stack(losses).mean(), promotions
+            losses.append(torch.logsumexp(torch.stack([positive, *negatives]), 0) - positive)
+        return torch.stack(losses).mean()
 
     def entropy(self, temperature: float) -> float:
         """Return the mean over the rows of the guide's entropy as a share of the largest one."""

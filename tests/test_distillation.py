@@ -137,7 +137,7 @@ def test_where_not_all_is_scored_the_distributions_are_over_what_is(model: Sente
     assert loss.statistics.skipped_pairs > 5
     term = reference(model, columns, known=known)
     model.zero_grad()
-    expected = term.contrasted()[0] + 0.7 * term.distilled()
+    expected = term.contrasted() + 0.7 * term.distilled()
     expected.backward()  # type: ignore[no-untyped-call]
     assert found[0] == pytest.approx(float(expected.detach()), rel=1e-5)
     assert_same_gradients(found[1], gradients(model))
@@ -200,25 +200,18 @@ def test_hardness_equals_the_ranking_loss_where_nothing_is_masked(model: Sentenc
     [
         ({"hardness": ("in_batch_negatives", 5.0)}, {"hardness_mode": "in_batch_negatives", "hardness_strength": 5.0}),
         ({"hardness": ("all_negatives", 5.0)}, {"hardness_mode": "all_negatives", "hardness_strength": 5.0, **MASS}),
-        ({"promote": 0.3}, {"promote_margin": 0.3}),
-        ({"promote": 0.0}, {"promote_margin": 0.0}),
-        (
-            {"promote": 0.5, "hardness": ("hard_negatives", 5.0)},
-            {"promote_margin": 0.5, "hardness_mode": "hard_negatives", "hardness_strength": 5.0},
-        ),
+        ({"hardness": ("hard_negatives", 5.0)}, {"hardness_mode": "hard_negatives", "hardness_strength": 5.0}),
     ],
 )
-def test_hardness_and_promotion_beside_distillation(
+def test_hardness_beside_distillation(
     model: SentenceTransformer, more: dict[str, Any], options: dict[str, Any]
 ) -> None:
     columns = batch()
     terms = reference(model, columns)
-    contrast, promoted = terms.contrasted(**more)
+    contrast = terms.contrasted(**more)
     loss = make(model, Distillation(**FIXED), **options)
     assert_equal(model, loss, features(model, columns), contrast + 0.7 * terms.distilled())
-    assert loss.statistics.promoted_negatives == promoted
     assert loss.statistics.distilled_anchors == 6
-    assert promoted or "hardness" in more
 
 
 def test_contrast_terms_get_no_penalty(model: SentenceTransformer) -> None:
@@ -227,7 +220,7 @@ def test_contrast_terms_get_no_penalty(model: SentenceTransformer) -> None:
     step = loss.begin(columns)
     step.settle(loss._settings())
     logits = torch.ones(2, 16)
-    penalties = loss._penalized(logits, torch.tensor([1, 2]), step, None) - logits
+    penalties = loss._penalized(logits, torch.tensor([1, 2]), step) - logits
     expected = [[1.0] * 4 + [0.0] * 8 + [1.0] * 4 for _ in range(2)]
     expected[0][1] = expected[1][2] = 0.0
     assert torch.allclose(penalties, 2.0 * TEMPERATURE * torch.tensor(expected))
@@ -435,8 +428,6 @@ def test_settings_that_cannot_work_are_refused(options: dict[str, Any], message:
     [
         ({"hardness_mode": "hard"}, "hardness_mode must be None or"),
         ({"hardness_strength": -1.0}, "hardness_strength must be"),
-        ({"promote_margin": -0.1}, "promote_margin must be"),
-        ({"promote_margin": 0.1, "candidates": "mass"}, "promote_margin needs candidates='all'"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(
@@ -463,7 +454,7 @@ def test_a_batch_that_was_begun_for_probabilities_is_asked_for_anew(model: Sente
     found = float(loss(ahead, None).detach())
     assert len(scorer.jobs) == 3
     terms = reference(model, columns)
-    expected = terms.contrasted()[0] + 0.5 * terms.distilled()
+    expected = terms.contrasted() + 0.5 * terms.distilled()
     assert found == pytest.approx(float(expected.detach()), rel=1e-5)
 
 

@@ -86,7 +86,7 @@ def test_ranks_train_like_one_process_with_one_temperature(directory: Path, run:
         assert sum(entropies) / sum(rows) == pytest.approx(settings.entropy, abs=0.01)
     else:
         assert temperature == settings.temperature
-    values = [each.contrasted()[0] + settings.weight * each.distilled(temperature) for each in terms]
+    values = [each.contrasted() + settings.weight * each.distilled(temperature) for each in terms]
     expected = torch.stack(values).mean()
     expected.backward()  # type: ignore[no-untyped-call]
     # With gathering each rank's value is its part of the mean over all rows.

@@ -1,4 +1,4 @@
-"""Parts of the soft targets by themselves: places of documents, equal anchors, promoted copies, the entropies' grid."""
+"""Parts of the soft targets by themselves: places of documents, equal anchors, the entropies' grid."""
 
 from __future__ import annotations
 
@@ -64,23 +64,6 @@ def test_a_positive_that_an_equal_anchor_shares_relates_rows(kind: str) -> None:
         [True, False, True, True, True, True],
         [False, True, False, True, True, True],
     ]
-
-
-def test_copies_of_a_promoted_text_are_no_negatives_whatever_the_margin() -> None:
-    columns = [["a", "b"], ["p", "q"], ["q", "x"]]
-
-    def score(queries: Sequence[str], documents: Sequence[str]) -> NDArray[np.float32]:
-        values = {"p": 0.5, "q": 0.7, "x": 0.1}
-        return np.array([[values[text] for text in documents] for _ in queries], np.float32)
-
-    step = GridStep(columns, (False, False), MemoryScorer(score).stream_grid)
-    step.settle(FilterSettings("absolute", -0.9, False, False, "known", promote_margin=0.1))
-    mask, positives = step.mask(0, 2), step.positives(0, 2)
-    assert positives is not None
-    assert positives.tolist() == [[True, False, True, False], [False, True, False, False]]
-    assert mask.tolist() == [[False, True, True, False], [False, False, True, False]]
-    counts = step.statistics()
-    assert (counts.promoted_negatives, counts.masked_negatives) == (1, 2)
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])

@@ -235,9 +235,6 @@ class CandidateStep(FilterStep):
         """See :meth:`FilterStep.mask`."""
         return self._state(begin, end)[1]
 
-    def positives(self, begin: int, end: int) -> None:
-        """Return ``None``: promotion needs every score."""
-
     def targets(self, begin: int, end: int) -> Targets:
         """See :meth:`FilterStep.targets`."""
         own = self._own[begin:end]

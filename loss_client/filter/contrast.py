@@ -43,19 +43,14 @@ class Hardness:
         return torch.where(chosen, self.strength * cosines.detach(), 0)
 
 
-def contrastive_loss(logits: Tensor, own: Tensor, mask: Tensor, positives: Tensor | None = None) -> Tensor:
+def contrastive_loss(logits: Tensor, own: Tensor, mask: Tensor) -> Tensor:
     """Return the sum of the rows' contrastive losses, a scalar.
 
-    A row's loss is the log-sum-exp of its logits that are not masked, less the mean logit of its positives.
+    A row's loss is the log-sum-exp of its logits that are not masked, less the logit of its own positive.
 
     Args:
         logits: Shape ``(rows, candidates)``.
         own: Position of each row's own positive, shape ``(rows,)``.
         mask: True for candidates that are dropped, same shape as ``logits``.
-        positives: True for positives, the own one among them, same shape. Default: only the own one.
     """
-    kept = logits.masked_fill(mask, -torch.inf)
-    if positives is None:
-        return functional.cross_entropy(kept, own, reduction="sum")
-    mean = logits.masked_fill(~positives, 0).sum(1) / positives.sum(1)
-    return (kept.logsumexp(1) - mean).sum()
+    return functional.cross_entropy(logits.masked_fill(mask, -torch.inf), own, reduction="sum")

@@ -112,8 +112,6 @@ class GridStep(FilterStep):
         self._related: NDArray[np.bool_] | None = None
         settings = self._settings
         self._places = Places(self._document_ids, documents, settings.contrast_blocks)
-        if settings.promote_margin is not None:
-            self._promoted = np.zeros_like(self._relevant)
         # Raw scores for the distillation term, which may be computed several times (MatryoshkaLoss).
         self._arrived = np.zeros(local, dtype=np.bool_)
         if settings.convert is not None:
@@ -147,19 +145,6 @@ class GridStep(FilterStep):
                 contrast.append(found[:, columns] | same_id(columns[own], columns))
         return np.concatenate([blocks[0], *contrast, *blocks[1:]], axis=1)
 
-    def positives(self, begin: int, end: int) -> NDArray[np.bool_] | None:
-        """See :meth:`FilterStep.positives`."""
-        if self._settings.promote_margin is None:
-            return None
-        self._decide(begin, end)
-        own = np.arange(begin, end) + self.rows.offset
-        blocks = len(self._document_ids) + self._settings.contrast_blocks
-        found = np.zeros((end - begin, blocks * len(self._anchor_ids)), dtype=np.bool_)
-        found[np.arange(end - begin), own] = True
-        lines, texts = np.nonzero(_unpacked(self._promoted[begin:end], self._grid.documents))
-        found[lines, self._places.columns(own)[lines, texts]] = True
-        return found
-
     def targets(self, begin: int, end: int) -> Targets:
         """See :meth:`FilterStep.targets`."""
         self._decide(begin, end)
@@ -172,7 +157,6 @@ class GridStep(FilterStep):
         rows = np.arange(begin, end)[~self._decided[begin:end]]
         if not len(rows):
             return
-        settings = self._settings
         lines, positives = np.arange(len(rows)), self._document_ids[0][rows + self.rows.offset]
         relevant = np.zeros((len(rows), self._grid.documents), dtype=np.bool_)
         if self.error is None:
@@ -187,10 +171,6 @@ class GridStep(FilterStep):
         self._decided[rows] = True
         self._counts.negatives += len(rows) * (int(self._repeats.sum()) - 1)
         self._counts.masked_negatives += int((relevant @ self._repeats).sum()) - len(rows)
-        if settings.promote_margin is not None:
-            promoted = int(np.unpackbits(self._promoted[rows]).sum())
-            self._counts.promoted_negatives += promoted
-            self._counts.masked_negatives -= promoted
 
     def _compare(self, rows: NDArray[np.intp], positives: NDArray[np.intp]) -> NDArray[np.bool_]:
         """Return which documents score above each row's threshold.
@@ -211,11 +191,6 @@ class GridStep(FilterStep):
             self._positive_grid.release(rows)
         self._grid.release(rows)
         outscoring = (scores > own_scores[:, None]) & (self._repeats > 0)
-        if settings.promote_margin is not None:
-            promoted = scores > thresholds(own_scores, -settings.promote_margin, settings.margin_strategy)[:, None]
-            promoted &= self._repeats > 0
-            relevant |= promoted
-            self._promoted[rows] = np.packbits(promoted, axis=1)
         if settings.convert is not None:
             self._raw[rows] = raw
             self._arrived[rows] = True

@@ -32,7 +32,6 @@ class LossStatistics:
         unscored_share: Sum over the scored anchors of the share of the softmax denominator, after masking, that
             candidates without a score hold.
         capped_anchors: Anchors with such a share above ``epsilon``, because of ``max_candidates``.
-        promoted_negatives: Documents that became a positive of an anchor, with ``promote_margin``.
         distilled_anchors: Anchors in the distillation term: those with scores.
         distillation_loss: Sum over them of the distillation term, KL(guide || student), without its weight.
         guide_entropy: Sum over them of the entropy of the guide's distribution, in nats.
@@ -57,7 +56,6 @@ class LossStatistics:
     negative_scores: float = 0.0
     unscored_share: float = 0.0
     capped_anchors: int = 0
-    promoted_negatives: int = 0
     distilled_anchors: int = 0
     distillation_loss: float = 0.0
     guide_entropy: float = 0.0

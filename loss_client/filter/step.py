@@ -48,7 +48,6 @@ class FilterSettings:
     contrast_filter: ContrastFilter
     gather: bool = False
     on_error: OnError = "raise"
-    promote_margin: float | None = None
     convert: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None
 
     @property
@@ -150,14 +149,6 @@ class FilterStep(ABC):
 
         Raises:
             RerankerError: Scores did not arrive, or one is NaN or infinite; with ``on_error="raise"``.
-        """
-
-    @abstractmethod
-    def positives(self, begin: int, end: int) -> NDArray[np.bool_] | None:
-        """Return which candidates of some anchors are positives; ``None`` without ``promote_margin``.
-
-        They are the anchor's own positive, and one candidate for each text that scores above it by more than the
-        margin. For the shape see :meth:`mask`, which masks promoted candidates too.
         """
 
     @abstractmethod
