@@ -62,7 +62,7 @@ bench: $(STUBS) ## Measure the service against the bare engine and what else a u
 bench-loss: $(STUBS) ## Measure what a training step with the loss costs (ARGS="--quick")
 	$(BIN)/python -m benchmarks.loss $(ARGS)
 
-quality: $(STUBS) ## Measure whether the filter and distillation make better models; about two hours, resumable (ARGS="--quick")
+quality: $(STUBS) ## Measure whether the filter and distillation make better models; more than two hours, resumable (ARGS="--quick")
 	$(BIN)/python -m quality.study $(ARGS)
 
 test: $(STUBS) ## Run the tests, two files at a time (ARGS="..." for pytest, such as "-n 0 -x -k stream")

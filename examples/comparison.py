@@ -279,9 +279,8 @@ def _evaluate(
     name: str, model: SentenceTransformer, evaluator: student.RetrievalEvaluator
 ) -> tuple[report.Result, list[float]]:
     """Evaluate a model; return the result and the nDCG@10 of each query."""
-    found = evaluator(model)
-    ndcg, mrr = (found[f"{evaluator.name}_cosine_{measure}@10"] for measure in ("ndcg", "mrr"))
-    return report.Result(name=name, loss="", ndcg=ndcg, mrr=mrr), list(evaluator.ndcg_by_query)
+    found = evaluator.means(model)
+    return report.Result(name=name, loss="", ndcg=found["ndcg"], mrr=found["mrr"]), list(evaluator.ndcg_by_query)
 
 
 def _cache_note(last: report.Result, sharing: bool) -> str:

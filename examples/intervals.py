@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean with its 95% interval, from ``low`` to ``high``."""
+    """A mean with its interval, from ``low`` to ``high``; 95% unless its maker says otherwise."""
 
     mean: float
     low: float

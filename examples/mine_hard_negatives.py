@@ -148,8 +148,7 @@ def run(options: argparse.Namespace, address: str, say: Any) -> None:
     mined.to_json(options.output / "triplets.jsonl")
 
     evaluator = retrieval_evaluator(split.held_out, options.queries, options.seed)
-    measure = f"{evaluator.name}_cosine_ndcg@10"
-    before = evaluator(model)[measure]
+    before = evaluator.means(model)["ndcg"]
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(options.output),
         max_steps=options.steps,
@@ -167,7 +166,7 @@ def run(options: argparse.Namespace, address: str, say: Any) -> None:
     trainer.remove_callback(PrinterCallback)
     began = time.monotonic()
     trainer.train()
-    after = evaluator(model)[measure]
+    after = evaluator.means(model)["ndcg"]
     model.save_pretrained(str(options.output / "model"))
     say(
         f"{options.steps} steps of {options.batch_size} triplets took {time.monotonic() - began:.0f} s with the "

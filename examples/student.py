@@ -99,6 +99,11 @@ class RetrievalEvaluator(InformationRetrievalEvaluator):
         found: dict[str, Any] = super().compute_metrics(queries_result_list)
         return found
 
+    def means(self, model: SentenceTransformer) -> dict[str, float]:
+        """Evaluate a model; return ``ndcg`` and ``mrr``, the means over the queries of nDCG@10 and MRR@10."""
+        found = self(model)
+        return {measure: found[f"{self.name}_cosine_{measure}@10"] for measure in ("ndcg", "mrr")}
+
 
 def retrieval_evaluator(pairs: Sequence[Pair], queries: int, seed: int) -> RetrievalEvaluator:
     """Make an evaluator: summaries are the queries, and the corpus is the bodies of all ``pairs``.

@@ -16,6 +16,7 @@ from examples.contenders import Contender, FilterCounts, guided, reranked, unfil
 from loss_client import Distillation
 from loss_client.client.scores import ScoreType
 from loss_client.filter.calibration import entropy_sums, temperature_of
+from loss_client.filter.contrast import HardnessMode
 from loss_client.filter.jobs import ScoringClient
 from quality.plan import Entrant, Guide, LocalGuide, OwnDocuments, Plan, Served, Unfiltered
 
@@ -60,10 +61,8 @@ def make(
     """
     settings = (plan.temperature, plan.mini_batch_size)
     match entrant:
-        case Unfiltered(None):
-            return unfiltered(entrant.name, *settings)
-        case Unfiltered((mode, strength)):
-            return unfiltered(entrant.name, *settings, hardness_mode=mode, hardness_strength=strength)
+        case Unfiltered(hardness):
+            return unfiltered(entrant.name, *settings, **_hardness_options(hardness))
         case LocalGuide():
             return guided(entrant.name, local, *settings)
         case OwnDocuments():
@@ -78,9 +77,6 @@ def make(
 def served_options(plan: Plan, served: Served) -> dict[str, Any]:
     """Return the arguments of ``RerankerCachedGISTEmbedLoss`` for settings of the plan."""
     margin = served.margin
-    more: dict[str, Any] = {}
-    if served.hardness is not None:
-        more.update(hardness_mode=served.hardness[0], hardness_strength=served.hardness[1])
     return {
         "max_length": max_length(plan, served.guide),
         "score_type": "raw" if margin is None else SCORE_TYPES[served.guide],
@@ -89,8 +85,12 @@ def served_options(plan: Plan, served: Served) -> dict[str, Any]:
         "candidates": served.candidates,
         "epsilon": 1e-3,
         "distillation": served.distillation,
-        **more,
+        **_hardness_options(served.hardness),
     }
+
+
+def _hardness_options(hardness: tuple[HardnessMode, float] | None) -> dict[str, Any]:
+    return {} if hardness is None else {"hardness_mode": hardness[0], "hardness_strength": hardness[1]}
 
 
 class UnscaledDistillKLDivLoss(DistillKLDivLoss):

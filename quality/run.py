@@ -19,7 +19,7 @@ from sentence_transformers import SentenceTransformer
 
 from examples.docstrings import Pair
 from examples.serving import reranker_server
-from examples.student import load_minilm, load_student
+from examples.student import RetrievalEvaluator, load_minilm, load_student, retrieval_evaluator
 from examples.training import Recipe, train
 from loss_client import RerankerClient
 from loss_client.client.scores import ScoreType
@@ -193,17 +193,17 @@ class Study:
             ]
             factor, shift = onto([batch.scores for batch in cosines], [batch.scores for batch in logits])
             scored["mean"] = [
-                replace(one, scores=(one.scores + factor * other.scores + shift) / 2)
+                replace(one, scores=((one.scores + factor * other.scores + shift) / 2).astype(np.float32))
                 for one, other in zip(cosines, logits, strict=True)
             ]
             self._ledger.add(("mean", name), {"factor": factor, "shift": shift})
             for guide, evaluated in scored.items():
                 self._ledger.add(("guide", name, guide), guides.evaluate(evaluated))
         found = {guide: record["ndcg"] for (guide,), record in self._ledger.under("guide", name).items()}
-        for guide, ndcg in found.items():
+        for model, ndcg in found.items():
             above = ndcg - found["bi-encoder"]
-            verdict = "" if guide == "bi-encoder" else f", {above:+.3f} to the bi-encoder (floor: {FLOOR:+.3f})"
-            self._say(f"{name}: {guide} by itself, nDCG@10 on held-out neighbours {ndcg:.3f}{verdict}")
+            verdict = "" if model == "bi-encoder" else f", {above:+.3f} to the bi-encoder (floor: {FLOOR:+.3f})"
+            self._say(f"{name}: {model} by itself, nDCG@10 on held-out neighbours {ndcg:.3f}{verdict}")
 
     def _guides(self, name: str) -> dict[Guide, str | ScoringClient]:
         """Return the address or the client of each guide for a data set."""
@@ -284,8 +284,8 @@ class Study:
         self._say(report.tables(self._ledger))
         self._say(f"Results are in {self._output}/: quality.json, quality.md, quality.png, quality-margins.png")
 
-    def _evaluator(self, name: str) -> evaluation.ByQueryEvaluator:
-        return evaluation.evaluator(self._parts[name].held_out, self._plan.queries)
+    def _evaluator(self, name: str) -> RetrievalEvaluator:
+        return retrieval_evaluator(self._parts[name].held_out, self._plan.queries, seed=0)
 
     def _load_student(self) -> SentenceTransformer:
         return self._shortened(load_student(self._plan.layers))

@@ -1,7 +1,7 @@
 """Command line of the study: trains small models with and without the reranker's filter on real text, and evaluates.
 
-The study is sized for two hours on two cores without a GPU. Results are saved as they come: an interrupted study
-continues where it stopped. ``python -m quality.study --help`` lists the settings; docs/quality.md explains them.
+Allow more than two hours on two cores without a GPU; docs/quality.md has the measured times and explains the settings.
+Results are saved as they come: an interrupted study continues where it stopped.
 """
 
 from __future__ import annotations

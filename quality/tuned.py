@@ -14,9 +14,10 @@ from datasets import Dataset  # type: ignore[import-untyped]
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers
-from transformers import PrinterCallback, set_seed
+from transformers import set_seed
 
 from examples.docstrings import Pair
+from quality import guide_training
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,22 +46,9 @@ def make(pairs: Sequence[Pair], recipe: Recipe, model: SentenceTransformer, outp
     dataset = Dataset.from_dict({"anchor": [pair.summary for pair in pairs], "positive": [pair.body for pair in pairs]})
     set_seed(0)
     arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(output),
-        num_train_epochs=1,
-        per_device_train_batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate,
-        warmup_steps=0.1,
+        **guide_training.arguments(output, recipe.batch_size, recipe.learning_rate),
         batch_sampler=BatchSamplers.NO_DUPLICATES,
-        save_strategy="no",
-        logging_steps=25,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=0,
     )
     loss = MultipleNegativesRankingLoss(model, scale=1 / recipe.temperature)
     trainer = SentenceTransformerTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    model.save_pretrained(str(output))
-    return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    return guide_training.train(trainer, output)

@@ -305,8 +305,8 @@ def test_packed_results_keep_three_digits() -> None:
 def test_an_evaluation_keeps_ndcg_of_every_query(minilm: SentenceTransformer) -> None:
     pairs = [pair(number) for number in range(30)]
     pairs += [Pair(pairs[0].summary, "Another document that answers the same query, far away.", "z.py")]
-    found = evaluation.evaluate(evaluation.evaluator(pairs, 12), minilm)
     base = retrieval_evaluator(pairs, 12, seed=0)
+    found = evaluation.evaluate(base, minilm)
     assert found["ndcg"] == base(minilm)["held-out_cosine_ndcg@10"]
     documents = minilm.encode(base.corpus)
     expected = []
