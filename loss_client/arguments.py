@@ -1,21 +1,85 @@
-"""Checks of the loss's arguments, their former names, and the reranker's description for the model card."""
+"""Arguments of the loss: their former names, their checks, and what the model card says of loss and reranker."""
 
 from __future__ import annotations
 
 import logging
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, get_args
 
 from loss_client.client.scores import ScoreType
+from loss_client.filter.candidates import Candidates
+from loss_client.filter.contrast import HardnessMode
 from loss_client.filter.masking import MarginStrategy
+from loss_client.filter.step import ContrastFilter, OnError
 
 logger = logging.getLogger(__name__)
 
 MODEL_INFO_SECONDS = 5.0
 """Longest time to wait for the reranker's name and fingerprint."""
+
+CITATION = """
+@misc{solatorio2024gistembed,
+    title={GISTEmbed: Guided In-sample Selection of Training Negatives for Text Embedding Fine-tuning},
+    author={Aivin V. Solatorio},
+    year={2024},
+    eprint={2402.16829},
+    archivePrefix={arXiv},
+    primaryClass={cs.LG}
+}
+@misc{gao2021scaling,
+    title={Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup},
+    author={Luyu Gao and Yunyi Zhang and Jiawei Han and Jamie Callan},
+    year={2021},
+    eprint={2101.06983},
+    archivePrefix={arXiv},
+    primaryClass={cs.LG}
+}
+"""
+"""BibTeX entries of the papers that the loss builds on."""
+
+_CHOICES: Mapping[str, tuple[str | None, ...]] = {
+    "margin_strategy": get_args(MarginStrategy),
+    "score_type": get_args(ScoreType),
+    "contrast_filter": get_args(ContrastFilter),
+    "candidates": get_args(Candidates),
+    "on_error": get_args(OnError),
+    "hardness_mode": (None, *get_args(HardnessMode)),
+}
+_POSITIVE = (
+    "max_candidates",
+    "temperature",
+    "mini_batch_size",
+    "mini_batch_num_tokens",
+    "chunk_pairs",
+    "max_length",
+    "timeout",
+)
+_IN_CARD = (
+    "temperature",
+    "mini_batch_size",
+    "mini_batch_num_tokens",
+    "margin_strategy",
+    "margin",
+    "chunk_pairs",
+    "instruction",
+    "max_length",
+    "score_type",
+    "contrast_anchors",
+    "contrast_positives",
+    "contrast_filter",
+    "gather_across_devices",
+    "candidates",
+    "epsilon",
+    "max_candidates",
+    "on_error",
+    "distillation",
+    "hardness_mode",
+    "hardness_strength",
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -46,6 +110,30 @@ def accept_former_names(**names: str) -> Callable[[Callable[P, T]], Callable[P, 
     return decorate
 
 
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Check the arguments of ``RerankerCachedGISTEmbedLoss``; ``arguments`` has them by name, with others.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+    for name, choices in _CHOICES.items():
+        if arguments[name] not in choices:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, not {arguments[name]!r}.")
+    check_margin(arguments["margin"], arguments["margin_strategy"], arguments["score_type"])
+    if not 0 < arguments["epsilon"] < 1:
+        raise ValueError(f"epsilon must be between 0 and 1, not {arguments['epsilon']!r}.")
+    for name in _POSITIVE:
+        if arguments[name] is not None and not arguments[name] > 0:
+            raise ValueError(f"{name} must be greater than 0, not {arguments[name]!r}.")
+    mode, strength = arguments["hardness_mode"], arguments["hardness_strength"]
+    if not 0 <= strength < math.inf:
+        raise ValueError(f"hardness_strength must be a finite number, 0 or more, not {strength!r}.")
+    if mode is not None and not strength:
+        logger.warning(
+            "hardness_mode=%r has no effect with hardness_strength=0.0. Set a hardness_strength above 0.", mode
+        )
+
+
 def check_margin(margin: float, strategy: MarginStrategy, score_type: ScoreType) -> None:
     """Raise ``ValueError`` for a margin that masks every negative, or none, whatever the scores are.
 
@@ -70,6 +158,13 @@ def check_margin(margin: float, strategy: MarginStrategy, score_type: ScoreType)
         )
 
 
+def in_card(loss: object) -> dict[str, Any]:
+    """Return the settings of a loss for the model card, by name."""
+    settings = {name: getattr(loss, name) for name in _IN_CARD}
+    distillation = settings["distillation"]
+    return {**settings, "distillation": None if distillation is None else asdict(distillation)}
+
+
 def describe_reranker(client: object) -> dict[str, str] | None:
     """Ask a client for the name and the fingerprint of the reranker's model, for the model card.
 
@@ -84,23 +179,3 @@ def describe_reranker(client: object) -> dict[str, str] | None:
     except Exception as error:  # of any class: a missing line of the model card must not end the training
         logger.warning("The model card will not name the reranker's model, because it could not be asked: %s", error)
         return None
-
-
-def check_choice(name: str, value: object, choices: Sequence[str | None]) -> None:
-    """Raise ``ValueError`` unless the argument ``name`` has one of the values in ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, not {value!r}.")
-
-
-def check_positive(**values: float | None) -> None:
-    """Raise ``ValueError`` for an argument that is neither ``None`` nor greater than 0."""
-    for name, value in values.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be greater than 0, not {value!r}.")
-
-
-def check_not_negative(**values: float | None) -> None:
-    """Raise ``ValueError`` for an argument that is neither ``None`` nor a finite number of 0 or more."""
-    for name, value in values.items():
-        if value is not None and not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be a finite number, 0 or more, not {value!r}.")

@@ -13,46 +13,37 @@ One step:
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import asdict
-from functools import partial
-from typing import Any, get_args
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import CachedLossMixin, has_static_embedding_input
 from torch import Tensor, nn
-from torch.nn import functional
-from tqdm import trange  # type: ignore[import-untyped]
 
 from loss_client.arguments import (
+    CITATION,
     accept_former_names,
-    check_choice,
+    check_arguments,
     check_margin,
-    check_not_negative,
-    check_positive,
     describe_reranker,
+    in_card,
 )
 from loss_client.client.client import RerankerClient
-from loss_client.client.scores import RawScale, ScoreType
-from loss_client.filter.candidates import Candidates, CandidateStep
-from loss_client.filter.contrast import Hardness, HardnessMode, contrastive_loss
+from loss_client.client.scores import ScoreType
+from loss_client.filter.candidates import Candidates
+from loss_client.filter.contrast import Hardness, HardnessMode
 from loss_client.filter.distillation import Distillation
 from loss_client.filter.distiller import Distiller
-from loss_client.filter.gather import gather_embeddings
-from loss_client.filter.grid import GridStep
-from loss_client.filter.jobs import OneModelClient, ScoreRows, ScoringClient
+from loss_client.filter.jobs import ScoringClient
 from loss_client.filter.masking import MarginStrategy
-from loss_client.filter.prefetch import TICKET, Ticket
-from loss_client.filter.scale import probabilities
+from loss_client.filter.scale import ModelScale, probabilities
+from loss_client.filter.scoring import Scoring, ScoringSettings
 from loss_client.filter.statistics import LossStatistics
 from loss_client.filter.step import ContrastFilter, FilterSettings, FilterStep, OnError
-from loss_client.filter.texts import TextReader
-
-logger = logging.getLogger(__name__)
+from loss_client.filter.step_loss import StepLoss
+from loss_client.filter.unfiltered import UnfilteredWarning
 
 
 class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
@@ -222,30 +213,6 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
                 f"{type(self).__name__} does not work with a model based on StaticEmbedding, whose inputs cannot be "
                 "split into mini-batches. Use a model with a Transformer."
             )
-        check_choice("margin_strategy", margin_strategy, get_args(MarginStrategy))
-        check_choice("score_type", score_type, get_args(ScoreType))
-        check_choice("contrast_filter", contrast_filter, get_args(ContrastFilter))
-        check_choice("candidates", candidates, get_args(Candidates))
-        check_choice("on_error", on_error, get_args(OnError))
-        check_margin(margin, margin_strategy, score_type)
-        if not 0 < epsilon < 1:
-            raise ValueError(f"epsilon must be between 0 and 1, not {epsilon!r}.")
-        check_positive(
-            max_candidates=max_candidates,
-            temperature=temperature,
-            mini_batch_size=mini_batch_size,
-            mini_batch_num_tokens=mini_batch_num_tokens,
-            chunk_pairs=chunk_pairs,
-            max_length=max_length,
-            timeout=timeout,
-        )
-        check_choice("hardness_mode", hardness_mode, (None, *get_args(HardnessMode)))
-        check_not_negative(hardness_strength=hardness_strength)
-        if hardness_mode is not None and not hardness_strength:
-            logger.warning(
-                "hardness_mode=%r has no effect with hardness_strength=0.0. Set a hardness_strength above 0.",
-                hardness_mode,
-            )
         self.model = model
         self.temperature = temperature
         self.mini_batch_size = mini_batch_size
@@ -269,15 +236,15 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         self.distillation = distillation
         self.hardness_mode = hardness_mode
         self.hardness_strength = hardness_strength
+        check_arguments(vars(self))
         self.statistics = LossStatistics()
         # Connects at first use; a copy or a pickle makes its own connections.
         self._client = reranker if isinstance(reranker, ScoringClient) else RerankerClient(reranker)
-        self._served: dict[str, str] | None = None
-        self._texts = TextReader()
-        self._steps_to_next_warning = 1
+        self._scoring = Scoring(self._client)
+        self._scale = ModelScale(self._client)
         self._distiller = Distiller()
-        self._raw_scale: RawScale | None = None  # unknown before the first step that needs it
-        self._scale_model: str | None = None  # fingerprint of the model that has this scale
+        self._unfiltered = UnfilteredWarning()
+        self._served: dict[str, str] | None = None
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         """Compute the loss of one batch.
@@ -296,7 +263,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         """
         # Copies, because the texts are removed for the model but have to stay in the caller's batch.
         features = [dict(column) for column in sentence_features]
-        step = self._take(features)
+        step = self._scoring.take(features, self._scoring_settings(), self.model)
         try:
             step.settle(self._settings())
             loss: Tensor = self.forward_cached(features, step)  # type: ignore[arg-type]
@@ -307,7 +274,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         if self.distillation is not None:
             self._distiller.check_underflow(step, type(self).__name__)
         if step.error is not None:
-            self._warn_of_unfiltered(step.error)
+            self._unfiltered.check(step.error, self.statistics)
         return loss
 
     def calculate_loss(self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False) -> Tensor:
@@ -325,79 +292,19 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         step = labels
         if not isinstance(step, FilterStep):
             raise TypeError(f"calculate_loss needs the FilterStep that forward made, not {type(step).__name__}.")
-        size, device = step.rows.sizes[step.rows.rank], reps[0][0].device
-        # float32, because bfloat16 has too few digits for cosines that are divided by a small temperature.
-        with torch.autocast(device.type, enabled=False):
-            embeddings = [_normalized(column) for column in reps]  # columns of (size, dim)
-            gathered = [gather_embeddings(column, step.rows) for column in embeddings[1:]]
-            if self.contrast_anchors:
-                gathered.append(gather_embeddings(embeddings[0], step.rows))
-            roots = [embeddings[0], *gathered]
-            # Each mini-batch back-propagates to the leaves; the collectives of the roots run backward only once.
-            leaves = [root.detach().requires_grad_() for root in roots] if with_backward else roots
+        return self._step_loss().calculate(reps, step, with_backward and self.model.training, with_backward)
 
-            with torch.no_grad():
-                step.select(self.mini_batch_size, lambda begin, end: self._contrast_logits(leaves, step, begin, end))
-                if self.distillation is not None:
-                    training = with_backward and self.model.training
-                    self._distiller.set_temperature(self.distillation, step, size, device, training)
-            total = torch.zeros((), device=device)
-            for begin in trange(
-                0, size, self.mini_batch_size, desc="Calculating loss", disable=not self.show_progress_bar
-            ):
-                end = min(begin + self.mini_batch_size, size)
-                loss = self._rows_loss(leaves, step, begin, end) / step.rows.mean_size
-                if with_backward:
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    loss = loss.detach()
-                total = total + loss
-            if with_backward:
-                torch.autograd.backward(roots, [leaf.grad for leaf in leaves])
-        return total
-
-    def _rows_loss(self, embeddings: list[Tensor], step: FilterStep, begin: int, end: int) -> Tensor:
-        """Compute the summed loss of the anchors from ``begin`` to ``end``; for ``embeddings`` see ``_logits``."""
-        logits = self._logits(embeddings, step, begin, end)
-        own = torch.arange(begin, end, device=logits.device) + step.rows.offset
-        mask = torch.from_numpy(step.mask(begin, end)).to(logits.device)
-        contrasted = self._penalized(logits, own, step)
-        step.observe(begin, end, contrasted.detach())
-        loss = contrastive_loss(contrasted, own, mask)
-        if self.distillation is not None:
-            loss = loss + self.distillation.weight * self._distiller.loss(step, begin, end, logits)
-        return loss
-
-    def _contrast_logits(self, embeddings: list[Tensor], step: FilterStep, begin: int, end: int) -> Tensor:
-        """Compute the logits of the contrastive term; for the arguments see ``_logits``."""
-        own = torch.arange(begin, end, device=embeddings[0].device) + step.rows.offset
-        return self._penalized(self._logits(embeddings, step, begin, end), own, step)
-
-    def _penalized(self, logits: Tensor, own: Tensor, step: FilterStep) -> Tensor:
-        """Add the hardness penalties of negatives to logits of shape ``(rows, candidates)``."""
-        if self.hardness_mode is None or not self.hardness_strength:
-            return logits
-        rows = sum(step.rows.sizes)
-        blocks = range(0, logits.shape[1], rows)
-        starts = [0, *blocks[1 + self.contrast_anchors + self.contrast_positives :]]
-        hardness = Hardness(self.hardness_mode, self.hardness_strength)
-        return logits + hardness.penalties(logits.detach() * self.temperature, own, starts, rows)
-
-    def _logits(self, embeddings: list[Tensor], step: FilterStep, begin: int, end: int) -> Tensor:
-        """Compute cosine / temperature of some anchors with their candidates, shape ``(end - begin, candidates)``.
-
-        ``embeddings`` holds this rank's anchors, then positives, negatives by column and, with ``contrast_anchors``,
-        anchors, each of all ranks.
-        """
-        anchors, positives, *others = embeddings
-        rows = anchors[begin:end]  # (mini_batch_size, dim)
-        blocks = [rows @ positives.T]
-        if self.contrast_anchors:
-            blocks.append(rows @ others.pop().T)
-        if self.contrast_positives:
-            offset = step.rows.offset
-            blocks.append(positives[begin + offset : end + offset] @ positives.T)
-        blocks.extend(rows @ negatives.T for negatives in others)
-        return torch.cat(blocks, dim=1) / self.temperature
+    def _step_loss(self) -> StepLoss:
+        return StepLoss(
+            temperature=self.temperature,
+            mini_batch_size=self.mini_batch_size,
+            contrast_anchors=self.contrast_anchors,
+            contrast_positives=self.contrast_positives,
+            hardness=Hardness.of(self.hardness_mode, self.hardness_strength),
+            distillation=self.distillation,
+            distiller=self._distiller,
+            show_progress_bar=self.show_progress_bar,
+        )
 
     def begin(self, columns: Sequence[Sequence[str]], instruction: str | None = None) -> FilterStep:
         """Begin to score a batch for a later ``forward``; the data collator calls this one batch ahead.
@@ -409,26 +316,22 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         Returns:
             The step, which has to be given to ``forward`` in a ticket, or cancelled with ``cancel()``.
         """
-        ask = partial(self._ask, instruction=self.instruction if instruction is None else instruction)
-        # One step has several jobs. Thresholds of one model's scores would not fit the scores of another.
-        client = self._client.one_model() if isinstance(self._client, OneModelClient) else self._client
-        step: FilterStep
-        if self.candidates == "mass":
-            pairs = partial(ask, client.stream_pairs)
-            step = CandidateStep(columns, self.epsilon, self.max_candidates, pairs)
-        else:
-            scored = self.contrast_filter == "scores"
-            contrast = (scored and self.contrast_anchors, scored and self.contrast_positives)
-            step = GridStep(columns, contrast, partial(ask, client.stream_grid))
-        step.source = self._source()
-        return step
+        return self._scoring.begin(columns, self._scoring_settings(), instruction)
 
-    def _source(self) -> Hashable:
-        """Settings that decide a step's scores: a step of other settings is of no use."""
-        return (
-            *(id(self._client), self.instruction, self.max_length, self._asked_type),
-            *(self.candidates, self.epsilon, self.max_candidates),
-            *(self.contrast_anchors, self.contrast_positives, self.contrast_filter),
+    def _scoring_settings(self) -> ScoringSettings:
+        return ScoringSettings(
+            instruction=self.instruction,
+            max_length=self.max_length,
+            # Targets need raw scores, from which the loss computes probabilities by itself.
+            score_type=self.score_type if self.distillation is None else "raw",
+            candidates=self.candidates,
+            epsilon=self.epsilon,
+            max_candidates=self.max_candidates,
+            contrast_anchors=self.contrast_anchors,
+            contrast_positives=self.contrast_positives,
+            contrast_filter=self.contrast_filter,
+            chunk_pairs=self.chunk_pairs,
+            timeout=self.timeout,
         )
 
     def _settings(self) -> FilterSettings:
@@ -444,58 +347,11 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             convert=None if self.distillation is None else self._in_units,
         )
 
-    @property
-    def _asked_type(self) -> ScoreType:
-        """Scores that the loss asks for. Targets need raw scores, from which it computes probabilities by itself."""
-        return self.score_type if self.distillation is None else "raw"
-
     def _in_units(self, raw: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return raw scores in the margin's units."""
-        return probabilities(raw, self._scale()) if self.score_type == "probability" else raw
-
-    def _scale(self) -> RawScale:
-        model = getattr(self._client, "fingerprint", None)
-        if self._raw_scale is None or self._scale_model != model:
-            self._raw_scale = self._client.raw_scale(self.timeout)
-            self._scale_model = model
-        return self._raw_scale
-
-    def _ask(
-        self, begin_job: Callable[..., ScoreRows], *texts_and_ids: Any, instruction: str | None, **more: Any
-    ) -> ScoreRows:
-        return begin_job(
-            *texts_and_ids,
-            **more,
-            instruction=instruction,
-            max_length=self.max_length,
-            score_type=self._asked_type,
-            chunk_pairs=self.chunk_pairs,
-            timeout=self.timeout,
-        )
-
-    def _take(self, features: list[dict[str, Any]]) -> FilterStep:
-        """Remove texts and ticket from the features, and return the batch's step, whose scoring has begun."""
-        ticket: Ticket | None = features[0].pop(TICKET, None) if features else None
-        columns = self._texts.take(features, self.model)
-        begun = None if ticket is None else ticket.take()
-        if begun is not None and begun.source == self._source() and not begun.failed():
-            return begun
-        if begun is not None:
-            # Its settings are old, or it failed while the batch waited, say during a long evaluation, and may now work.
-            begun.cancel()
-        return self.begin(columns, None if ticket is None else ticket.instruction)
-
-    def _warn_of_unfiltered(self, error: Exception) -> None:
-        """Warn at the 1st, 2nd, 4th, 8th step without scores, and so on."""
-        count = self.statistics.unfiltered_steps
-        if count < self._steps_to_next_warning:
-            return
-        self._steps_to_next_warning = 2 * count
-        logger.warning(
-            "No scores for %d of %d steps so far: these steps train without the filter (on_error='unfiltered'). "
-            "The next warning comes when their number has doubled. The last error: %s",
-            *(count, self.statistics.steps, error),
-        )
+        if self.score_type == "raw":
+            return raw
+        return probabilities(raw, self._scale.read(self.timeout))
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return the loss's settings for the model card, with the name and the fingerprint of the reranker's model.
@@ -505,29 +361,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         """
         if self._served is None:
             self._served = describe_reranker(self._client) or {}
-        return {
-            **({"reranker": self._served} if self._served else {}),
-            "temperature": self.temperature,
-            "mini_batch_size": self.mini_batch_size,
-            "mini_batch_num_tokens": self.mini_batch_num_tokens,
-            "margin_strategy": self.margin_strategy,
-            "margin": self.margin,
-            "chunk_pairs": self.chunk_pairs,
-            "instruction": self.instruction,
-            "max_length": self.max_length,
-            "score_type": self.score_type,
-            "contrast_anchors": self.contrast_anchors,
-            "contrast_positives": self.contrast_positives,
-            "contrast_filter": self.contrast_filter,
-            "gather_across_devices": self.gather_across_devices,
-            "candidates": self.candidates,
-            "epsilon": self.epsilon,
-            "max_candidates": self.max_candidates,
-            "on_error": self.on_error,
-            "distillation": None if self.distillation is None else asdict(self.distillation),
-            "hardness_mode": self.hardness_mode,
-            "hardness_strength": self.hardness_strength,
-        }
+        return {**({"reranker": self._served} if self._served else {}), **in_card(self)}
 
     @property
     def distill_temperature(self) -> float | None:
@@ -554,27 +388,4 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
     @property
     def citation(self) -> str:
         """BibTeX entries of the papers that the loss builds on."""
-        return """
-@misc{solatorio2024gistembed,
-    title={GISTEmbed: Guided In-sample Selection of Training Negatives for Text Embedding Fine-tuning},
-    author={Aivin V. Solatorio},
-    year={2024},
-    eprint={2402.16829},
-    archivePrefix={arXiv},
-    primaryClass={cs.LG}
-}
-@misc{gao2021scaling,
-    title={Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup},
-    author={Luyu Gao and Yunyi Zhang and Jiawei Han and Jamie Callan},
-    year={2021},
-    eprint={2101.06983},
-    archivePrefix={arXiv},
-    primaryClass={cs.LG}
-}
-"""
-
-
-def _normalized(mini_batches: list[Tensor]) -> Tensor:
-    """Scale one column's embeddings to unit length, in float32 or wider, shape ``(batch, dim)``."""
-    embeddings = torch.cat(mini_batches)
-    return functional.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
+        return CITATION

@@ -20,7 +20,11 @@ from torch import Tensor, nn
 from loss_client import Distillation, IncompatibleServerError, RerankerClient, RerankerUnavailableError
 from loss_client.collator import RerankerDataCollator
 from loss_client.filter.calibration import STEPS, Calibration, entropy_sums
+from loss_client.filter.contrast import Hardness
+from loss_client.filter.gather import Rows
+from loss_client.filter.logits import CandidateLogits
 from loss_client.filter.scale import probabilities
+from loss_client.filter.step_loss import StepLoss
 from loss_client.loss import RerankerCachedGISTEmbedLoss
 from reranker_service.scoring.scorer import Scorer
 
@@ -214,13 +218,9 @@ def test_hardness_beside_distillation(
     assert loss.statistics.distilled_anchors == 6
 
 
-def test_contrast_terms_get_no_penalty(model: SentenceTransformer) -> None:
-    columns = texts(3, 4)
-    loss = make(model, None, **BOTH, hardness_mode="all_negatives", hardness_strength=2.0)
-    step = loss.begin(columns)
-    step.settle(loss._settings())
-    logits = torch.ones(2, 16)
-    penalties = loss._penalized(logits, torch.tensor([1, 2]), step) - logits
+def test_contrast_terms_get_no_penalty() -> None:
+    logits = CandidateLogits([], Rows((4,), 0), TEMPERATURE, True, True, Hardness("all_negatives", 2.0))
+    penalties = logits.penalized(torch.ones(2, 16), 1, 3) - 1
     expected = [[1.0] * 4 + [0.0] * 8 + [1.0] * 4 for _ in range(2)]
     expected[0][1] = expected[1][2] = 0.0
     assert torch.allclose(penalties, 2.0 * TEMPERATURE * torch.tensor(expected))
@@ -229,24 +229,24 @@ def test_contrast_terms_get_no_penalty(model: SentenceTransformer) -> None:
 # Without distillation
 
 
-class OldLoss(RerankerCachedGISTEmbedLoss):
+class OldStepLoss(StepLoss):
     """The loss of some rows as it was before there were soft targets."""
 
-    def _rows_loss(self, embeddings: list[Tensor], step: Any, begin: int, end: int) -> Tensor:
-        logits = self._logits(embeddings, step, begin, end)
+    def _rows_loss(self, logits: Any, step: Any, begin: int, end: int) -> Tensor:
         own = torch.arange(begin, end) + step.rows.offset
         mask = torch.from_numpy(step.mask(begin, end))
-        return nn.functional.cross_entropy(logits.masked_fill(mask, -torch.inf), own, reduction="sum")
+        return nn.functional.cross_entropy(logits.plain(begin, end).masked_fill(mask, -torch.inf), own, reduction="sum")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("distillation", [None, Distillation(weight=0.0)])
 def test_without_distillation_the_bits_are_the_same(
-    model: SentenceTransformer, variant: str, distillation: Distillation | None
+    model: SentenceTransformer, variant: str, distillation: Distillation | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = features(model, texts(3, 6))
-    old = OldLoss(model, MemoryScorer(GUIDE), **options_of(None, **VARIANTS[variant]))
-    expected = loss_and_gradients(old, inputs)
+    with monkeypatch.context() as patched:
+        patched.setattr("loss_client.loss.StepLoss", OldStepLoss)
+        expected = loss_and_gradients(make(model, None, **VARIANTS[variant]), inputs)
     found = loss_and_gradients(make(model, distillation, **VARIANTS[variant]), inputs)
     assert found[0] == expected[0]
     assert all(torch.equal(found[1][name], value) for name, value in expected[1].items())

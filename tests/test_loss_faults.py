@@ -66,7 +66,7 @@ def test_the_scale_of_raw_scores_is_asked_again_after_the_model_was_swapped(mode
         for fingerprint in ("stub", "stub", "another", "another"):
             server.fingerprint = fingerprint
             client.model_info()
-            assert loss._scale() == "logit"
+            assert loss._scale.read(loss.timeout) == "logit"
     assert asked == ["stub", "another"]
 
 

@@ -26,6 +26,11 @@ class Hardness:
     mode: HardnessMode
     strength: float
 
+    @classmethod
+    def of(cls, mode: HardnessMode | None, strength: float) -> Hardness | None:
+        """Return the penalties of a mode and a strength; ``None`` if they change nothing."""
+        return None if mode is None or not strength else cls(mode, strength)
+
     def penalties(self, cosines: Tensor, own: Tensor, starts: Sequence[int], rows: int) -> Tensor:
         """Return the summands of the logits, in the shape of ``cosines``.
 

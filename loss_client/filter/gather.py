@@ -40,6 +40,10 @@ class Rows:
         """Mean number of rows of a rank; this rank's own number if nothing is gathered."""
         return sum(self.sizes) / len(self.sizes)
 
+    def own(self, begin: int, end: int, device: torch.device) -> Tensor:
+        """Return the numbers of some local rows among the rows of all ranks, shape ``(end - begin,)``."""
+        return torch.arange(begin, end, device=device) + self.offset
+
 
 def gather_columns(columns: Sequence[Sequence[str]]) -> tuple[list[list[str]], Rows]:
     """Return the texts of all ranks.

@@ -1,0 +1,114 @@
+"""Scoring: begins the steps of a loss, and takes over the steps that the data collator has begun."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypedDict
+
+from loss_client.client.scores import ScoreType
+from loss_client.filter.candidates import Candidates, CandidateStep
+from loss_client.filter.grid import GridStep
+from loss_client.filter.jobs import OneModelClient, ScoringClient
+from loss_client.filter.prefetch import TICKET, Ticket
+from loss_client.filter.step import ContrastFilter, FilterStep
+from loss_client.filter.texts import TextReader
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringSettings:
+    """Settings that a step's scores are asked for with; see ``RerankerCachedGISTEmbedLoss`` for most of them.
+
+    Settings that lead to the same scores are equal: ``chunk_pairs`` and ``timeout`` are not compared.
+
+    Attributes:
+        score_type: Type of the scores that the reranker is asked for.
+    """
+
+    instruction: str | None
+    max_length: int | None
+    score_type: ScoreType
+    candidates: Candidates
+    epsilon: float
+    max_candidates: int | None
+    contrast_anchors: bool
+    contrast_positives: bool
+    contrast_filter: ContrastFilter
+    chunk_pairs: int | None = field(compare=False)
+    timeout: float | None = field(compare=False)
+
+
+class _Options(TypedDict):
+    instruction: str | None
+    max_length: int | None
+    score_type: ScoreType
+    chunk_pairs: int | None
+    timeout: float | None
+
+
+class Scoring:
+    """Begins and takes over the steps of one loss.
+
+    Args:
+        client: Client of the reranker.
+    """
+
+    def __init__(self, client: ScoringClient) -> None:
+        self._client = client
+        self._texts = TextReader()
+
+    def begin(
+        self, columns: Sequence[Sequence[str]], settings: ScoringSettings, instruction: str | None = None
+    ) -> FilterStep:
+        """Begin to score a batch.
+
+        Args:
+            columns: The texts by column, anchors first, then positives, then any number of negatives.
+            settings: The loss's settings.
+            instruction: The task in words. Default: that of the settings.
+        """
+        options: _Options = {
+            "instruction": settings.instruction if instruction is None else instruction,
+            "max_length": settings.max_length,
+            "score_type": settings.score_type,
+            "chunk_pairs": settings.chunk_pairs,
+            "timeout": settings.timeout,
+        }
+        # One step has several jobs. Thresholds of one model's scores would not fit the scores of another.
+        client = self._client.one_model() if isinstance(self._client, OneModelClient) else self._client
+        step: FilterStep
+        if settings.candidates == "mass":
+            ask = partial(client.stream_pairs, **options)
+            step = CandidateStep(columns, settings.epsilon, settings.max_candidates, ask)
+        else:
+            scored = settings.contrast_filter == "scores"
+            contrast = (scored and settings.contrast_anchors, scored and settings.contrast_positives)
+            step = GridStep(columns, contrast, partial(client.stream_grid, **options))
+        step.source = self._source(settings)
+        return step
+
+    def take(self, features: list[dict[str, Any]], settings: ScoringSettings, model: Any) -> FilterStep:
+        """Remove texts and ticket from the features, and return the batch's step, whose scoring has begun.
+
+        Args:
+            features: The features by column.
+            settings: The loss's present settings. A step that was begun with others is cancelled and begun again.
+            model: The SentenceTransformer that the features are for.
+
+        Raises:
+            ValueError: The batch has fewer than two columns, columns of different lengths, or no texts.
+        """
+        ticket: Ticket | None = features[0].pop(TICKET, None) if features else None
+        columns = self._texts.take(features, model)
+        begun = None if ticket is None else ticket.take()
+        if begun is not None and begun.source == self._source(settings) and not begun.failed():
+            return begun
+        if begun is not None:
+            # Its settings are old, or it failed while the batch waited, say during a long evaluation, and may now work.
+            begun.cancel()
+        return self.begin(columns, settings, None if ticket is None else ticket.instruction)
+
+    def _source(self, settings: ScoringSettings) -> tuple[int, ScoringSettings]:
+        """Return the client and the settings, which decide a step's scores."""
+        return id(self._client), settings
