@@ -177,7 +177,7 @@ def test_a_limit_that_passed_while_the_process_stood_still_is_no_stall(monkeypat
     with StubServer(on_chunk=hold) as server, RerankerClient(server.target, timeout=1.0) as client:
         matrix = client.stream_grid(["q"], ["d"])
         assert asked.wait(WAIT_SECONDS)
-        loop = client._background._loop
+        loop = client._calls.background._loop
         assert loop is not None
 
         def stand_still() -> None:
@@ -249,7 +249,7 @@ def test_errors_that_would_come_again_end_the_job_at_once_and_say_what_to_do(cod
 
 
 def test_the_client_waits_until_a_server_is_ready_and_reports_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loss_client.client.client._READY_REPORT_SECONDS", 0.05)
+    monkeypatch.setattr("loss_client.client.ready._REPORT_SECONDS", 0.05)
     reports: list[str] = []
     enough = threading.Event()
 

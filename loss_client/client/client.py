@@ -2,57 +2,32 @@
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
-import logging
-import time
-import weakref
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from os import PathLike
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Self, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from loss_client.client.background import Background
-from loss_client.client.channels import Channels
+from loss_client.client import kinds, ready
+from loss_client.client.calls import Calls
 from loss_client.client.credentials import Pem, make_credentials
 from loss_client.client.endpoints import ChannelSettings
-from loss_client.client.errors import ClientClosedError, IncompatibleServerError
-from loss_client.client.job import Ids, Job, Pairs, pair_grid, pair_list
+from loss_client.client.job import Ids, pair_grid, pair_list
 from loss_client.client.memory import ScoreMemory
-from loss_client.client.options import (
-    JobOptions,
-    Priority,
-    count,
-    options_message,
-    positive_seconds,
-    priority_value,
-)
-from loss_client.client.patience import Patience
+from loss_client.client.one_model import OneModel
+from loss_client.client.options import JobOptions, count, options_message, positive_seconds
 from loss_client.client.ranking import RankedDocument, read_ranking
-from loss_client.client.run import run_job
 from loss_client.client.scores import RawScale, ScoreMatrix, ScoreType
 from loss_client.client.targets import parse_targets
 from loss_client.client.texts import TextTable
 from loss_client.client.turns import ModelPin, ServerState
 from reranker.v1 import reranker_pb2 as pb
 
-T = TypeVar("T")
-
-_logger = logging.getLogger(__name__)
-
 _STREAM_CHUNK_PAIRS = 128  # of jobs whose rows are read as they arrive
 _WHOLE_CHUNK_PAIRS = 1024  # of jobs that are read as a whole
-_READY_STALL_SECONDS = 5.0
-_READY_REPORT_SECONDS = 5.0
-
-_RAW_SCALES: dict[int, RawScale] = {
-    pb.MODEL_KIND_CROSS_ENCODER: "logit",
-    pb.MODEL_KIND_CAUSAL_RERANKER: "logit",
-    pb.MODEL_KIND_BI_ENCODER: "cosine",
-}
 
 
 class RerankerClient:
@@ -140,8 +115,7 @@ class RerankerClient:
             raise ValueError(f"remembered_pairs is {remembered_pairs}; it has to be 0 or more")
         self._remembered_pairs = remembered_pairs
         self._memory = ScoreMemory(remembered_pairs)
-        self._background = Background(self._settings)
-        self._finalizer = weakref.finalize(self, self._background.close)
+        self._calls = Calls(self._settings, self._timeout, self._stall_timeout, self._memory)
 
     def rerank(
         self,
@@ -180,7 +154,7 @@ class RerankerClient:
             return_documents=return_documents,
             options=options_message(instruction, max_length, score_type),
         )
-        return self._call(
+        return self._calls.call(
             lambda stub: stub.Rerank, request, timeout, lambda response: read_ranking(response, len(documents))
         )
 
@@ -200,7 +174,8 @@ class RerankerClient:
         queries, documents = [query for query, _ in pairs], [document for _, document in pairs]
         every = range(len(pairs))
         asked = pair_list(queries, documents, every, every)
-        return self._finish(self._begin(asked, _WHOLE_CHUNK_PAIRS, chunk_pairs, recurring=True, **options))[:, 0]
+        matrix = self._calls.begin(asked, _WHOLE_CHUNK_PAIRS, chunk_pairs, recurring=True, **options)
+        return self._calls.finish(matrix)[:, 0]
 
     def stream_pairs(
         self,
@@ -209,14 +184,10 @@ class RerankerClient:
         query_ids: Ids,
         document_ids: Ids,
         *,
-        instruction: str | None = None,
-        max_length: int | None = None,
-        score_type: ScoreType = "probability",
         chunk_pairs: int | None = None,
-        priority: Priority = "bulk",
-        timeout: float | None = None,
         recurring: bool = True,
         pin: ModelPin | None = None,
+        **options: Unpack[JobOptions],
     ) -> ScoreMatrix:
         """Begin to score listed pairs of queries and documents, and return at once.
 
@@ -228,15 +199,11 @@ class RerankerClient:
             documents: The documents.
             query_ids: For each of the n pairs the position of its query.
             document_ids: For each of the n pairs the position of its document.
-            instruction: See the class.
-            max_length: See the class.
-            score_type: See the class.
             chunk_pairs: See the class.
-            priority: See the class.
-            timeout: See the class.
             recurring: Whether the pairs will come again, such as positives in every epoch. The client remembers other
                 pairs only in the space that recurring pairs leave.
             pin: See ``one_model``.
+            **options: See the class.
 
         Returns:
             The scores, shape ``(n, 1)``: one row for each pair, readable as it arrives. Pairs of one query are scored
@@ -245,18 +212,8 @@ class RerankerClient:
         Raises:
             IndexError: A position is out of range.
         """
-        return self._begin(
-            pair_list(queries, documents, query_ids, document_ids),
-            _STREAM_CHUNK_PAIRS,
-            chunk_pairs,
-            instruction=instruction,
-            max_length=max_length,
-            score_type=score_type,
-            priority=priority,
-            timeout=timeout,
-            recurring=recurring,
-            pin=pin,
-        )
+        asked = pair_list(queries, documents, query_ids, document_ids)
+        return self._calls.begin(asked, _STREAM_CHUNK_PAIRS, chunk_pairs, recurring=recurring, pin=pin, **options)
 
     def score_grid(
         self,
@@ -277,57 +234,44 @@ class RerankerClient:
         Raises:
             RerankerError: The job failed.
         """
-        return self._finish(self._begin(pair_grid(queries, documents), _WHOLE_CHUNK_PAIRS, chunk_pairs, **options))
+        asked = pair_grid(queries, documents)
+        return self._calls.finish(self._calls.begin(asked, _WHOLE_CHUNK_PAIRS, chunk_pairs, **options))
 
     def stream_grid(
         self,
         queries: Sequence[str],
         documents: Sequence[str],
         *,
-        instruction: str | None = None,
-        max_length: int | None = None,
-        score_type: ScoreType = "probability",
         chunk_pairs: int | None = None,
-        priority: Priority = "bulk",
-        timeout: float | None = None,
         pin: ModelPin | None = None,
+        **options: Unpack[JobOptions],
     ) -> ScoreMatrix:
         """Begin to score every query with every document, first query first, and return at once.
 
         Args:
             queries: The Q queries. Equal ones are scored once.
             documents: The D documents. Equal ones are scored once.
-            instruction: See the class.
-            max_length: See the class.
-            score_type: See the class.
-            chunk_pairs: See the class. With fewer the first rows arrive sooner, with more there is less
-                overhead.
-            priority: See the class.
-            timeout: See the class.
+            chunk_pairs: See the class. With fewer the first rows arrive sooner, with more there is less overhead.
             pin: See ``one_model``.
+            **options: See the class.
 
         Returns:
             The scores, shape ``(Q, D)``; each row is readable as soon as it has arrived. Reading raises the job's
             errors.
         """
-        return self._begin(
-            pair_grid(queries, documents),
-            _STREAM_CHUNK_PAIRS,
-            chunk_pairs,
-            instruction=instruction,
-            max_length=max_length,
-            score_type=score_type,
-            priority=priority,
-            timeout=timeout,
-            pin=pin,
-        )
+        return self._calls.begin(pair_grid(queries, documents), _STREAM_CHUNK_PAIRS, chunk_pairs, pin=pin, **options)
 
     def one_model(self) -> OneModel:
         """Return a view of this client whose jobs get all their scores from one model, or fail.
 
         The first score decides which model that is. The scores of one training step belong together in this way.
         """
-        return OneModel(self)
+        pin = ModelPin()
+        return OneModel(
+            stream_grid=partial(self.stream_grid, pin=pin),
+            stream_pairs=partial(self.stream_pairs, pin=pin),
+            raw_scale=partial(self.raw_scale, pin=pin),
+        )
 
     def wait_until_ready(
         self, timeout: float = 600.0, on_progress: Callable[[str], object] | None = None
@@ -343,40 +287,17 @@ class RerankerClient:
             IncompatibleServerError: A server speaks another major version of the contract, or is no reranker.
             RerankerError: No server was ready in time, or one refused the call.
         """
-        last = "no answer yet"
-
-        def note(failure: str) -> None:
-            nonlocal last
-            last = failure
-
-        async def work(channels: Channels) -> pb.GetModelInfoResponse:
-            patience = Patience(seconds, min(_READY_STALL_SECONDS, seconds))
-            ask = pb.GetModelInfoRequest()
-            found: pb.GetModelInfoResponse = await channels.call(
-                lambda stub: stub.GetModelInfo, ask, patience, on_failure=note
-            )
-            return found
-
-        seconds, begun = positive_seconds("timeout", timeout), time.monotonic()
-
-        def report() -> None:
-            text = f"waited {time.monotonic() - begun:.0f} s of {seconds:g} s for the reranker: {last}"
-            if on_progress is None:
-                _logger.info("%s", text)
-            else:
-                on_progress(text)
-
-        return self._wait(work, report)
+        return ready.wait_until_ready(self._calls, timeout, on_progress)
 
     @property
     def servers(self) -> tuple[ServerState, ...]:
         """The state of each target, as the client last saw it; ``"unused"`` before the first use."""
-        return self._background.states()
+        return self._calls.background.states()
 
     @property
     def fingerprint(self) -> str | None:
         """Fingerprint of the client's model; None before the first answer of a server."""
-        return self._background.model()
+        return self._calls.background.model()
 
     def model_info(self, timeout: float | None = None) -> pb.GetModelInfoResponse:
         """Ask a server for its model and its limits.
@@ -399,21 +320,14 @@ class RerankerClient:
                 that this client does not know.
             RerankerError: The server could not be reached in time.
         """
-        kind = self._model_info(timeout, pin).kind
-        scale = _RAW_SCALES.get(kind)
-        if scale is None:
-            raise IncompatibleServerError(
-                f"the server names kind {kind} for its model; this client knows only the kinds {sorted(_RAW_SCALES)} "
-                "and cannot tell how their raw scores become probabilities: update the client"
-            )
-        return scale
+        return kinds.raw_scale(self._model_info(timeout, pin))
 
     def _model_info(self, timeout: float | None, pin: ModelPin | None = None) -> pb.GetModelInfoResponse:
-        return self._call(lambda stub: stub.GetModelInfo, pb.GetModelInfoRequest(), timeout, pin=pin)
+        return self._calls.call(lambda stub: stub.GetModelInfo, pb.GetModelInfoRequest(), timeout, pin=pin)
 
     def close(self) -> None:
         """End all jobs, connections and the thread. Calls that wait for scores raise ``ClientClosedError``."""
-        self._finalizer()
+        self._calls.close()
 
     def __enter__(self) -> Self:
         return self
@@ -426,119 +340,6 @@ class RerankerClient:
     def __reduce__(self) -> tuple[Any, ...]:
         # A thread and sockets cannot be pickled: a copy makes its own.
         return _rebuild, (self._settings, self._timeout, self._stall_timeout, self._remembered_pairs)
-
-    def _begin(
-        self,
-        pairs: Pairs,
-        usual_pairs: int,
-        chunk_pairs: int | None,
-        *,
-        instruction: str | None = None,
-        max_length: int | None = None,
-        score_type: ScoreType = "probability",
-        priority: Priority = "bulk",
-        timeout: float | None = None,
-        recurring: bool = False,
-        pin: ModelPin | None = None,
-    ) -> ScoreMatrix:
-        if chunk_pairs is not None and chunk_pairs < 1:
-            raise ValueError(f"chunk_pairs is {chunk_pairs}; it has to be 1 or more")
-        matrix = ScoreMatrix(
-            pairs.shape, row_ids=pairs.row_ids, column_ids=pairs.column_ids, on_cancel=lambda: future.cancel()
-        )
-        job = Job(
-            pairs=pairs,
-            matrix=matrix,
-            options=options_message(instruction, max_length, score_type),
-            priority=priority_value(priority),
-            chunk_pairs=chunk_pairs,
-            usual_pairs=usual_pairs,
-            timeout=self._seconds(timeout),
-            stall_timeout=self._stall_timeout,
-            pin=ModelPin() if pin is None else pin,
-            memory=self._memory,
-            recurring=recurring,
-        )
-        future = self._background.submit(lambda channels: self._run(job, channels))
-        return matrix
-
-    async def _run(self, job: Job, channels: Channels) -> None:
-        # A method, because the coroutine then holds a reference to the client, which must not be closed while jobs run.
-        await run_job(job, channels)
-
-    @staticmethod
-    def _finish(matrix: ScoreMatrix) -> NDArray[np.float32]:
-        try:
-            return matrix.result()
-        except BaseException:  # an interrupt as well: the matrix has no other reader
-            matrix.cancel()
-            raise
-
-    def _call(
-        self,
-        rpc: Callable[[Any], Any],
-        request: Any,
-        timeout: float | None,
-        read: Callable[[Any], T] = lambda response: response,
-        pin: ModelPin | None = None,
-    ) -> T:
-        seconds = self._seconds(timeout)
-
-        async def work(channels: Channels) -> T:
-            return await channels.call(rpc, request, Patience(seconds, self._stall_timeout), read, pin)
-
-        return self._wait(work)
-
-    def _seconds(self, timeout: float | None) -> float:
-        return self._timeout if timeout is None else positive_seconds("timeout", timeout)
-
-    def _wait(self, work: Callable[[Channels], Coroutine[Any, Any, T]], report: Callable[[], None] | None = None) -> T:
-        """Run ``work`` and wait for its result, with a report every few seconds."""
-        future = self._background.submit(work)
-        try:
-            while report is not None and not concurrent.futures.wait([future], _READY_REPORT_SECONDS).done:
-                report()
-            return future.result()
-        except (concurrent.futures.CancelledError, asyncio.CancelledError):
-            raise ClientClosedError("the client was closed while it waited for an answer") from None
-        except BaseException:
-            future.cancel()
-            raise
-
-
-class OneModel:
-    """View of a client whose jobs get all their scores from one model; see ``RerankerClient.one_model``.
-
-    Args:
-        client: The client.
-    """
-
-    def __init__(self, client: RerankerClient) -> None:
-        self._client = client
-        self._pin = ModelPin()
-
-    def stream_grid(self, queries: Sequence[str], documents: Sequence[str], **options: Any) -> ScoreMatrix:
-        """See ``RerankerClient.stream_grid``. Reading may raise ``ModelChangedError``."""
-        return self._client.stream_grid(queries, documents, **options, pin=self._pin)
-
-    def stream_pairs(
-        self,
-        queries: Sequence[str],
-        documents: Sequence[str],
-        query_ids: Ids,
-        document_ids: Ids,
-        **options: Any,
-    ) -> ScoreMatrix:
-        """See ``RerankerClient.stream_pairs``. Reading may raise ``ModelChangedError``."""
-        return self._client.stream_pairs(queries, documents, query_ids, document_ids, **options, pin=self._pin)
-
-    def raw_scale(self, timeout: float | None = None) -> RawScale:
-        """See ``RerankerClient.raw_scale``.
-
-        Raises:
-            ModelChangedError: No server serves the model of the earlier scores any more.
-        """
-        return self._client.raw_scale(timeout, pin=self._pin)
 
 
 def _rebuild(
