@@ -142,14 +142,14 @@ def test_a_failed_caller_does_not_fail_the_callers_that_wait_for_it() -> None:
         cache = ScoreCache(MEBIBYTE)
         digests = [digest_of(text) for text in "qd"]
         ids = np.array([0]), np.array([1])
-        first = cache.claim(b"s", digests, *ids, share=True)
-        second = cache.claim(b"s", digests, *ids, share=True)
+        first = await cache.claim(b"s", digests, *ids, share=True)
+        second = await cache.claim(b"s", digests, *ids, share=True)
         assert len(second.mine) == 0
         cache.settle(first, None)
         await asyncio.wait(second.waits)
-        third = cache.claim(b"s", digests, *ids, share=True)
+        third = await cache.claim(b"s", digests, *ids, share=True)
         cache.settle(third, np.float32([0.5]))
-        fourth = cache.claim(b"s", digests, *ids, share=True)
+        fourth = await cache.claim(b"s", digests, *ids, share=True)
         return len(third.mine), len(fourth.known)
 
     assert asyncio.run(scenario()) == (1, 1)
@@ -160,11 +160,11 @@ def test_a_caller_that_does_not_share_does_not_wait() -> None:
         cache = ScoreCache(MEBIBYTE)
         digests = [digest_of(text) for text in "qd"]
         ids = np.array([0]), np.array([1])
-        bulk = cache.claim(b"s", digests, *ids, share=True)
-        urgent = cache.claim(b"s", digests, *ids, share=False)
+        bulk = await cache.claim(b"s", digests, *ids, share=True)
+        urgent = await cache.claim(b"s", digests, *ids, share=False)
         cache.settle(urgent, np.float32([0.25]))
         # The score is cached, though the bulk caller has not settled yet.
-        third = cache.claim(b"s", digests, *ids, share=True)
+        third = await cache.claim(b"s", digests, *ids, share=True)
         cache.settle(bulk, np.float32([0.25]))
         return bulk.mine.tolist(), urgent.mine.tolist(), third.known.tolist()
 
@@ -177,17 +177,17 @@ def test_the_cache_stays_within_its_bytes_and_drops_the_least_recently_used() ->
         documents = [digest_of(f"document {i}") for i in range(100)]
         for number in range(50):
             digests = [digest_of(f"query {number}"), *documents]
-            claim = cache.claim(b"s", digests, np.zeros(100, dtype=np.int64), np.arange(1, 101), share=True)
+            claim = await cache.claim(b"s", digests, np.zeros(100, dtype=np.int64), np.arange(1, 101), share=True)
             cache.settle(claim, np.arange(100, dtype=np.float32))
             assert cache.size_bytes <= 200_000
 
-        def known(number: int) -> bool:
+        async def known(number: int) -> bool:
             digests = [digest_of(f"query {number}"), documents[7]]
-            claim = cache.claim(b"s", digests, np.array([0]), np.array([1]), share=True)
+            claim = await cache.claim(b"s", digests, np.array([0]), np.array([1]), share=True)
             cache.settle(claim, np.zeros(len(claim.mine), dtype=np.float32))
             return bool(len(claim.known)) and claim.scores[0] == 7
 
-        return known(49), known(0), cache.size_bytes
+        return await known(49), await known(0), cache.size_bytes
 
     newest, oldest, size = asyncio.run(scenario())
     assert newest
@@ -199,7 +199,7 @@ def test_a_row_larger_than_the_cache_is_not_kept() -> None:
     async def scenario() -> int:
         cache = ScoreCache(10_000)
         digests = [digest_of(str(i)) for i in range(1001)]
-        claim = cache.claim(b"s", digests, np.zeros(1000, dtype=np.int64), np.arange(1, 1001), share=True)
+        claim = await cache.claim(b"s", digests, np.zeros(1000, dtype=np.int64), np.arange(1, 1001), share=True)
         cache.settle(claim, np.zeros(1000, dtype=np.float32))
         return cache.size_bytes
 
@@ -229,12 +229,12 @@ def test_many_rows_are_claimed_and_settled_a_step_at_a_time() -> None:
                 await asyncio.sleep(0)
 
         other = asyncio.create_task(take_turns())
-        claim = await cache.claim_in_steps(b"s", digests, queries, documents, share=True)
+        claim = await cache.claim(b"s", digests, queries, documents, share=True)
         seen.append(turns)
         await cache.settle_in_steps(claim, np.arange(count, dtype=np.float32)[claim.mine])
         seen.append(turns)
         other.cancel()
-        again = cache.claim(b"s", digests, queries, documents, share=True)
+        again = await cache.claim(b"s", digests, queries, documents, share=True)
         assert np.array_equal(again.scores, np.arange(count))
         return seen, [len(claim.mine), len(again.known)]
 
@@ -249,13 +249,13 @@ def test_a_caller_that_is_cancelled_between_two_steps_frees_its_pairs() -> None:
         cache = ScoreCache(MEBIBYTE)
         digests = [digest_of(str(number)) for number in range(4000)]
         ids = np.arange(2000), np.arange(2000, 4000)
-        caller = asyncio.create_task(cache.claim_in_steps(b"s", digests, *ids, share=True))
+        caller = asyncio.create_task(cache.claim(b"s", digests, *ids, share=True))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         caller.cancel()
         await asyncio.wait({caller})
         assert caller.cancelled()
-        return len(cache.claim(b"s", digests, *ids, share=True).mine)
+        return len((await cache.claim(b"s", digests, *ids, share=True)).mine)
 
     assert asyncio.run(scenario()) == 2000
 

@@ -13,7 +13,7 @@ from .prefix import PrefixTokenizer
 from .spec import ModelSpec, UnsupportedModelError
 from .tokenizer import special_tokens_around_a_text, tokenize
 from .tokens import EncodedText, TokenSequence
-from .truncation import Side, keep, keep_used
+from .truncation import Side, keep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,15 +52,11 @@ class BiEncoderLayout:
         self, texts: Sequence[str], instruction: str | None, limit: int | None = None
     ) -> list[EncodedText]:
         """Tokenize queries with the prompt for queries."""
-        return self._encode(self._query_prompt, texts, limit)
+        return self._prefixes.encode(texts, limit, self._query_prompt, self._side)
 
     def encode_documents(self, texts: Sequence[str], limit: int | None = None) -> list[EncodedText]:
         """Tokenize documents with the prompt for documents."""
-        return self._encode(self._document_prompt, texts, limit)
-
-    def _encode(self, prompt: str, texts: Sequence[str], limit: int | None) -> list[EncodedText]:
-        found = self._prefixes.tokenize(texts, limit if self._side == "right" else None, prompt)
-        return [keep_used(ids, exact, limit, self._side) for ids, exact in found]
+        return self._prefixes.encode(texts, limit, self._document_prompt, self._side)
 
     def single(self, text: EncodedText, max_length: int) -> tuple[TokenSequence, bool]:
         """See ``TextLayout.single``."""

@@ -90,7 +90,7 @@ class CausalLayout:
 
     def encode_documents(self, texts: Sequence[str], limit: int | None = None) -> list[EncodedText]:
         """Tokenize documents with the space before them."""
-        return [keep_used(ids, exact, limit) for ids, exact in self._prefixes.tokenize(texts, limit, " ")]
+        return self._prefixes.encode(texts, limit, " ")
 
     def lengths(
         self,

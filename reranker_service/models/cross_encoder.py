@@ -14,7 +14,7 @@ from .prefix import PrefixTokenizer
 from .spec import ModelSpec, UnsupportedModelError
 from .tokenizer import text_span, tokenize
 from .tokens import EncodedText, Ids, TokenSequence
-from .truncation import Side, keep, keep_used, longest_first
+from .truncation import Side, keep, longest_first
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,15 +64,11 @@ class CrossEncoderLayout:
         self, texts: Sequence[str], instruction: str | None, limit: int | None = None
     ) -> list[EncodedText]:
         """Tokenize queries with the model's prompt for queries."""
-        return self._encode(self._prompt, texts, limit)
+        return self._prefixes.encode(texts, limit, self._prompt, self._side)
 
     def encode_documents(self, texts: Sequence[str], limit: int | None = None) -> list[EncodedText]:
         """Tokenize documents."""
-        return self._encode("", texts, limit)
-
-    def _encode(self, prompt: str, texts: Sequence[str], limit: int | None) -> list[EncodedText]:
-        found = self._prefixes.tokenize(texts, limit if self._side == "right" else None, prompt)
-        return [keep_used(ids, exact, limit, self._side) for ids, exact in found]
+        return self._prefixes.encode(texts, limit, "", self._side)
 
     def lengths(
         self,

@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from .tokens import Ids
+from .tokens import EncodedText, Ids
+from .truncation import Side, keep_used
 
 # Text that is tokenized at first, for each token that is used; English has four to five characters a token.
 _CHARACTERS_PER_TOKEN = 6
@@ -74,6 +75,20 @@ class PrefixTokenizer:
         self._tokenizer = tokenizer
         border = _border(json.loads(tokenizer.to_str()))
         self._border = None if border is None else re.compile(border)
+
+    def encode(
+        self, texts: Sequence[str], limit: int | None, before: str = "", side: Side = "right"
+    ) -> list[EncodedText]:
+        """Tokenize texts and keep the token ids that truncation at a side can leave, at most ``limit`` of each text.
+
+        Args:
+            texts: The texts.
+            limit: Most token ids of a text that are kept; ``None`` for all of them.
+            before: Text in front of each text.
+            side: Side at which texts are truncated. Truncation at the left needs the tokens of whole texts.
+        """
+        found = self.tokenize(texts, limit if side == "right" else None, before)
+        return [keep_used(ids, exact, limit, side) for ids, exact in found]
 
     def tokenize(
         self, texts: Sequence[str], limit: int | None, before: str = "", after: str = ""

@@ -78,11 +78,6 @@ class Claim:
     _rows: list[tuple[RowKey, _Row, list[bytes]]]
 
 
-def _new_claim(pairs: int) -> Claim:
-    scores = np.full(pairs, np.nan, dtype=np.float32)
-    return Claim(scores, *(np.empty(0, dtype=np.intp),) * 3, set(), asyncio.Future(), [])
-
-
 class ScoreCache:
     """Raw scores by scope, query and document, bounded in bytes; all calls come from one event loop."""
 
@@ -97,7 +92,7 @@ class ScoreCache:
         """Approximate size of the rows."""
         return int(self._rows.currsize)
 
-    def claim(
+    async def claim(
         self,
         scope: bytes,
         digests: Sequence[bytes],
@@ -106,7 +101,9 @@ class ScoreCache:
         *,
         share: bool,
     ) -> Claim:
-        """Look up pairs. The caller must score those that are neither cached nor in flight, and then ``settle``.
+        """Look up pairs. The caller must score those that are neither cached nor in flight, and then settle the claim.
+
+        Other work of the event loop runs after every thousand pairs or so.
 
         Args:
             scope: From ``scope_of``.
@@ -115,22 +112,8 @@ class ScoreCache:
             document_ids: Text id of each pair's document, shape ``(n,)``.
             share: Whether to wait for pairs that another caller is scoring; if false, this caller scores them as well.
         """
-        claim = _new_claim(len(query_ids))
-        for _ in self._claim(claim, scope, digests, query_ids, document_ids, share):
-            pass
-        return claim
-
-    async def claim_in_steps(
-        self,
-        scope: bytes,
-        digests: Sequence[bytes],
-        query_ids: NDArray[np.int64],
-        document_ids: NDArray[np.int64],
-        *,
-        share: bool,
-    ) -> Claim:
-        """Do what ``claim`` does, and let other work of the event loop run after every thousand pairs or so."""
-        claim = _new_claim(len(query_ids))
+        scores = np.full(len(query_ids), np.nan, dtype=np.float32)
+        claim = Claim(scores, *(np.empty(0, dtype=np.intp),) * 3, set(), asyncio.Future(), [])
         try:
             for _ in self._claim(claim, scope, digests, query_ids, document_ids, share):
                 await asyncio.sleep(0)

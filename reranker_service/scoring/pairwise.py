@@ -107,7 +107,7 @@ class PairScorer:
         digests = await table.digests()
         scores = np.empty(len(query_ids), dtype=np.float32)
         left = np.arange(len(query_ids))
-        claim = await self._cache.claim_in_steps(table.scope, digests, query_ids, document_ids, share=share)
+        claim = await self._cache.claim(table.scope, digests, query_ids, document_ids, share=share)
         cost.cached += len(claim.known)
         while True:
             scores[left[claim.known]] = claim.scores[claim.known]
@@ -125,9 +125,7 @@ class PairScorer:
                 return scores
             await asyncio.wait(claim.waits)
             left = left[claim.waiting]
-            claim = await self._cache.claim_in_steps(
-                table.scope, digests, query_ids[left], document_ids[left], share=share
-            )
+            claim = await self._cache.claim(table.scope, digests, query_ids[left], document_ids[left], share=share)
             cost.shared += len(claim.known)
 
     async def _recall(
