@@ -1,7 +1,9 @@
 """Torch engine, for laptops, tests and small servers: transformers in this process, on one worker thread.
 
-One call of ``run`` is one padded batch; the scheduler composes batches of sequences of similar length. Batches wait in
-the worker thread's queue. Cancelling a call before its batch begins removes the batch from the queue.
+One call of ``run`` is one batch: packed without padding on a GPU in 16 bits, if the model's numbers stay the same, and
+padded elsewhere. The scheduler composes batches of sequences of similar length. Batches wait in the worker thread's
+queue. Cancelling a call before its batch begins removes the batch from the queue. On a GPU the worker thread only queues
+the batch's kernels; a second thread waits for the result, so that the next batch is prepared meanwhile.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import asyncio
 import pickle
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, cast
 
@@ -23,6 +26,15 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from ..models import ModelSpec, Pooling, TokenSequence, UnsupportedModelError
 from .base import EngineDeadError
 from .checks import EngineMemoryError, finite
+from .packed import (
+    Packed,
+    PackedBackbone,
+    PackedClassifier,
+    kernel_available,
+    pack_backbone,
+    pack_classifier,
+    to_device,
+)
 
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "cublas_status_alloc_failed")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,6 +57,7 @@ class TorchEngine:
         device: str = "auto",
         threads: int | None = None,
         batch_tokens: int | None = None,
+        packed: bool | None = None,
     ) -> None:
         """Choose device and number format. ``start`` loads the model.
 
@@ -55,6 +68,8 @@ class TorchEngine:
             threads: Threads of one operation on a CPU; ``None`` leaves it to torch.
             batch_tokens: Most tokens of a batch, padding included; ``None`` means 4,096 on a CPU and 65,536
                 elsewhere. A longer sequence is a batch of its own.
+            packed: Whether batches are packed without padding where the model's numbers stay the same; ``None`` means
+                on a GPU that has the kernel for it.
 
         Raises:
             ValueError: ``dtype`` or ``device`` is unknown.
@@ -79,7 +94,11 @@ class TorchEngine:
         self.batch_tokens = batch_tokens or (4096 if on_cpu else 65536)
         self._threads = threads
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch-engine")
+        self._waiter = ThreadPoolExecutor(max_workers=2, thread_name_prefix="torch-engine-results")
+        self._packed = kernel_available(self._device, _DTYPES[dtype]) if packed is None else packed
         self._model: torch.nn.Module | None = None
+        self._backbone: PackedBackbone | None = None
+        self._classifier: PackedClassifier | None = None
         self._head: torch.Tensor | None = None
         self._padding = 0
         self._death: EngineDeadError | None = None
@@ -99,6 +118,7 @@ class TorchEngine:
             "device": str(self._device),
             "threads": self._threads or torch.get_num_threads(),
             "batch_tokens": self.batch_tokens,
+            "packed": self._backbone is not None or self._classifier is not None,
         }
 
     async def run(self, sequences: Sequence[TokenSequence], urgent: bool = False) -> NDArray[np.float32]:
@@ -117,7 +137,12 @@ class TorchEngine:
             return np.empty(0, dtype=np.float32)
         try:
             # Cancelling this future removes a batch that has not begun from the worker's queue.
-            values = await asyncio.get_running_loop().run_in_executor(self._worker, self._forward, list(sequences))
+            loop = asyncio.get_running_loop()
+            pending = await loop.run_in_executor(self._worker, self._forward, list(sequences))
+            if pending.ready is None:
+                values = self._wait(pending)
+            else:
+                values = await loop.run_in_executor(self._waiter, self._wait, pending)
         except EngineDeadError:
             self._died.set()
             raise
@@ -132,7 +157,8 @@ class TorchEngine:
     async def close(self) -> None:
         """End the worker thread and free the model."""
         await asyncio.to_thread(self._worker.shutdown, wait=True, cancel_futures=True)
-        self._model = self._head = None
+        await asyncio.to_thread(self._waiter.shutdown, wait=True, cancel_futures=True)
+        self._model = self._head = self._backbone = self._classifier = None
 
     def _load(self) -> None:
         if self._threads is not None:
@@ -167,23 +193,41 @@ class TorchEngine:
                 f"{'missing' if missing else 'of another shape'}"
             )
         self._padding = model.config.pad_token_id or 0
+        model = model.eval().requires_grad_(False)
         if spec.answers is not None:
             yes, no = (model.get_output_embeddings().weight[answer].float() for answer in spec.answers)
             model, self._head = model.model, yes - no
         elif spec.kind == "causal-reranker":
             # The classifier finds the last token by the padding's id, which may also be the template's last token.
             model, self._head = model.model, model.score.weight[0].float()
-        self._model = model.eval().requires_grad_(False).to(self._device)
+        self._model = model.to(self._device)
         if self._head is not None:
             self._head = self._head.detach().to(self._device)
+        if self._packed:
+            self._pack(model)
 
-    def _forward(self, sequences: list[TokenSequence]) -> NDArray[np.float32]:
-        """Compute a batch. A batch that does not fit into memory is halved until its parts fit."""
+    def _pack(self, model: Any) -> None:
+        """Compute packed batches from now on, if the model's numbers stay the same."""
+        if self._spec.kind == "causal-reranker":
+            model.config.use_cache = False
+        with torch.inference_mode():
+            try:
+                if self._spec.kind == "cross-encoder":
+                    self._classifier = pack_classifier(model)
+                else:
+                    self._backbone = pack_backbone(model)
+            except torch.OutOfMemoryError:
+                log.warning("no memory for a float32 copy that proves packed batches right; batches are padded")
+        if self._classifier is None and self._backbone is None:
+            log.info("batches are padded: packed ones would change this model's numbers", model=self._spec.name)
+
+    def _forward(self, sequences: list[TokenSequence]) -> _Pending:
+        """Begin a batch. A batch that does not fit into memory is halved until its parts fit."""
         if self._death is not None:
             raise self._death
-        values = self._try(sequences)
-        if values is not None:
-            return values
+        pending = self._begin(sequences)
+        if pending is not None:
+            return pending
         # A batch that failed has no frames left here, so that its tensors are free.
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -196,7 +240,7 @@ class TorchEngine:
         error: EngineMemoryError | None = None
         for part in (sequences[:half], sequences[half:]):
             try:
-                parts.append(self._forward(part))
+                parts.append(self._wait(self._forward(part)))
             except EngineMemoryError as failed:
                 parts.append(failed.values)
                 error = failed
@@ -210,22 +254,66 @@ class TorchEngine:
         joined = np.concatenate(parts)
         if error is not None:
             raise EngineMemoryError(str(error), joined)
-        return joined
+        return _Pending(torch.from_numpy(joined), None)
 
-    def _try(self, sequences: list[TokenSequence]) -> NDArray[np.float32] | None:
-        """Compute a batch; ``None`` if it does not fit into memory."""
+    def _begin(self, sequences: list[TokenSequence]) -> _Pending | None:
+        """Compute a batch, or on a GPU queue its kernels; ``None`` if it does not fit into memory."""
         try:
             with torch.inference_mode():
-                return self._compute(sequences).float().cpu().numpy()
+                values = self._compute(sequences).float()
+                if self._device.type != "cuda":
+                    return _Pending(values.cpu(), None)
+                host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+                host.copy_(values, non_blocking=True)
+                ready = torch.cuda.Event(blocking=True)
+                ready.record()
+                return _Pending(host, ready)
         except (RuntimeError, MemoryError) as error:
             if _is_out_of_memory(error):
                 return None
-            if self._device.type != "cpu" and f"{self._device.type} error" in str(error).lower():
-                self._death = EngineDeadError(f"the device failed: {error}")
-                raise self._death from error
+            self._die_of(error)
             raise
 
+    def _wait(self, pending: _Pending) -> NDArray[np.float32]:
+        """Return a batch's results once they are in the CPU's memory."""
+        if pending.ready is not None:
+            try:
+                pending.ready.synchronize()
+            except RuntimeError as error:
+                self._die_of(error)
+                raise
+        return pending.values.numpy()
+
+    def _die_of(self, error: Exception) -> None:
+        """Raise ``EngineDeadError`` if an error says that the device has failed for good."""
+        if self._device.type != "cpu" and f"{self._device.type} error" in str(error).lower():
+            self._death = EngineDeadError(f"the device failed: {error}")
+            raise self._death from error
+
     def _compute(self, sequences: list[TokenSequence]) -> torch.Tensor:
+        """Scores, shape ``(n,)``, or embeddings, shape ``(n, dim)``, on the device."""
+        if self._classifier is not None:
+            return self._classifier(Packed.of(sequences, self._device))
+        if self._backbone is not None:
+            return self._from_packed(self._backbone, Packed.of(sequences, self._device))
+        return self._from_padded(sequences)
+
+    def _from_packed(self, backbone: PackedBackbone, batch: Packed) -> torch.Tensor:
+        tokens = backbone(batch)  # (T, hidden)
+        last = batch.bounds[1:] - 1
+        if self._head is not None:
+            return tokens[last].float() @ self._head
+        pooling = self._spec.pooling
+        if pooling == "cls":
+            pooled = tokens[batch.bounds[:-1]].float()
+        elif pooling == "lasttoken":
+            pooled = tokens[last].float()
+        else:
+            reduce = "max" if pooling == "max" else "mean"
+            pooled = torch.segment_reduce(tokens.float(), reduce, lengths=batch.bounds.diff(), unsafe=True)
+        return functional.normalize(pooled[:, : self._spec.dimensions], dim=1)  # (n, dim)
+
+    def _from_padded(self, sequences: list[TokenSequence]) -> torch.Tensor:
         assert self._model is not None, "run() before start()"
         lengths = torch.tensor([len(sequence.ids) for sequence in sequences])
         longest = int(lengths.max())
@@ -234,24 +322,37 @@ class TorchEngine:
         for row, sequence in enumerate(sequences):
             ids[row, : len(sequence.ids)] = sequence.ids
             types[row, sequence.first_segment : len(sequence.ids)] = 1
-        mask = torch.arange(longest)[None] < lengths[:, None]  # (batch, longest)
+        mask = to_device((torch.arange(longest)[None] < lengths[:, None]).long(), self._device)  # (n, longest)
         inputs: dict[str, Any] = {
-            "input_ids": torch.from_numpy(ids).to(self._device),
-            "attention_mask": mask.long().to(self._device),
+            "input_ids": to_device(torch.from_numpy(ids), self._device),
+            "attention_mask": mask,
         }
         if types.any():
-            inputs["token_type_ids"] = torch.from_numpy(types).to(self._device)
+            inputs["token_type_ids"] = to_device(torch.from_numpy(types), self._device)
         if self._spec.kind == "cross-encoder":
-            return cast(torch.Tensor, self._model(**inputs).logits[:, 0])  # (batch,)
+            return cast(torch.Tensor, self._model(**inputs).logits[:, 0])  # (n,)
         if self._spec.model_type == "qwen3":
             inputs["use_cache"] = False
-        tokens: torch.Tensor = self._model(**inputs).last_hidden_state.float()  # (batch, longest, hidden)
-        last = lengths.to(self._device) - 1
+        tokens: torch.Tensor = self._model(**inputs).last_hidden_state.float()  # (n, longest, hidden)
+        last = to_device(lengths, self._device) - 1
         if self._head is not None:
-            return tokens[torch.arange(len(tokens)), last] @ self._head  # (batch,)
+            return tokens[torch.arange(len(tokens)), last] @ self._head  # (n,)
         assert self._spec.pooling is not None
-        pooled = _pool(tokens, inputs["attention_mask"], last, self._spec.pooling)
-        return functional.normalize(pooled[:, : self._spec.dimensions], dim=1)  # (batch, dim)
+        pooled = _pool(tokens, mask, last, self._spec.pooling)
+        return functional.normalize(pooled[:, : self._spec.dimensions], dim=1)  # (n, dim)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A batch that has begun.
+
+    Attributes:
+        values: Its results in the CPU's memory, shape ``(n, ...)``; unfinished before ``ready``.
+        ready: Event after which ``values`` is finished; ``None`` if it is already.
+    """
+
+    values: torch.Tensor
+    ready: torch.cuda.Event | None
 
 
 def _pool(tokens: torch.Tensor, mask: torch.Tensor, last: torch.Tensor, pooling: Pooling) -> torch.Tensor:
