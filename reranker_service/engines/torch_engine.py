@@ -2,8 +2,8 @@
 
 One call of ``run`` is one batch: packed without padding on a GPU in 16 bits, if the model's numbers stay the same, and
 padded elsewhere. The scheduler composes batches of sequences of similar length. Batches wait in the worker thread's
-queue. Cancelling a call before its batch begins removes the batch from the queue. On a GPU the worker thread only queues
-the batch's kernels; a second thread waits for the result, so that the next batch is prepared meanwhile.
+queue. Cancelling a call before its batch begins removes the batch from the queue. On a GPU the worker thread only
+queues a batch's kernels; a second thread waits for the result, so that the next batch is prepared meanwhile.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ from .packed import (
 )
 
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "cublas_status_alloc_failed")
+# Operations of a batch on a GPU, and the bounds of its tokens. A current GPU does about 4e14 operations a second.
+_BATCH_OPERATIONS = 2e13
+_LEAST_BATCH_TOKENS = 8_192
+_MOST_BATCH_TOKENS = 131_072
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 log = structlog.get_logger()
@@ -58,6 +62,7 @@ class TorchEngine:
         threads: int | None = None,
         batch_tokens: int | None = None,
         packed: bool | None = None,
+        compiled: bool = False,
     ) -> None:
         """Choose device and number format. ``start`` loads the model.
 
@@ -66,10 +71,11 @@ class TorchEngine:
             dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, bfloat16 elsewhere.
             device: A device as torch names it, or "auto": the GPU if there is one.
             threads: Threads of one operation on a CPU; ``None`` leaves it to torch.
-            batch_tokens: Most tokens of a batch, padding included; ``None`` means 4,096 on a CPU and 65,536
-                elsewhere. A longer sequence is a batch of its own.
+            batch_tokens: Most tokens of a batch, padding included; ``None`` means 4,096 on a CPU, and elsewhere a
+                number that depends on the model's size. A longer sequence is a batch of its own.
             packed: Whether batches are packed without padding where the model's numbers stay the same; ``None`` means
                 on a GPU that has the kernel for it.
+            compiled: Whether the layers of a model with packed batches are compiled.
 
         Raises:
             ValueError: ``dtype`` or ``device`` is unknown.
@@ -86,12 +92,14 @@ class TorchEngine:
         if dtype not in _DTYPES:
             raise ValueError(f"dtype {dtype!r} is unknown; known are auto, {', '.join(_DTYPES)}")
         self.dtype = dtype
-        self.max_batch = 256 if on_cpu else 1024
+        self.max_batch = 256 if on_cpu else 2048
         self.max_in_flight = 2 * self.max_batch
         self.versions = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
         self.scoring_args: dict[str, object] = {}
         self._spec = spec
-        self.batch_tokens = batch_tokens or (4096 if on_cpu else 65536)
+        self._sized = batch_tokens is None and not on_cpu
+        self.batch_tokens = batch_tokens or 4096
+        self._compiled = compiled
         self._threads = threads
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch-engine")
         self._waiter = ThreadPoolExecutor(max_workers=2, thread_name_prefix="torch-engine-results")
@@ -201,6 +209,8 @@ class TorchEngine:
             # The classifier finds the last token by the padding's id, which may also be the template's last token.
             model, self._head = model.model, model.score.weight[0].float()
         self._model = model.to(self._device)
+        if self._sized:
+            self.batch_tokens = _batch_tokens(model)
         if self._head is not None:
             self._head = self._head.detach().to(self._device)
         if self._packed:
@@ -216,6 +226,9 @@ class TorchEngine:
                     self._classifier = pack_classifier(model)
                 else:
                     self._backbone = pack_backbone(model)
+                backbone = self._backbone or (self._classifier and self._classifier.backbone)
+                if self._compiled and backbone is not None:
+                    backbone.compile()
             except torch.OutOfMemoryError:
                 log.warning("no memory for a float32 copy that proves packed batches right; batches are padded")
         if self._classifier is None and self._backbone is None:
@@ -353,6 +366,17 @@ class _Pending:
 
     values: torch.Tensor
     ready: torch.cuda.Event | None
+
+
+def _batch_tokens(model: torch.nn.Module) -> int:
+    """Tokens of a batch that a GPU computes in some tens of milliseconds.
+
+    A longer batch would hold up an interactive call. A shorter one would not pay for its launch.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    weights = sum(weight.numel() for weight in model.parameters() if id(weight) not in embeddings)
+    tokens = _BATCH_OPERATIONS / (2 * max(weights, 1))
+    return int(min(max(tokens, _LEAST_BATCH_TOKENS), _MOST_BATCH_TOKENS))
 
 
 def _pool(tokens: torch.Tensor, mask: torch.Tensor, last: torch.Tensor, pooling: Pooling) -> torch.Tensor:
