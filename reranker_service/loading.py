@@ -111,6 +111,11 @@ def check_flags(settings: Settings, engine: Literal["vllm", "torch"]) -> None:
                 f"--threads {settings.threads} is for the torch engine; for vLLM on a CPU set "
                 "VLLM_CPU_OMP_THREADS_BIND, or use --engine torch"
             )
+        if not settings.compile:
+            raise UnsupportedModelError(
+                "--no-compile is for the torch engine; for vLLM give --engine-args '{\"enforce_eager\": true}', or use "
+                "--engine torch"
+            )
     elif settings.engine_args:
         raise UnsupportedModelError(
             f"--engine-args is for vLLM, and the engine is torch: leave out {', '.join(settings.engine_args)}, or use "
@@ -132,4 +137,10 @@ def make_engine(settings: Settings, spec: ModelSpec) -> Engine:
         return VllmEngine(spec, dtype=settings.dtype, engine_args={**counting, **settings.engine_args})
     from .engines.torch_engine import TorchEngine
 
-    return TorchEngine(spec, dtype=settings.dtype, device=settings.device, threads=settings.threads)
+    return TorchEngine(
+        spec,
+        dtype=settings.dtype,
+        device=settings.device,
+        threads=settings.threads,
+        compiled=None if settings.compile else False,
+    )

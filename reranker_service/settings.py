@@ -79,6 +79,11 @@ class Settings(BaseSettings):
     threads: int | None = Field(
         None, ge=1, description="torch engine only: CPU threads of one operation; if not given, torch decides"
     )
+    compile: bool = Field(
+        True,
+        description="torch engine on a GPU only: compile the model's layers at start, which takes up to half a minute "
+        "and makes small models, and those with rotary positions, faster",
+    )
     default_length: int | None = Field(
         None,
         ge=1,

@@ -14,7 +14,7 @@ import transformers
 from numpy.typing import NDArray
 
 from reranker_service.engines.packed import KERNEL_DTYPES, Packed, kernel_available, pack_backbone, pack_classifier
-from reranker_service.engines.torch_engine import TorchEngine
+from reranker_service.engines.torch_engine import TorchEngine, _batch_tokens
 from reranker_service.models import ModelSpec, TokenSequence, make_layout, read_model
 from tests import references
 
@@ -153,3 +153,48 @@ def test_the_kernel_agrees_with_the_mask(name: str, dtype: torch.dtype) -> None:
     assert packed is not None
     found = packed(Packed.of(batch, device)).cpu()
     assert (found - exact).abs().max() < 0.02 * exact.abs().max().clamp(min=1)
+
+
+def test_compiled_layers_give_the_same_scores(cross_encoder: Path) -> None:
+    spec = read_model(str(cross_encoder))
+    batch = pair_inputs(spec)
+    plain, choices = run(spec, batch, packed=True)
+    assert choices["compiled"] is False
+    compiled, choices = run(spec, batch, packed=True, compiled=True)
+    assert choices["compiled"] is True
+    np.testing.assert_allclose(compiled, plain, atol=1e-5)
+
+
+def test_without_a_compiler_the_engine_goes_on_without_compiling(
+    cross_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import codecache
+
+    def compiler_is_missing(*_: object, **__: object) -> None:
+        raise FileNotFoundError("no C++ compiler")
+
+    spec = read_model(str(cross_encoder))
+    batch = pair_inputs(spec)
+    plain, _ = run(spec, batch, packed=True)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+    monkeypatch.setattr(codecache.CppCodeCache, "load_async", compiler_is_missing)
+    monkeypatch.setattr(codecache.CppPythonBindingsCodeCache, "load_async", compiler_is_missing)
+    try:
+        torch.compiler.reset()
+        found, choices = run(spec, batch, packed=True, compiled=True)
+    finally:
+        torch.compiler.set_stance("default")
+        torch.compiler.reset()
+    assert choices["compiled"] is False
+    np.testing.assert_allclose(found, plain, atol=1e-6)
+
+
+def test_a_gpus_batches_are_smaller_for_larger_models() -> None:
+    def tokens(weights: int) -> int:
+        return _batch_tokens(torch.nn.Linear(weights, 1, bias=False, device="meta"))
+
+    # 2e13 operations a batch, two a weight and token.
+    assert tokens(100_000_000) == 100_000
+    assert tokens(10_000_000) == 131_072
+    assert tokens(4_000_000_000) == 8_192

@@ -50,7 +50,7 @@ def main() -> None:
     if "loss" in arguments.part:
         for shape in chosen[:2]:
             for record in loss.measure(
-                shape, arguments.output, batch=16 if arguments.tiny else 512, rehearsal=arguments.tiny, say=say
+                shape, arguments.output, batch=16 if arguments.tiny else 256, rehearsal=arguments.tiny, say=say
             ):
                 keep("gpu-loss.jsonl", record)
     if "formats" in arguments.part:

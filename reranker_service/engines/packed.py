@@ -243,12 +243,22 @@ class PackedBackbone:
         self._model = model
         self.first_position = first_position
 
-    def compile(self) -> None:
-        """Compile the model's layers; the first batches of a new kind take seconds, later ones have fewer kernels."""
-        # The layers of a model have the same code, so that one compilation serves all of them.
+    def compile(self) -> Exception | None:
+        """Compile the model's layers, and compute a batch with them, because compilation comes with the first batch.
+
+        Returns:
+            The error that compilation raised, if it failed: layers are not compiled then, in this whole process.
+        """
+        # The layers of a model have the same code, so that one compilation serves all of them, whatever their sizes.
         stacks = [module for module in self._model.modules() if isinstance(module, torch.nn.ModuleList)]
         for layer in max(stacks, key=len, default=()):
             layer.compile(dynamic=True)
+        try:
+            self(Packed.of(_proof_sequences(self._model.config), self._model.device))
+        except Exception as error:  # a missing C compiler, a kernel that the GPU lacks, a fault of the compiler
+            torch.compiler.set_stance("force_eager")
+            return error
+        return None
 
     def __call__(self, batch: Packed) -> torch.Tensor:
         """Token vectors, shape ``(T, hidden)``."""
@@ -288,7 +298,8 @@ def pack_classifier(model: Any) -> PackedClassifier | None:
     if not getattr(model, "_supports_flash_attn", False):
         return None  # its attention is not exchangeable, or needs a bias for each pair of tokens
     trial = copy.deepcopy(model).float()
-    sequences, wanted = _proof(trial, trial.config)
+    sequences = _proof_sequences(trial.config)
+    wanted = _alone(trial, sequences)
     head = ClassifierHead(trial)
     batch = Packed.of(sequences, trial.device)
     backbone = getattr(trial, trial.base_model_prefix)
@@ -314,7 +325,8 @@ def pack_backbone(model: Any) -> PackedBackbone | None:
     if not getattr(model, "_supports_flash_attn", False):
         return None
     trial = copy.deepcopy(model).float()
-    sequences, wanted = _proof(trial, trial.config)
+    sequences = _proof_sequences(trial.config)
+    wanted = _alone(trial, sequences)
     batch = Packed.of(sequences, trial.device)
     for first_position in _first_positions(trial.config):
         try:
@@ -331,29 +343,35 @@ def _first_positions(config: Any) -> tuple[int, ...]:
     return (0, config.pad_token_id + 1) if config.pad_token_id is not None else (0,)
 
 
-def _proof(model: Any, config: Any) -> tuple[list[TokenSequence], torch.Tensor]:
-    """Sequences, and the model's logits ``(n,)`` or token vectors ``(T, hidden)`` for each of them alone.
-
-    Alone, because a sequence without neighbours needs neither padding nor packing.
-    """
+def _proof_sequences(config: Any) -> list[TokenSequence]:
+    """Sequences of random token ids, without padding's, of both segments if the model knows two."""
     generator = np.random.default_rng(0)
     positions = getattr(config, "max_position_embeddings", None) or max(_PROOF_LENGTHS)
     two_segments = getattr(config, "type_vocab_size", 0) > 1
-    sequences, wanted = [], []
-    for length in _PROOF_LENGTHS:
-        length = max(min(length, positions - 8), 1)
+    sequences = []
+    for wanted in _PROOF_LENGTHS:
+        length = max(min(wanted, positions - 8), 1)
         ids = generator.integers(config.vocab_size, size=length).astype(np.int32)
         ids[ids == config.pad_token_id] = (config.pad_token_id or 0) + 1
-        sequence = TokenSequence(ids, length // 2 + 1 if two_segments else length)
-        sequences.append(sequence)
-        inputs = {"input_ids": torch.from_numpy(ids.astype(np.int64))[None].to(model.device)}
+        sequences.append(TokenSequence(ids, length // 2 + 1 if two_segments else length))
+    return sequences
+
+
+def _alone(model: Any, sequences: Sequence[TokenSequence]) -> torch.Tensor:
+    """The model's logits ``(n,)``, or its token vectors ``(T, hidden)``, for each of ``n`` sequences alone.
+
+    A sequence without neighbours needs neither padding nor packing.
+    """
+    found = []
+    for sequence in sequences:
+        inputs = {"input_ids": torch.from_numpy(sequence.ids.astype(np.int64))[None].to(model.device)}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        if two_segments:
-            types = (np.arange(length) >= sequence.first_segment).astype(np.int64)
-            inputs["token_type_ids"] = torch.from_numpy(types)[None].to(model.device)
+        if sequence.first_segment < len(sequence.ids):
+            types = torch.arange(len(sequence.ids), device=model.device) >= sequence.first_segment
+            inputs["token_type_ids"] = types.long()[None]
         output = model(**inputs)
-        wanted.append(output.logits[:, 0] if hasattr(output, "logits") else output.last_hidden_state[0])
-    return sequences, torch.cat(wanted).float()
+        found.append(output.logits[:, 0] if hasattr(output, "logits") else output.last_hidden_state[0])
+    return torch.cat(found).float()
 
 
 def _equal(found: torch.Tensor, wanted: torch.Tensor) -> bool:

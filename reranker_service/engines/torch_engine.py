@@ -62,7 +62,7 @@ class TorchEngine:
         threads: int | None = None,
         batch_tokens: int | None = None,
         packed: bool | None = None,
-        compiled: bool = False,
+        compiled: bool | None = None,
     ) -> None:
         """Choose device and number format. ``start`` loads the model.
 
@@ -75,7 +75,8 @@ class TorchEngine:
                 number that depends on the model's size. A longer sequence is a batch of its own.
             packed: Whether batches are packed without padding where the model's numbers stay the same; ``None`` means
                 on a GPU that has the kernel for it.
-            compiled: Whether the layers of a model with packed batches are compiled.
+            compiled: Whether the layers of a model with packed batches are compiled, which takes ``start`` up to half
+                a minute; ``None`` means on a GPU.
 
         Raises:
             ValueError: ``dtype`` or ``device`` is unknown.
@@ -99,7 +100,8 @@ class TorchEngine:
         self._spec = spec
         self._sized = batch_tokens is None and not on_cpu
         self.batch_tokens = batch_tokens or 4096
-        self._compiled = compiled
+        self._compile = not on_cpu if compiled is None else compiled
+        self._compiled = False
         self._threads = threads
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch-engine")
         self._waiter = ThreadPoolExecutor(max_workers=2, thread_name_prefix="torch-engine-results")
@@ -127,6 +129,7 @@ class TorchEngine:
             "threads": self._threads or torch.get_num_threads(),
             "batch_tokens": self.batch_tokens,
             "packed": self._backbone is not None or self._classifier is not None,
+            "compiled": self._compiled,
         }
 
     async def run(self, sequences: Sequence[TokenSequence], urgent: bool = False) -> NDArray[np.float32]:
@@ -227,8 +230,12 @@ class TorchEngine:
                 else:
                     self._backbone = pack_backbone(model)
                 backbone = self._backbone or (self._classifier and self._classifier.backbone)
-                if self._compiled and backbone is not None:
-                    backbone.compile()
+                if self._compile and backbone is not None:
+                    error = backbone.compile()
+                    self._compiled = error is None
+                    if error is not None:
+                        reason = f"{type(error).__name__}: {error}"[:500]
+                        log.warning("the model's layers could not be compiled; it is slower without", error=reason)
             except torch.OutOfMemoryError:
                 log.warning("no memory for a float32 copy that proves packed batches right; batches are padded")
         if self._classifier is None and self._backbone is None:

@@ -30,6 +30,9 @@ _FEW_CORES = 4
 _SMALL_WEIGHTS = 2_000_000
 _LARGE_STEP_TOKENS = 8192
 _GIB = 1 << 30
+# vLLM's defaults for AsyncLLM are 128 sequences and 2,048 tokens a step, on a large GPU too (0.26 and 0.32).
+_GPU_SEQUENCES = 512
+_GPU_STEP_TOKENS = 16_384
 
 
 def check_supported(spec: ModelSpec) -> None:
@@ -98,6 +101,11 @@ def engine_arguments(spec: ModelSpec, dtype: str, on_cpu: bool) -> dict[str, Any
             # The fixed cost of a step dominates in small models, so that fewer, larger steps are faster. Larger models
             # get slower.
             arguments["max_num_batched_tokens"] = max(_LARGE_STEP_TOKENS, spec.max_length)
+    else:
+        arguments |= {
+            "max_num_seqs": _GPU_SEQUENCES,
+            "max_num_batched_tokens": max(_GPU_STEP_TOKENS, spec.max_length),
+        }
     return arguments
 
 
