@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def parse(description: str | None, parts: Sequence[str], quick: str) -> argparse.Namespace:
+def parse(description: str | None, parts: Sequence[str], quick: str, apart: Sequence[str] = ()) -> argparse.Namespace:
     """Parse this process's arguments, and make SIGTERM end the process in order.
 
     Args:
         description: Text of ``--help``.
         parts: Parts that ``--only`` can name.
         quick: Help of ``--quick``.
+        apart: Parts that ``--only`` can name as well, and that are not measured without it.
 
     Returns:
         ``quick``, ``only`` (names of parts) and ``output`` (a path).
@@ -24,6 +25,6 @@ def parse(description: str | None, parts: Sequence[str], quick: str) -> argparse
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--only", nargs="+", choices=tuple(parts), default=tuple(parts), help="parts to measure")
+    parser.add_argument("--only", nargs="+", choices=(*parts, *apart), default=tuple(parts), help="parts to measure")
     parser.add_argument("--output", type=Path, default=Path("bench-results"), help="directory for results and logs")
     return parser.parse_args()

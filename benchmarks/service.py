@@ -19,6 +19,7 @@ from transformers.utils import logging
 from benchmarks import causal, latency, models, overhead, report, throughput
 from benchmarks.bench import Bench
 from benchmarks.command_line import parse
+from benchmarks.gpu.command_line import main as on_gpu
 from benchmarks.launch import Launcher, Machine
 from benchmarks.report import Figure
 from benchmarks.texts import Corpus
@@ -34,6 +35,9 @@ PARTS: dict[str, Callable[[Bench], list[Figure]]] = {
     "priority": latency.with_torch,
 }
 """Parts that can be measured alone."""
+
+APART = {"gpu": ("speed", "loss"), "formats": ("formats",)}
+"""Parts of the benchmark on a GPU, by their names here; measured only if they are named."""
 
 # Seconds of each part, starts of processes included, on two cores that score about 70 pairs/s with MiniLM's size.
 _SECONDS = {
@@ -118,9 +122,13 @@ def run(
 
 def main() -> None:
     """Run the benchmark from the command line."""
-    arguments = parse(__doc__, tuple(PARTS), quick="3 rounds of a fifth of the time, too short for figures")
+    quick = "3 rounds of a fifth of the time, too short for figures"
+    arguments = parse(__doc__, tuple(PARTS), quick, apart=tuple(APART))
     rounds, scale = (3, 0.2) if arguments.quick else (5, 1.0)
-    run(arguments.only, output=arguments.output, rounds=rounds, scale=scale)
+    if parts := [part for name in arguments.only for part in APART.get(name, ())]:
+        on_gpu(["--part", *parts, "--output", str(arguments.output)])
+    if names := [name for name in arguments.only if name in PARTS]:
+        run(names, output=arguments.output, rounds=rounds, scale=scale)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,20 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
 from benchmarks import report
 from benchmarks.causal import IdealPrefixCache
+from benchmarks.gpu.command_line import main as on_gpu
+from benchmarks.gpu.run import operations
+from benchmarks.gpu.shapes import SHAPES, tiny
 from benchmarks.proxy import CountingProxy
 from benchmarks.report import Figure
 from benchmarks.rounds import DisagreementError, Spread, contest
@@ -274,3 +279,48 @@ def test_a_small_run_measures_and_writes(tmp_path: Path, corpus: Corpus, monkeyp
     assert by_name["torch, tiny: stream"].spread.value > 1
     assert len(json.loads((tmp_path / "service.json").read_text())) == len(figures)
     assert (tmp_path / "service.png").stat().st_size > 0
+
+
+def test_parts_on_a_gpu_are_skipped_with_a_word_where_there_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    on_gpu(["--part", "speed", "loss", "--output", str(tmp_path)])
+    assert "Speed and loss skipped: this machine has no CUDA GPU" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("forked_children")
+def test_the_benchmark_on_a_gpu_can_be_rehearsed(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = " ".join(corpus.texts()).split()
+    monkeypatch.setattr("benchmarks.gpu.run.words", lambda: few)
+    monkeypatch.setattr("benchmarks.gpu.formats.words", lambda: few)
+    wanted = ["--shape", "ettin-17m", "--engine", "torch", "--part", "speed", "formats", "--dtype", "float32"]
+    on_gpu(["--tiny", *wanted, "--output", str(tmp_path)])
+    records = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert [record["side"].split()[0] for record in records] == ["CrossEncoder.predict", "torch", "stream,"]
+    assert all(record["rehearsal"] and record["pairs_per_second"] > 0 for record in records)
+    # All sides compute the same scores, raw scores of a standard deviation of 3.
+    assert max(record["largest_difference"] for record in records) < 0.01
+    errors = {line["side"]: line for line in map(json.loads, (tmp_path / "formats.jsonl").read_text().splitlines())}
+    assert errors["torch engine float32"]["largest"] < 0.01
+    assert errors["torch engine float32"]["flipped"]["0.05"] == 0
+    assert errors["torch engine bfloat16"]["largest"] > errors["torch engine float16"]["largest"] > 0.001
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert", "xlm-roberta", "qwen3"])
+def test_operations_are_those_that_pytorch_counts(name: str) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoConfig, AutoModel
+
+    shape = next(tiny(shape) for shape in SHAPES if shape.family == name)
+    config: Any = AutoConfig.for_model(name, **shape.config, pad_token_id=0, attn_implementation="eager")
+    model = AutoModel.from_config(config).eval()
+    tokens = 100  # below the window of local attention
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(input_ids=torch.ones(2, tokens, dtype=torch.long))
+    ours = operations(shape, np.array([tokens, tokens]))
+    # A causal model's attention needs half of what is computed without a causal kernel; poolers are left out.
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.15)

@@ -22,8 +22,8 @@ _TIMEOUT = 300.0
 
 def measure(
     reranker: Shape, output: Path, *, batch: int, rehearsal: bool, say: Callable[[str], object]
-) -> list[dict[str, Any]]:
-    """Train a model of BERT-base's shape in bfloat16 for a few steps, alone and with the loss; return the records.
+) -> dict[str, Any]:
+    """Train a model of BERT-base's shape in bfloat16 for a few steps, alone and with the loss; return the times.
 
     Args:
         reranker: Shape of the served model.
@@ -114,4 +114,4 @@ def measure(
         "step_over_longer": together / max(alone, scoring),
     }
     say(f"loss on one device: {record}")
-    return [record]
+    return record

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from benchmarks.gpu import shapes
 from benchmarks.gpu.pairs import PairSource, training_texts, words
 from benchmarks.gpu.shapes import Shape
-from benchmarks.gpu.sides import EngineSide, PredictSide, Side, StreamSide, missing
+from benchmarks.gpu.sides import EngineSide, PredictSide, Side, StreamSide, allocated, missing
 from benchmarks.rounds import Spread
 from benchmarks.texts import Grid
 
@@ -87,12 +87,12 @@ class Result:
 
     Attributes:
         rates: Pairs a second of each round.
-        memory: Bytes of GPU memory.
+        memory: Bytes of GPU memory, of the weights and of the largest batch; ``None`` for a model in another process.
         difference: Largest difference of a raw score from ``CrossEncoder.predict`` in the same format.
     """
 
     rates: list[float]
-    memory: int = 0
+    memory: int | None = None
     difference: float = 0.0
 
 
@@ -188,7 +188,7 @@ class Benchmark:
 
     def _grids(self, shape: Shape, source: PairSource, tokenizer: Any) -> tuple[list[Grid], list[NDArray[np.int64]]]:
         """A grid for each round, and the tokens of each pair."""
-        documents = 64 if self._rehearsal else 256
+        documents = 16 if self._rehearsal else 256
         grids = [source.grid(max(shape.pairs // documents, 1), documents) for _ in range(self._rounds)]
 
         def lengths(texts: Sequence[str]) -> NDArray[np.int64]:
@@ -203,7 +203,7 @@ class Benchmark:
         ]
 
     def _contest(self, sides: Sequence[Side], source: PairSource, grids: Sequence[Grid]) -> dict[str, Result]:
-        warm = source.grid(_WARM_QUERIES, len(grids[0].documents))
+        warm = source.grid(min(_WARM_QUERIES, len(grids[0].queries)), len(grids[0].documents))
         for side in sides:
             if isinstance(side, PredictSide):
                 rates = side.choose(warm)
@@ -217,10 +217,13 @@ class Benchmark:
         for number, grid in enumerate(grids):
             reference: NDArray[np.float32] | None = None
             for side in sides:
+                if torch.cuda.is_available():
+                    torch.cuda.reset_peak_memory_stats()
+                before = allocated()
                 seconds, scores = side.score(grid)
                 result = found[side.name]
                 result.rates.append(grid.pairs / seconds)
-                result.memory = side.memory
+                result.memory = None if side.weights is None else side.weights + allocated(peak=True) - before
                 if reference is None:
                     reference = scores
                 result.difference = max(result.difference, float(np.abs(scores - reference).max()))

@@ -118,7 +118,7 @@ _TINY = {
 
 def tiny(shape: Shape) -> Shape:
     """A model of the same family that is fast on a CPU, to rehearse the benchmark."""
-    return Shape(shape.name, shape.family, {**shape.config, **_TINY[shape.family], "vocab_size": _TRAINED_TOKENS}, 256)
+    return Shape(shape.name, shape.family, {**shape.config, **_TINY[shape.family], "vocab_size": _TRAINED_TOKENS}, 64)
 
 
 def build(
@@ -157,7 +157,7 @@ def build(
 
 def _scale_head(model: Any, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> None:
     inputs = tokenizer(
-        list(texts[:64]), list(texts[64:128]), truncation=True, max_length=128, padding=True, return_tensors="pt"
+        list(texts[:32]), list(texts[32:64]), truncation=True, max_length=128, padding=True, return_tensors="pt"
     ).to(model.device)
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module.out_features == 1]
     with torch.no_grad():

@@ -30,14 +30,11 @@ class Side(Protocol):
 
     Attributes:
         name: Name in the table.
-        memory: Bytes of GPU memory that the side holds, weights and largest batch; measured after scoring.
+        weights: Bytes of GPU memory of the weights; ``None`` for a model in another process.
     """
 
     name: str
-
-    @property
-    def memory(self) -> int:
-        """See the class."""
+    weights: int | None
 
     def score(self, grid: Grid) -> tuple[float, NDArray[np.float32]]:
         """Score a grid; return the seconds that it took and the raw scores, shape ``(Q, D)``."""
@@ -58,10 +55,11 @@ class PredictSide:
     def __init__(self, model: Path, family: Family, dtype: str, device: torch.device) -> None:
         from sentence_transformers import CrossEncoder
 
+        before = allocated()
         options = {"dtype": getattr(torch, dtype)}
         self._model = CrossEncoder(str(model), device=str(device), model_kwargs=options, local_files_only=True)
         self._model.max_length = MAX_TOKENS
-        self._device = device
+        self.weights: int | None = allocated() - before
         self._family = family
         self.batch_size = BATCH_SIZES[0]
         self.name = f"CrossEncoder.predict {dtype}"
@@ -77,11 +75,6 @@ class PredictSide:
         self.batch_size = max(rates, key=lambda size: rates[size])
         self.name = f"{self.name}, batch {self.batch_size}"
         return rates
-
-    @property
-    def memory(self) -> int:
-        """See ``Side``."""
-        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0
 
     def score(self, grid: Grid) -> tuple[float, NDArray[np.float32]]:
         """See ``Side.score``."""
@@ -115,6 +108,7 @@ class EngineSide:
         from benchmarks.bare import make_engine, pair_layout
         from reranker_service.models import read_model
 
+        before = allocated()
         self._spec = read_model(str(model))
         self._layout = pair_layout(self._spec)
         self._runner = asyncio.Runner()
@@ -122,13 +116,9 @@ class EngineSide:
             self._spec, engine, dtype, {"gpu_memory_utilization": 0.3} if engine == "vllm" else {}
         )
         self._runner.run(self._engine.start())
+        self.weights: int | None = allocated() - before if engine == "torch" else None
         self.choices = self._engine.choices()
         self.name = f"{engine} engine {dtype}"
-
-    @property
-    def memory(self) -> int:
-        """See ``Side``."""
-        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
     def score(self, grid: Grid) -> tuple[float, NDArray[np.float32]]:
         """See ``Side.score``."""
@@ -175,20 +165,14 @@ class StreamSide:
         from examples.serving import reranker_server
         from loss_client import RerankerClient
 
-        before = _used()
         flags = ["--model", str(model), "--dtype", dtype, "--cache-bytes", "0"]
         if engine == "vllm":
             flags += ["--engine-args", '{"gpu_memory_utilization": 0.3}']
         self._stack = ExitStack()
         server = self._stack.enter_context(reranker_server(log, engine, flags))
         self._client = self._stack.enter_context(RerankerClient(server.wait_ready(), timeout=_TIMEOUT))
-        self._before = before
+        self.weights: int | None = None
         self.name = f"stream, {engine} engine {dtype}"
-
-    @property
-    def memory(self) -> int:
-        """See ``Side``; other processes must not change theirs meanwhile."""
-        return _used() - self._before
 
     def score(self, grid: Grid) -> tuple[float, NDArray[np.float32]]:
         """See ``Side.score``."""
@@ -209,12 +193,11 @@ class StreamSide:
         self._stack.close()
 
 
-def _used() -> int:
-    """Bytes of GPU memory that all processes hold."""
+def allocated(peak: bool = False) -> int:
+    """Bytes of GPU memory that tensors of this process hold, or have held at most since the last reset."""
     if not torch.cuda.is_available():
         return 0
-    free, total = torch.cuda.mem_get_info()
-    return total - free
+    return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
 
 
 def _free() -> None:

@@ -27,7 +27,7 @@ def table(records: Sequence[dict[str, Any]]) -> Table:
             *(f"{record[key]:,.0f}" for key in ("pairs_per_second", "low", "high")),
             f"{record['pairs_per_second'] / predict[record['shape'], record['dtype']]:.2f}",
             "" if peak is None else f"{peak:.1%}",
-            f"{record['memory_bytes'] / 2**30:.1f}",
+            "" if record["memory_bytes"] is None else f"{record['memory_bytes'] / 2**30:.1f}",
             f"{record['largest_difference']:.2g}",
         )
     return made
