@@ -11,7 +11,7 @@ import copy
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -117,7 +117,8 @@ def _find_varlen() -> Callable[..., torch.Tensor] | None:
     except ImportError:
         return None
     # Without it, the function knows no sliding windows.
-    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
+    known = "window_size" in inspect.signature(varlen_attn).parameters
+    return cast("Callable[..., torch.Tensor]", varlen_attn) if known else None
 
 
 _VARLEN = _find_varlen()
@@ -308,15 +309,15 @@ def pack_classifier(model: Any) -> PackedClassifier | None:
             tokens = PackedBackbone(backbone, first_position)(batch)
         except (NotImplementedError, TypeError, IndexError, ValueError, RuntimeError):
             continue
-        for reads in ("first", "all"):
+        for reads in get_args(Reads):
             try:
-                found = _logits(head, tokens, batch, cast(Reads, reads))
+                found = _logits(head, tokens, batch, reads)
             except (TypeError, IndexError, ValueError, RuntimeError):
                 continue
             if _equal(found, wanted):
                 place = getattr(model, model.base_model_prefix)
                 own = ClassifierHead(model)
-                return PackedClassifier(PackedBackbone(place, first_position), own, cast(Reads, reads))
+                return PackedClassifier(PackedBackbone(place, first_position), own, reads)
     return None
 
 

@@ -229,7 +229,7 @@ class TorchEngine:
                     self._classifier = pack_classifier(model)
                 else:
                     self._backbone = pack_backbone(model)
-                backbone = self._backbone or (self._classifier and self._classifier.backbone)
+                backbone = self._backbone if self._classifier is None else self._classifier.backbone
                 if self._compile and backbone is not None:
                     error = backbone.compile()
                     self._compiled = error is None
@@ -285,7 +285,7 @@ class TorchEngine:
                     return _Pending(values.cpu(), None)
                 host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
                 host.copy_(values, non_blocking=True)
-                ready = torch.cuda.Event(blocking=True)
+                ready = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
                 ready.record()
                 return _Pending(host, ready)
         except (RuntimeError, MemoryError) as error:
