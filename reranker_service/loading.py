@@ -7,9 +7,13 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Literal
 
+import structlog
+
 from .engines import Engine
 from .models import ModelSpec, PairLayout, TextLayout, UnsupportedModelError, make_layout, read_model
 from .settings import Settings
+
+log = structlog.get_logger()
 
 EMBEDDED_MODEL = "all-MiniLM-L6-v2"
 
@@ -31,11 +35,18 @@ def load(settings: Settings) -> Loaded:
     """
     engine = choose_engine(settings)
     check_flags(settings, engine)
-    if engine == "vllm":
-        from .engines.vllm_processes import start_importing
-
-        start_importing()
+    # With "auto" a model of the user's may turn out to be one that vLLM cannot serve: vLLM is imported after that.
+    certain = settings.engine == "vllm" or settings.model is None
+    if engine == "vllm" and certain:
+        _start_importing_vllm()
     spec = choose_model(settings)
+    if engine == "vllm" and not certain:
+        if reason := _unsupported_by_vllm(spec):
+            settings = settings.model_copy(update={"engine": "torch"})
+            check_flags(settings, "torch")
+            log.info("the engine is torch", reason=reason)
+        else:
+            _start_importing_vllm()
     layout = make_layout(spec)
     least = layout.smallest_length(None)
     if spec.default_length < least:
@@ -121,6 +132,23 @@ def check_flags(settings: Settings, engine: Literal["vllm", "torch"]) -> None:
             f"--engine-args is for vLLM, and the engine is torch: leave out {', '.join(settings.engine_args)}, or use "
             "--engine vllm"
         )
+
+
+def _start_importing_vllm() -> None:
+    from .engines.vllm_processes import start_importing
+
+    start_importing()
+
+
+def _unsupported_by_vllm(spec: ModelSpec) -> str | None:
+    """The reason for which vLLM cannot serve a model; ``None`` if it can."""
+    from .engines.vllm_arguments import check_supported
+
+    try:
+        check_supported(spec)
+    except UnsupportedModelError as error:
+        return str(error)
+    return None
 
 
 def make_engine(settings: Settings, spec: ModelSpec) -> Engine:

@@ -25,6 +25,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from ..models import ModelSpec, Pooling, TokenSequence, UnsupportedModelError
 from .base import EngineDeadError
+from .chain import ModuleChain
 from .checks import EngineMemoryError, finite
 from .packed import (
     Packed,
@@ -109,6 +110,7 @@ class TorchEngine:
         self._model: torch.nn.Module | None = None
         self._backbone: PackedBackbone | None = None
         self._classifier: PackedClassifier | None = None
+        self._chain: ModuleChain | None = None
         self._head: torch.Tensor | None = None
         self._padding = 0
         self._death: EngineDeadError | None = None
@@ -169,7 +171,7 @@ class TorchEngine:
         """End the worker thread and free the model."""
         await asyncio.to_thread(self._worker.shutdown, wait=True, cancel_futures=True)
         await asyncio.to_thread(self._waiter.shutdown, wait=True, cancel_futures=True)
-        self._model = self._head = self._backbone = self._classifier = None
+        self._model = self._head = self._backbone = self._classifier = self._chain = None
 
     def _load(self) -> None:
         if self._threads is not None:
@@ -177,7 +179,7 @@ class TorchEngine:
             torch.set_num_threads(self._threads)
         spec = self._spec
         loader: Any = AutoModelForSequenceClassification
-        if spec.kind == "bi-encoder":
+        if spec.kind == "bi-encoder" or spec.chain:
             loader = AutoModel
         elif spec.answers is not None:
             loader = AutoModelForCausalLM
@@ -196,7 +198,8 @@ class TorchEngine:
                 "run code; save the model as safetensors"
             ) from error
         # Pooling happens here, so a bi-encoder's own pooler is not needed; sentence-transformers does not save it.
-        missing = sorted(key for key in report["missing_keys"] if spec.kind != "bi-encoder" or "pooler." not in key)
+        headless = loader is AutoModel
+        missing = sorted(key for key in report["missing_keys"] if not headless or "pooler." not in key)
         if missing or report["mismatched_keys"]:
             wrong = missing or sorted(str(key) for key in report["mismatched_keys"])
             raise UnsupportedModelError(
@@ -211,6 +214,8 @@ class TorchEngine:
         elif spec.kind == "causal-reranker":
             # The classifier finds the last token by the padding's id, which may also be the template's last token.
             model, self._head = model.model, model.score.weight[0].float()
+        elif spec.chain:
+            self._chain = ModuleChain(spec).to(self._device)
         self._model = model.to(self._device)
         if self._sized:
             self.batch_tokens = _batch_tokens(model)
@@ -225,7 +230,7 @@ class TorchEngine:
             model.config.use_cache = False
         with torch.inference_mode():
             try:
-                if self._spec.kind == "cross-encoder":
+                if self._spec.kind == "cross-encoder" and self._chain is None:
                     self._classifier = pack_classifier(model)
                 else:
                     self._backbone = pack_backbone(model)
@@ -323,6 +328,8 @@ class TorchEngine:
         last = batch.bounds[1:] - 1
         if self._head is not None:
             return tokens[last].float() @ self._head
+        if self._chain is not None:
+            return self._chain.packed(tokens, batch)
         pooling = self._spec.pooling
         if pooling == "cls":
             pooled = tokens[batch.bounds[:-1]].float()
@@ -349,6 +356,8 @@ class TorchEngine:
         }
         if types.any():
             inputs["token_type_ids"] = to_device(torch.from_numpy(types), self._device)
+        if self._chain is not None:
+            return self._chain(self._model(**inputs).last_hidden_state, mask)  # (n,)
         if self._spec.kind == "cross-encoder":
             return cast(torch.Tensor, self._model(**inputs).logits[:, 0])  # (n,)
         if self._spec.model_type == "qwen3":

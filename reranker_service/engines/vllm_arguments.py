@@ -37,6 +37,10 @@ _GPU_STEP_TOKENS = 16_384
 
 def check_supported(spec: ModelSpec) -> None:
     """Raise ``UnsupportedModelError`` for a model that vLLM can't run."""
+    if spec.chain:
+        # vLLM would take the transformer without its chain for an embedding model.
+        names = ", ".join(name for name, _ in spec.chain)
+        raise UnsupportedModelError(f"{spec.name}: vLLM has no chain of {names}; use the torch engine for this model")
     if spec.kind != "causal-reranker" and spec.model_type not in _ENCODERS | (
         {"qwen3"} if spec.kind == "bi-encoder" else set()
     ):

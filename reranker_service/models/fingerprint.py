@@ -30,7 +30,7 @@ _WHOLE_LIMIT = 64 << 20
 _Span = tuple[int, int]
 _WEIGHTS = (".safetensors", ".bin")
 # Fields of the description that change no score, or that the hashed configuration has as well.
-_WITHOUT_INFLUENCE = {"hidden_size", "name", "path", "saved"}
+_WITHOUT_INFLUENCE = {"chain", "hidden_size", "name", "path", "root", "saved"}
 # Files without influence on scores, and files that change each time a model is saved.
 _IGNORED = {"config_sentence_transformers.json", "generation_config.json", "modules.json", "training_args.bin"}
 _VOLATILE = {"_name_or_path", "transformers_version", "is_local", "local_files_only", "name_or_path", "use_cache"}
@@ -62,6 +62,12 @@ def fingerprint(spec: ModelSpec, engine: Mapping[str, object], arguments: Mappin
     for path in _files(spec.path):
         _add(digest, "file", path.name)
         digest.update(_file(path))
+    for name, folder in spec.chain:
+        _add(digest, "module", name)
+        assert spec.root is not None
+        for path in _files(spec.root / folder):
+            _add(digest, "file", path.name)
+            digest.update(_file(path))
     return digest.hexdigest()
 
 

@@ -80,6 +80,7 @@ def read_model(model: str, kind: str | None = None) -> ModelSpec:
         default_length=min(positions, files.tokenizer.model_max_length),
         hidden_size=files.config.hidden_size,
         saved=saved_settings(files),
+        root=files.root,
     )
     if found == "cross-encoder":
         return _cross_encoder(files, spec)
@@ -93,12 +94,13 @@ def _find_kind(files: ModelFiles) -> ModelKind:
         return "bi-encoder"
     if files.architecture in ("Qwen3ForCausalLM", "Qwen3ForSequenceClassification"):
         return "causal-reranker"
-    if reads_pairs:
+    if reads_pairs or (files.modules and family == "CrossEncoder"):
         return "cross-encoder"
     if files.modules:
         raise files.refuse(
             f"a {family} of {files.architecture}; needed is a SentenceTransformer, or a CrossEncoder of a "
-            "*ForSequenceClassification or Qwen3ForCausalLM"
+            "*ForSequenceClassification, of Qwen3ForCausalLM, or of an encoder with a chain of modules that ends in a "
+            "Dense for the score"
         )
     raise files.refuse(
         f"{files.architecture} without modules.json says neither that it reads pairs nor how it embeds texts; needed "
@@ -115,6 +117,8 @@ def _positions(config: PreTrainedConfig) -> int:
 
 
 def _cross_encoder(files: ModelFiles, spec: ModelSpec) -> ModelSpec:
+    if files.modules and not spec.architecture.endswith("ForSequenceClassification"):
+        return _chain(files, spec)
     if spec.model_type not in ENCODERS or not spec.architecture.endswith("ForSequenceClassification"):
         raise files.refuse(
             f"{spec.architecture} is no cross-encoder that can be served; supported are *ForSequenceClassification of "
@@ -124,6 +128,29 @@ def _cross_encoder(files: ModelFiles, spec: ModelSpec) -> ModelSpec:
     files.need_modules({"Transformer"})
     prompts = files.family.get("prompts") or {}
     return replace(spec, query_prompt=prompts.get(files.family.get("default_prompt_name")) or "")
+
+
+def _chain(files: ModelFiles, spec: ModelSpec) -> ModelSpec:
+    """A CrossEncoder whose score comes from modules behind a transformer without a head, such as Ettin's rerankers."""
+    if spec.model_type not in ENCODERS:
+        raise files.refuse(f"{spec.architecture} is no encoder that can be served; known are {', '.join(ENCODERS)}")
+    files.need_modules({"Transformer", "Pooling", "Dense", "LayerNorm", "Normalize", "Dropout"})
+    chain = files.modules[1:]
+    scores = [read_json(files.root / folder / "config.json") for name, folder in chain if name == "Dense"]
+    last = next((one for one in reversed(scores) if one.get("module_output_name") == "scores"), None)
+    if last is None or last.get("out_features") != 1 or "Pooling" not in dict(chain):
+        raise files.refuse(
+            f"modules.json names {', '.join(name for name, _ in files.modules)}; a chain that makes a score has a "
+            'Pooling, and a Dense with module_output_name "scores" and one output feature'
+        )
+    saved = read_json(files.path / "sentence_bert_config.json")
+    prompts = files.family.get("prompts") or {}
+    return replace(
+        spec,
+        chain=tuple(chain),
+        default_length=min(spec.max_length, int(saved.get("max_seq_length") or spec.default_length)),
+        query_prompt=prompts.get(files.family.get("default_prompt_name")) or "",
+    )
 
 
 def _causal_reranker(files: ModelFiles, spec: ModelSpec) -> ModelSpec:

@@ -54,6 +54,9 @@ class ModelSpec:
         lower_case: Whether texts are lower-cased before the tokenizer's own normalization.
         hidden_size: Width of the token vectors.
         saved: Settings in the model's own files that clients may want to know.
+        root: The directory of the whole model: ``path``, or the directory that has it as a folder.
+        chain: Class name and folder below ``root`` of each sentence-transformers module that makes the score from the
+            transformer's token vectors; empty if the transformer's own head or the pooling does.
     """
 
     name: str
@@ -71,3 +74,5 @@ class ModelSpec:
     lower_case: bool = False
     hidden_size: int = 0
     saved: SavedSettings = field(default_factory=SavedSettings)
+    root: Path | None = field(default=None, compare=False)
+    chain: tuple[tuple[str, str], ...] = ()
