@@ -149,6 +149,24 @@ def test_a_server_that_serves_the_right_model_again_is_used_again(monkeypatch: p
             assert [state.condition for state in client.servers] == ["working"] * 3
 
 
+def test_a_long_job_returns_to_a_server_that_had_another_model_several_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loss_client.client.endpoints._OTHER_MODEL_SECONDS", 0.0)
+    with StubServer() as first, StubServer(fingerprint="another") as second:
+
+        async def break_after_one_chunk(stream: ReceivedStream, chunk: ReceivedChunk) -> None:
+            if chunk.number == 1:
+                if len(first.streams) == 5:
+                    first.fingerprint, second.fingerprint = "another", "stub"
+                raise Abort(grpc.StatusCode.UNAVAILABLE, "going away")
+
+        first.on_chunk = break_after_one_chunk
+        with RerankerClient([first.target, second.target], timeout=WAIT_SECONDS) as client:
+            documents = [f"d{number}" for number in range(20)]
+            scores = client.score_grid(["q"], documents, chunk_pairs=1)
+            np.testing.assert_array_equal(scores, hash_scores(["q"], documents))
+        assert len(second.streams) > 3  # of another model, but for the last
+
+
 def test_a_name_for_servers_of_two_models_is_tried_again() -> None:
     with StubServer() as server, RerankerClient(server.target, timeout=WAIT_SECONDS) as client:
         step = client.one_model()

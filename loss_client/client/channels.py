@@ -138,6 +138,7 @@ class Channels:
                 raise failure
             if patience.last_progress > begun:
                 tried, lost = 1, False
+                others.clear()  # they may have been replaced while this attempt scored pairs
             lost = lost or not isinstance(failure, _StallError)
             last = str(failure)
             on_failure(last)
