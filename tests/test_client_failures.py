@@ -136,10 +136,19 @@ def test_a_chunk_that_the_server_could_not_score_now_is_sent_again(server: StubS
     assert failed.is_set()
 
 
-def test_a_stream_that_ends_early_is_resumed(server: StubServer, client: RerankerClient) -> None:
+@pytest.mark.parametrize(
+    "end",
+    [
+        (grpc.StatusCode.INTERNAL, "Received RST_STREAM with error code 2"),
+        (grpc.StatusCode.CANCELLED, "CANCELLED"),  # a server whose grace period is over
+    ],
+)
+def test_a_stream_that_ends_early_is_resumed(
+    server: StubServer, client: RerankerClient, end: tuple[grpc.StatusCode, str]
+) -> None:
     async def leave_out_first(stream: ReceivedStream, chunk: ReceivedChunk) -> pb.ChunkResult | None:
         if stream.number == 0 and chunk.number == 0:
-            raise Abort(grpc.StatusCode.INTERNAL, "Received RST_STREAM with error code 2")
+            raise Abort(*end)
         return None
 
     server.on_chunk = leave_out_first

@@ -11,9 +11,11 @@ from grpc import aio
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _DETAILS_KEY = "grpc-status-details-bin"
-# A broken connection is mostly UNAVAILABLE. Resets by peers and proxies have one of these codes; only the message
-# distinguishes them from other errors.
-_RESET_CODES = frozenset({grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED})
+# A broken connection is mostly UNAVAILABLE. A server that ends a call at the end of its grace period gives CANCELLED;
+# calls that this client cancels raise asyncio.CancelledError instead.
+_LOST_CODES = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
+# Resets by peers and proxies have one of these codes; only the message distinguishes them from other errors.
+_RESET_CODES = frozenset({grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN})
 _HINTS = {
     grpc.StatusCode.UNAUTHENTICATED: "the server accepts only callers with valid credentials: give them to the client",
     grpc.StatusCode.PERMISSION_DENIED: "the server does not allow this call with the client's credentials",
@@ -145,7 +147,7 @@ def from_rpc_error(error: aio.AioRpcError, server: str) -> RerankerError:
     status = _details(error)
     retry_seconds = _retry_seconds(code, status)
     reset = code in _RESET_CODES and any(mark in message.lower() for mark in _RESET_MARKS)
-    if code is grpc.StatusCode.UNAVAILABLE or reset or retry_seconds is not None:
+    if code in _LOST_CODES or reset or retry_seconds is not None:
         return ConnectionLostError(f"{server}: {code.name}: {message}", retry_seconds)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return RerankerTimeoutError(f"{server} did not answer in time: {message}")
