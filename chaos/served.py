@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
@@ -14,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.instant import InstantEngine
+from chaos.parent import end_with_parent
 from chaos.scores import WORDS, numbers_of, raw_scores
 from reranker_service import __main__, loading
 from reranker_service.engines import TokenSequence
@@ -23,7 +22,6 @@ from reranker_service.settings import Settings
 COUNT_BYTES = 4
 """Bytes of each number of pairs in the file of pairs scored, least significant byte first."""
 _LENGTH = 2 * WORDS + 3  # [CLS] query [SEP] document [SEP]
-_PR_SET_PDEATHSIG = 1
 
 
 class ClosedFormEngine(InstantEngine):
@@ -73,8 +71,7 @@ def _make_engine(settings: Settings, spec: ModelSpec) -> ClosedFormEngine:
 
 def main() -> None:
     """Run the server with the flags of ``python -m reranker_service``; ``--engine-args`` are the engine's own."""
-    # Ends with the process that started it, also where that was killed.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     with mock.patch.multiple(loading, make_engine=_make_engine, check_flags=mock.DEFAULT):
         __main__.main()
 

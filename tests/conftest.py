@@ -27,6 +27,7 @@ from .servers import ServerProcess
 _LONGEST = (
     *("test_vllm_engine", "test_default_server", "test_dashboard", "test_quality", "test_loss_surroundings"),
     *("test_demo", "test_packaging", "test_bench_loss", "test_example_mining", "test_benchmarks", "test_gather"),
+    "test_chaos",
 )
 
 
