@@ -68,7 +68,7 @@ def test_the_train_extra_brings_no_server(requirements: list[Requirement]) -> No
 
 def test_the_server_extra_brings_no_training(requirements: list[Requirement]) -> None:
     assert "transformers" in names(requirements, "server")
-    assert not names(requirements, "server") & {"vllm", "sentence-transformers", "datasets"}
+    assert not names(requirements, "server") & {"vllm", "datasets", "accelerate"}
 
 
 def test_the_vllm_extra_has_a_range(requirements: list[Requirement]) -> None:
