@@ -19,11 +19,18 @@ _EXIT_SECONDS = 3.0
 
 
 def main() -> None:
-    """Run the server; exits 0 after SIGTERM or SIGINT, 2 for wrong settings, 1 for every other failure."""
+    """Run the server; exits 0 after SIGTERM or SIGINT, 2 for wrong settings, 1 for every other failure.
+
+    With the word "check" as first argument, a model is checked instead; see ``check.main`` for the exit status.
+    """
     if unknown := variable_errors(os.environ.items()):
         for message in unknown:
             print(f"reranker-service: {message}", file=sys.stderr)
         sys.exit(2)
+    if sys.argv[1:2] == ["check"]:
+        from .check import main as check
+
+        sys.exit(check(sys.argv[2:]))
     try:
         settings = CliApp.run(Settings)
     except ValidationError as error:

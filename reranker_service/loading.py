@@ -41,7 +41,7 @@ def load(settings: Settings) -> Loaded:
         _start_importing_vllm()
     spec = choose_model(settings)
     if engine == "vllm" and not certain:
-        if reason := _unsupported_by_vllm(spec):
+        if reason := refused_by_vllm(spec):
             settings = settings.model_copy(update={"engine": "torch"})
             check_flags(settings, "torch")
             log.info("the engine is torch", reason=reason)
@@ -140,7 +140,7 @@ def _start_importing_vllm() -> None:
     start_importing()
 
 
-def _unsupported_by_vllm(spec: ModelSpec) -> str | None:
+def refused_by_vllm(spec: ModelSpec) -> str | None:
     """The reason for which vLLM cannot serve a model; ``None`` if it can."""
     from .engines.vllm_arguments import check_supported
 

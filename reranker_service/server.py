@@ -16,7 +16,6 @@ from collections.abc import Coroutine, Sequence
 from importlib import metadata
 from typing import Any, TypeVar
 
-import numpy as np
 import structlog
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -35,7 +34,7 @@ from .rpc.messages import model_info
 from .rpc.servicer import RPCS, SCORING_RPCS, SERVICE, RerankerServicer
 from .rpc.validation import Validator
 from .scheduling import Scheduler, watch_stalls
-from .scoring import Pairs, Scorer, TextTable, Ticket
+from .scoring import Scorer, known_answer
 from .scoring.disk import DiskCache, DiskCacheError
 from .security import Guard, RequestIds, SecurityError
 from .settings import Settings
@@ -230,20 +229,35 @@ def _make_server(settings: Settings, interceptors: Sequence[aio.ServerIntercepto
 
 
 async def _start(loaded: Loaded) -> None:
-    """Start the engine and score one pair: SERVING promises that the engine answers."""
+    """Start the engine and ask it a known answer: SERVING promises that the engine answers.
+
+    Raises:
+        UnsupportedModelError: The model gives a relevant and an irrelevant document the same score.
+    """
     spec, engine = loaded.spec, loaded.engine
     log.info("loading", model=spec.name, kind=spec.kind, engine=engine.name)
     await engine.start()
     log.info("engine", engine=engine.name, dtype=engine.dtype, max_in_flight=engine.max_in_flight, **engine.choices())
     # A scorer without caches: a known score would not prove that the engine answers.
     scorer = Scorer(spec, loaded.layout, Scheduler(engine))
-    ticket = Ticket("warm-up", interactive=True)
-    table = TextTable(scorer.ranges.defaults, ticket, ["What is served?", "A model that scores pairs."])
     try:
-        await scorer.score(table, Pairs(np.array([0]), np.array([1]), grid=True))
+        answer = await known_answer.ask(scorer)
     finally:
-        table.close()
         scorer.close()
+    if not engine.versions:
+        return  # no library computes: the engine of a test or a benchmark, without a model
+    if answer.equal:
+        raise UnsupportedModelError(
+            f"{spec.name} gives a relevant and an irrelevant document the same score, {answer.relevant:g}: its head "
+            "was lost when it was saved, or its output weights are missing; reranker-service check says more"
+        )
+    if answer.wrong:
+        log.error(
+            "the model ranks an irrelevant document first; is it a reranker?",
+            query=known_answer.QUERY,
+            relevant=round(answer.relevant, 4),
+            irrelevant=round(answer.irrelevant, 4),
+        )
 
 
 async def _open(settings: Settings, loaded: Loaded, servicer: RerankerServicer, metrics: Metrics) -> Scorer:

@@ -5,6 +5,7 @@
 """
 
 from ..scheduling import Ticket
+from . import known_answer
 from .costs import Costs, TableCosts
 from .errors import EngineFailedError, OutOfMemoryError, OverLongError, ScoringError, TooShortLimitError
 from .scorer import Scorer
@@ -27,4 +28,5 @@ __all__ = [
     "Ticket",
     "TooShortLimitError",
     "Usage",
+    "known_answer",
 ]
