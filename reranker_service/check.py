@@ -74,7 +74,7 @@ def _be_quiet() -> None:
 
 
 async def _check(model: str | None, engines: Sequence[str] | None, dtype: str, say: Say) -> int:
-    settings = Settings(model=model, dtype=dtype)  # type: ignore[arg-type]
+    settings = Settings(model=model, dtype=dtype)
     spec = await asyncio.to_thread(choose_model, settings)
     layout = make_layout(spec)
     _describe(spec, layout, say)

@@ -357,7 +357,7 @@ class TorchEngine:
         if types.any():
             inputs["token_type_ids"] = to_device(torch.from_numpy(types), self._device)
         if self._chain is not None:
-            return self._chain(self._model(**inputs).last_hidden_state, mask)  # (n,)
+            return cast(torch.Tensor, self._chain(self._model(**inputs).last_hidden_state, mask))  # (n,)
         if self._spec.kind == "cross-encoder":
             return cast(torch.Tensor, self._model(**inputs).logits[:, 0])  # (n,)
         if self._spec.model_type == "qwen3":
