@@ -101,7 +101,8 @@ def _describe(spec: ModelSpec, layout: PairLayout | TextLayout, say: Say) -> Non
         say(f"score from  {', '.join(name for name, _ in spec.chain)}, run by sentence-transformers")
     elif spec.pooling is not None:
         width = spec.dimensions or spec.hidden_size
-        say(f"score from  the cosine of two embeddings of {width} numbers, {spec.pooling} pooling")
+        function = "cosine" if spec.normalized else "dot product"
+        say(f"score from  the {function} of two embeddings of {width} numbers, {spec.pooling} pooling")
     else:
         say(f"score from  {'the logits of yes and no' if spec.answers else 'a head of one label'}")
     say(f"lengths     {spec.default_length} tokens by default, {spec.max_length} at most")
@@ -143,9 +144,9 @@ def _library_scores(spec: ModelSpec, say: Say) -> NDArray[np.float32] | None:
     query, *documents = _TEXTS
     if spec.kind == "bi-encoder":
         embedder = SentenceTransformer(str(spec.root), **options)
-        left = embedder.encode_query([query], normalize_embeddings=True)
-        cosines = left @ embedder.encode_document(documents, normalize_embeddings=True).T
-        return np.asarray(cosines[0], dtype=np.float32)
+        left = embedder.encode_query([query], normalize_embeddings=spec.normalized)
+        scores = left @ embedder.encode_document(documents, normalize_embeddings=spec.normalized).T
+        return np.asarray(scores[0], dtype=np.float32)
     import torch
 
     encoder = CrossEncoder(str(spec.root), **options)

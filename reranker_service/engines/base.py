@@ -64,8 +64,8 @@ class Engine(Protocol):
             urgent: Whether they overtake sequences that wait inside the engine; ignored if ``overtakes`` is false.
 
         Returns:
-            Raw scores, shape ``(len(sequences),)``, or for a bi-encoder unit-norm embeddings, shape
-            ``(len(sequences), dim)``, in the order of ``sequences``.
+            Raw scores, shape ``(len(sequences),)``, or for a bi-encoder embeddings, shape ``(len(sequences), dim)``, in
+            the order of ``sequences``; embeddings have norm 1 if the model's are normalized.
 
         Raises:
             EngineDeadError: The engine is gone.

@@ -135,7 +135,7 @@ class TorchEngine:
         }
 
     async def run(self, sequences: Sequence[TokenSequence], urgent: bool = False) -> NDArray[np.float32]:
-        """Compute raw scores, shape ``(n,)``, or unit-norm embeddings, shape ``(n, dim)``; see ``Engine.run``.
+        """Compute raw scores, shape ``(n,)``, or embeddings, shape ``(n, dim)``; see ``Engine.run``.
 
         Raises:
             EngineDeadError: The device has failed for good.
@@ -338,7 +338,12 @@ class TorchEngine:
         else:
             reduce = "max" if pooling == "max" else "mean"
             pooled = torch.segment_reduce(tokens.float(), reduce, lengths=batch.bounds.diff(), unsafe=True)
-        return functional.normalize(pooled[:, : self._spec.dimensions], dim=1)  # (n, dim)
+        return self._embeddings(pooled)
+
+    def _embeddings(self, pooled: torch.Tensor) -> torch.Tensor:
+        """The dimensions that are used, shape ``(n, dim)``, of pooled vectors ``(n, hidden)``."""
+        used = pooled[:, : self._spec.dimensions]
+        return functional.normalize(used, dim=1) if self._spec.normalized else used
 
     def _from_padded(self, sequences: list[TokenSequence]) -> torch.Tensor:
         assert self._model is not None, "run() before start()"
@@ -368,7 +373,7 @@ class TorchEngine:
             return tokens[torch.arange(len(tokens)), last] @ self._head  # (n,)
         assert self._spec.pooling is not None
         pooled = _pool(tokens, mask, last, self._spec.pooling)
-        return functional.normalize(pooled[:, : self._spec.dimensions], dim=1)  # (n, dim)
+        return self._embeddings(pooled)
 
 
 @dataclass(frozen=True, slots=True)

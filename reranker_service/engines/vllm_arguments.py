@@ -47,6 +47,10 @@ def check_supported(spec: ModelSpec) -> None:
         raise UnsupportedModelError(
             f"{spec.name}: vLLM has no {spec.architecture}; use the torch engine for this model"
         )
+    if not spec.normalized:
+        raise UnsupportedModelError(
+            f"{spec.name}: its scores are dot products of embeddings, and vLLM normalizes them; use the torch engine"
+        )
     if spec.pooling is not None and spec.pooling not in _POOLINGS:
         raise UnsupportedModelError(f"{spec.name}: vLLM has no {spec.pooling} pooling; use the torch engine")
 

@@ -210,5 +210,6 @@ def _bi_encoder(files: ModelFiles, spec: ModelSpec) -> ModelSpec:
         query_prompt=query,
         document_prompt=document,
         dimensions=files.family.get("truncate_dim"),
+        normalized=spec.saved.similarity != "dot" or "Normalize" in folders,
         lower_case=bool(transformer.get("do_lower_case")),
     )

@@ -51,6 +51,8 @@ class ModelSpec:
         query_prompt: Text that the model was trained to see before every query; empty for causal rerankers.
         document_prompt: The same for documents of a bi-encoder.
         dimensions: Leading dimensions of the embedding that are used, or ``None`` for all.
+        normalized: Whether a bi-encoder's embeddings get norm 1, so that the score is a cosine; if false, the score is
+            the dot product.
         lower_case: Whether texts are lower-cased before the tokenizer's own normalization.
         hidden_size: Width of the token vectors.
         saved: Settings in the model's own files that clients may want to know.
@@ -71,6 +73,7 @@ class ModelSpec:
     query_prompt: str = ""
     document_prompt: str = ""
     dimensions: int | None = None
+    normalized: bool = True
     lower_case: bool = False
     hidden_size: int = 0
     saved: SavedSettings = field(default_factory=SavedSettings)

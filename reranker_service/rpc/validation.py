@@ -240,6 +240,12 @@ class Validator:
                 )
         if options.score_type not in pb.ScoreType.values():
             _unknown_enum(f"{path}.score_type", options.score_type, pb.ScoreType.keys(), violations)
+        elif not ranges.has_probability and options.score_type != pb.SCORE_TYPE_RAW:
+            violations.add(
+                f"{path}.score_type",
+                "the served model's scores are dot products of embeddings, for which no probability is defined; set "
+                "SCORE_TYPE_RAW",
+            )
         if options.over_long not in pb.OverLong.values():
             _unknown_enum(f"{path}.over_long", options.over_long, pb.OverLong.keys(), violations)
         return ScoringOptions(

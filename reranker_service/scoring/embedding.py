@@ -18,7 +18,7 @@ from .types import Cost, Pairs, Role
 
 
 class EmbeddingScorer:
-    """Scores pairs as cosines of embeddings."""
+    """Scores pairs as cosines or dot products of embeddings."""
 
     def __init__(
         self,
@@ -28,6 +28,7 @@ class EmbeddingScorer:
         *,
         cache: EmbeddingCache | None,
         disk: DiskCache | None,
+        cosines: bool = True,
     ) -> None:
         """Set up.
 
@@ -37,15 +38,17 @@ class EmbeddingScorer:
             scheduler: Runs sequences.
             cache: Known embeddings; without it, every text is looked up on disk or embedded.
             disk: Embeddings of earlier runs; ``None`` if there is no cache on disk.
+            cosines: Whether embeddings have norm 1, so that their dot products are cosines.
         """
         self._layout = layout
         self._texts = texts
         self._scheduler = scheduler
         self._cache = cache
         self._disk = disk
+        self._cosines = cosines
 
     async def score(self, table: TextTable, pairs: Pairs, cost: Cost) -> NDArray[np.float32]:
-        """Cosines of pairs, shape ``(n,)``."""
+        """Cosines or dot products of pairs, shape ``(n,)``."""
         if table.options.reject_over_long:
             await self._refuse_over_long(table, "query", pairs.query_ids)
             await self._refuse_over_long(table, "document", pairs.document_ids)
@@ -63,7 +66,7 @@ class EmbeddingScorer:
         cost.truncated += int(np.count_nonzero(cut & ~known))
         cost.cached += int(np.count_nonzero(known))
         # Rounding can make the cosine of equal texts slightly larger than 1.
-        return np.clip(scores, -1.0, 1.0, out=scores)
+        return np.clip(scores, -1.0, 1.0, out=scores) if self._cosines else scores
 
     async def _refuse_over_long(self, table: TextTable, role: Role, ids: NDArray[np.int64]) -> None:
         """Raise ``OverLongError`` if a text is over-long.

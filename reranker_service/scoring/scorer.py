@@ -60,6 +60,7 @@ class Scorer:
             default_length=spec.default_length,
             supports_instruction=layout.default_instruction is not None,
             default_instruction=layout.default_instruction,
+            has_probability=spec.normalized,
         )
         self._cosines = isinstance(layout, TextLayout)
         self.costs = Costs(4 * (spec.dimensions or spec.hidden_size) if self._cosines else 0)
@@ -69,7 +70,9 @@ class Scorer:
         self._raw: PairScorer | EmbeddingScorer
         if isinstance(layout, TextLayout):
             self.cache = embeddings = EmbeddingCache(cache_bytes) if cache_bytes else None
-            self._raw = EmbeddingScorer(layout, self._texts, scheduler, cache=embeddings, disk=disk)
+            self._raw = EmbeddingScorer(
+                layout, self._texts, scheduler, cache=embeddings, disk=disk, cosines=spec.normalized
+            )
         else:
             self.cache = scores = ScoreCache(cache_bytes) if cache_bytes else None
             self._raw = PairScorer(layout, self._texts, scheduler, cache=scores, disk=disk)

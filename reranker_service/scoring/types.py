@@ -42,6 +42,7 @@ class OptionRanges:
         default_length: Length limit of requests that set none.
         supports_instruction: Whether the model takes an instruction.
         default_instruction: Instruction of requests that give none; ``None`` for models that take none.
+        has_probability: Whether a probability is defined for the model's scores; it is not for dot products.
     """
 
     min_length: int
@@ -49,6 +50,7 @@ class OptionRanges:
     default_length: int
     supports_instruction: bool
     default_instruction: str | None
+    has_probability: bool = True
 
     @property
     def defaults(self) -> ScoringOptions:
