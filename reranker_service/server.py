@@ -269,7 +269,7 @@ async def _open(settings: Settings, loaded: Loaded, servicer: RerankerServicer, 
     if settings.cache_dir is not None:
         disk = DiskCache(settings.cache_dir, settings.cache_dir_bytes, identity)
     scorer = Scorer(spec, loaded.layout, Scheduler(engine, metrics), cache_bytes=settings.cache_bytes, disk=disk)
-    metrics.watch(scorer.load)
+    metrics.watch(servicer.load)
     version = metadata.version("reranker-grpc")
     info = model_info(
         model=spec.name,

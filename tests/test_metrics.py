@@ -277,17 +277,18 @@ def test_the_engine_is_up_from_the_first_score_to_its_death() -> None:
 
 def test_the_load_is_read_at_each_scrape() -> None:
     metrics = PrometheusMetrics(RPCS, SCORING_RPCS)
-    loads = iter([Load(waiting=7, oldest_seconds=1.5, running=64, cache_bytes=4096), Load()])
+    loads = iter([Load(waiting=7, oldest_seconds=1.5, running=64, cache_bytes=4096, held_bytes=77), Load()])
     metrics.watch(lambda: next(loads))
     names = [
         "reranker_queue_sequences",
         "reranker_queue_age_seconds",
         "reranker_engine_sequences",
         "reranker_cache_bytes",
+        "reranker_held_bytes",
     ]
     first, second = (scraped(generate_latest(metrics.registry).decode()) for _ in range(2))
-    assert [first[name] for name in names] == [7, 1.5, 64, 4096]
-    assert [second[name] for name in names] == [0, 0, 0, 0]
+    assert [first[name] for name in names] == [7, 1.5, 64, 4096, 77]
+    assert [second[name] for name in names] == [0, 0, 0, 0, 0]
 
 
 def test_names_types_and_histograms_follow_the_conventions(server: ServerProcess) -> None:

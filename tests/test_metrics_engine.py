@@ -55,14 +55,14 @@ def test_texts_are_tokenized_once_and_batches_hold_what_the_replies_count(cross_
     assert bytes_kept > 0
 
 
-def test_waiting_and_running_sequences_are_on_the_page(cross_encoder: Path) -> None:
+def test_waiting_and_running_sequences_and_held_bytes_are_on_the_page(cross_encoder: Path) -> None:
     async def scenario() -> list[Scrape]:
         metrics = PrometheusMetrics(RPCS, SCORING_RPCS)
         engine = ControlledEngine(max_in_flight=4, max_batch=4, open_gate=False)
         spec = read_model(str(cross_encoder))
         scorer = Scorer(spec, make_layout(spec), Scheduler(engine, metrics))
-        metrics.watch(scorer.load)
         servicer = RerankerServicer(metrics)
+        metrics.watch(servicer.load)
         servicer.open(scorer, Validator(Limits(), scorer.ranges), pb.GetModelInfoResponse())
         server = aio.server()
         server.add_generic_rpc_handlers((servicer.handler(),))
@@ -92,6 +92,8 @@ def test_waiting_and_running_sequences_are_on_the_page(cross_encoder: Path) -> N
     assert 0 < held["reranker_queue_age_seconds"] < later["reranker_queue_age_seconds"]
     assert held["reranker_requests_in_progress", "Rerank"] == 1
     assert held["reranker_batch_sequences_count"] == 1
+    assert 12 << 10 < held["reranker_held_bytes"] < 64 << 10  # a ranking of ten short documents
+    assert done["reranker_held_bytes"] == 0
     assert (done["reranker_queue_sequences"], done["reranker_engine_sequences"]) == (0, 0)
     assert done["reranker_queue_age_seconds"] == 0
     assert done["reranker_requests_in_progress", "Rerank"] == 0

@@ -14,19 +14,21 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Waiting and running work at one moment, and the size of the cache.
+    """Waiting and running work at one moment, and the memory that the cache and the work take up.
 
     Attributes:
         waiting: Sequences that have not entered the engine.
         oldest_seconds: Time that the oldest waiting job has waited; 0 if none waits.
         running: Sequences inside the engine.
         cache_bytes: Bytes that the cache takes up.
+        held_bytes: Bytes that the server holds for its clients, of at most ``--memory-bytes``.
     """
 
     waiting: int = 0
     oldest_seconds: float = 0.0
     running: int = 0
     cache_bytes: int = 0
+    held_bytes: int = 0
 
 
 class ReplyUsage(Protocol):

@@ -190,3 +190,8 @@ class _LoadCollector(Collector):
         )
         yield GaugeMetricFamily("reranker_engine_sequences", "Sequences inside the engine.", load.running)
         yield GaugeMetricFamily("reranker_cache_bytes", "Bytes that the cache takes up.", load.cache_bytes)
+        yield GaugeMetricFamily(
+            "reranker_held_bytes",
+            "Bytes held for clients: texts, token ids, chunks in flight and replies that were not read.",
+            load.held_bytes,
+        )

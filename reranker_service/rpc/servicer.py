@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import grpc
@@ -20,7 +21,7 @@ from grpc import aio
 
 from reranker.v1 import reranker_pb2 as pb
 
-from ..observing.metrics import Call, Metrics
+from ..observing.metrics import Call, Load, Metrics
 from ..scoring import Pairs, Scored, Scorer, TextTable, Ticket
 from .admission import Admission
 from .errors import RerankError, as_rerank_error, invalid, not_ready
@@ -95,6 +96,11 @@ class RerankerServicer:
     def open(self, scorer: Scorer, validator: Validator, info: pb.GetModelInfoResponse) -> None:
         """Answer calls from now on with these."""
         self._scorer, self._validator, self._info = scorer, validator, info
+
+    def load(self) -> Load:
+        """Work of the server and the bytes held for it at this moment; may be called from any thread."""
+        load = Load() if self._scorer is None else self._scorer.load()
+        return replace(load, held_bytes=self._admission.budget.held)
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The handlers for ``server.add_generic_rpc_handlers``."""
