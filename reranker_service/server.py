@@ -268,7 +268,8 @@ async def _open(settings: Settings, loaded: Loaded, servicer: RerankerServicer, 
     disk = None
     if settings.cache_dir is not None:
         disk = DiskCache(settings.cache_dir, settings.cache_dir_bytes, identity)
-    scorer = Scorer(spec, loaded.layout, Scheduler(engine, metrics), cache_bytes=settings.cache_bytes, disk=disk)
+    scheduler = Scheduler(engine, metrics, settings.bulk_share)
+    scorer = Scorer(spec, loaded.layout, scheduler, cache_bytes=settings.cache_bytes, disk=disk)
     metrics.watch(servicer.load)
     version = metadata.version("reranker-grpc")
     info = model_info(

@@ -174,6 +174,13 @@ class Settings(BaseSettings):
         description="pairs of a chunk that clients are advised to send; 0: no preference. A larger number than "
         "--limits.max-pairs-per-chunk counts as that limit",
     )
+    bulk_share: float = Field(
+        0.1,
+        ge=0,
+        le=0.9,
+        description="part of the engine that bulk work gets, by tokens, while interactive work waits all the time; 0: "
+        "none, interactive work overtakes all bulk work",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="lowest level of events that are logged"
     )

@@ -18,6 +18,7 @@ from reranker_service.engines.checks import NonFiniteScoreError, finite
 from reranker_service.scheduling import Job, Scheduler, Ticket, watch_stalls
 from reranker_service.scheduling.entry import Entry
 from reranker_service.scheduling.queue import FairQueue
+from reranker_service.scheduling.share import BulkShare
 from reranker_service.scheduling.window import Pace
 
 from .servers import ControlledEngine
@@ -292,7 +293,7 @@ def test_an_engine_that_pads_gets_full_batches_from_many_small_jobs(monkeypatch:
 def test_a_shared_batch_is_cancelled_only_with_the_last_of_its_jobs() -> None:
     async def scenario() -> tuple[int, list[float], int]:
         engine = padding()
-        scheduler = Scheduler(engine)
+        scheduler = Scheduler(engine, bulk_share=0.25)
         runs = [asyncio.create_task(values(scheduler, job(name, 8))) for name in "ab"]
         runs += [asyncio.create_task(values(scheduler, job(name, 2))) for name in "cde"]
         await engine.wait_for_sequences(16)
@@ -320,7 +321,7 @@ def test_a_window_sorts_sequences_of_many_jobs_and_cuts_them_by_tokens() -> None
 
     async def scenario() -> tuple[list[list[int]], list[list[float]]]:
         engine = padding(max_batch=64, batch_tokens=200)
-        scheduler = Scheduler(engine)
+        scheduler = Scheduler(engine, bulk_share=0.25)
         held = await hold(scheduler, engine)
         runs = [asyncio.create_task(values(scheduler, mixed(f"{i}", lengths))) for i, lengths in enumerate(jobs)]
         # Every task pushes its job before the gate opens.
@@ -346,7 +347,7 @@ def test_results_of_a_job_larger_than_a_window_land_in_their_places() -> None:
     async def scenario() -> tuple[list[int], list[float]]:
         engine = padding(max_batch=16, batch_tokens=100)
         engine.gate.set()
-        found = await values(Scheduler(engine), mixed("a", lengths))
+        found = await values(Scheduler(engine, bulk_share=0.25), mixed("a", lengths))
         return [max(lengths_of(batch)) for batch in engine.batches], found.tolist()
 
     longest, found = asyncio.run(scenario())
@@ -359,7 +360,7 @@ def test_a_sequence_longer_than_the_budget_goes_alone() -> None:
     async def scenario() -> list[list[int]]:
         engine = padding(batch_tokens=10)
         engine.gate.set()
-        await Scheduler(engine).run(mixed("a", [3, 30, 5, 20, 3]))
+        await Scheduler(engine, bulk_share=0.25).run(mixed("a", [3, 30, 5, 20, 3]))
         return [lengths_of(batch) for batch in engine.batches]
 
     assert asyncio.run(scenario()) == [[30], [20], [5, 3], [3]]
@@ -368,7 +369,7 @@ def test_a_sequence_longer_than_the_budget_goes_alone() -> None:
 def test_interactive_work_overtakes_a_filled_window() -> None:
     async def scenario() -> str:
         engine = padding(batch_tokens=6)
-        scheduler = Scheduler(engine)
+        scheduler = Scheduler(engine, bulk_share=0.25)
         # All 8 sequences are in one window, two to a batch; two batches are in the engine.
         bulk = asyncio.create_task(values(scheduler, job("bulk", 8)))
         await engine.wait_for_sequences(4)
@@ -384,7 +385,7 @@ def test_interactive_work_overtakes_a_filled_window() -> None:
 def test_a_cancelled_jobs_share_of_a_window_never_reaches_the_engine() -> None:
     async def scenario() -> tuple[str, list[tuple[int, int]], list[float]]:
         engine = padding(max_batch=32, batch_tokens=12)
-        scheduler = Scheduler(engine)
+        scheduler = Scheduler(engine, bulk_share=0.25)
         held = await hold(scheduler, engine)
         gone = asyncio.create_task(values(scheduler, mixed("gone", [3] * 6)))
         stays = asyncio.create_task(values(scheduler, mixed("stays", [4, 3, 2, 3, 1])))
@@ -415,7 +416,7 @@ def test_streams_share_a_padding_engine_by_tokens(monkeypatch: pytest.MonkeyPatc
 
     async def scenario() -> list[tuple[str, int]]:
         engine = padding(max_batch=256, batch_tokens=300)
-        scheduler = Scheduler(engine)
+        scheduler = Scheduler(engine, bulk_share=0.25)
         held = await hold(scheduler, engine)
         runs = [asyncio.create_task(values(scheduler, job("long", 64, length=30))) for _ in range(40)]
         runs += [asyncio.create_task(values(scheduler, job("short", 64, length=10))) for _ in range(40)]
@@ -443,7 +444,7 @@ def test_an_error_in_one_batch_fails_only_the_jobs_in_it() -> None:
     async def scenario() -> tuple[list[object], str, tuple[int, int]]:
         engine = Failing(max_in_flight=16, max_batch=8, open_gate=False)
         engine.batch_tokens = 100
-        scheduler = Scheduler(engine)
+        scheduler = Scheduler(engine, bulk_share=0.25)
         held = await hold(scheduler, engine)
         jobs = [mixed("a", [50, 2, 2]), mixed("b", [45, 30]), mixed("c", [30, 20])]
         runs = [asyncio.create_task(values(scheduler, one)) for one in jobs]
@@ -471,7 +472,7 @@ def test_a_score_that_is_not_finite_fails_only_its_own_job() -> None:
     async def scenario() -> list[object]:
         engine = Overflowing(max_in_flight=16, max_batch=8, open_gate=False)
         engine.batch_tokens = 200
-        scheduler = Scheduler(engine)
+        scheduler = Scheduler(engine, bulk_share=0.25)
         held = await hold(scheduler, engine)
         runs = [asyncio.create_task(values(scheduler, one)) for one in (mixed("a", [50, 2]), mixed("b", [45, 30]))]
         await asyncio.sleep(0)
@@ -496,7 +497,7 @@ def test_sequences_that_cannot_be_made_fail_only_their_job_in_a_shared_batch() -
 
     async def scenario() -> list[object]:
         engine = padding()
-        scheduler = Scheduler(engine)
+        scheduler = Scheduler(engine, bulk_share=0.25)
         held = await hold(scheduler, engine)
         broken = Job(Ticket("a", False), np.array([3, 3]), lambda positions: Broken())
         runs = [asyncio.create_task(values(scheduler, one)) for one in (broken, job("b", 2))]
@@ -554,7 +555,7 @@ def test_a_wrong_result_of_the_engine_fails_its_batch_and_the_rest_goes_on(name:
 
     async def scenario() -> tuple[list[object], tuple[int, int]]:
         engine = Wrong(max_in_flight=4, max_batch=2, open_gate=False)
-        scheduler = Scheduler(engine)
+        scheduler = Scheduler(engine, bulk_share=0.25)
         runs = [asyncio.create_task(values(scheduler, job(stream, 3))) for stream in "ab"]
         await engine.wait_for_sequences(3)
         engine.gate.set()
@@ -575,7 +576,7 @@ def test_the_time_without_a_result_is_known_while_the_engine_holds_work(monkeypa
     async def scenario() -> list[float]:
         nonlocal now
         engine = ControlledEngine(max_in_flight=2, max_batch=2, open_gate=False)
-        scheduler = Scheduler(engine)
+        scheduler = Scheduler(engine, bulk_share=0.25)
         seen = [scheduler.stalled_seconds()]
         first = asyncio.create_task(values(scheduler, job("a", 1)))
         await engine.wait_for_sequences(1)
@@ -601,7 +602,7 @@ def test_the_time_without_a_result_is_known_while_the_engine_holds_work(monkeypa
 def test_the_watchdog_reports_a_stall_once_and_its_end() -> None:
     async def scenario() -> list[bool]:
         engine = ControlledEngine(open_gate=False)
-        scheduler = Scheduler(engine)
+        scheduler = Scheduler(engine, bulk_share=0.25)
         reports: asyncio.Queue[bool] = asyncio.Queue()
         watch = asyncio.create_task(watch_stalls(scheduler, 0.05, reports.put))
         await asyncio.sleep(0.2)
@@ -693,3 +694,85 @@ def test_the_choice_of_the_next_job_takes_no_longer_with_many_waiting_calls() ->
         return min(seconds(8000) for _ in range(3)) / min(seconds(400) for _ in range(3))
 
     assert asyncio.run(scenario()) < 5  # 20 for a search through all calls
+
+
+async def endless(scheduler: Scheduler, jobs: int) -> None:
+    """Run interactive jobs, four at a time, so that one always waits."""
+
+    async def work() -> None:
+        for _ in range(jobs // 4):
+            await values(scheduler, job("quick", 2, interactive=True))
+
+    await asyncio.gather(*(work() for _ in range(4)))
+
+
+@pytest.mark.parametrize("pads", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.25])
+def test_bulk_work_gets_its_share_while_interactive_work_never_ends(share: float, pads: bool) -> None:
+    async def scenario() -> str:
+        engine = padding(max_batch=2, batch_tokens=6) if pads else one_at_a_time()
+        scheduler = Scheduler(engine, bulk_share=share)
+        bulk = asyncio.create_task(values(scheduler, job("bulk", 200)))
+        await engine.wait_for_sequences(2)
+        interactive = asyncio.create_task(endless(scheduler, 200))
+        await asyncio.sleep(0)
+        engine.gate.set()
+        await interactive
+        seen = order(engine)
+        await bulk
+        return seen
+
+    seen = asyncio.run(scenario())
+    # The batches that entered before the first interactive job, and after the last one, are not counted.
+    contested = seen[seen.index("q") : seen.rindex("q")]
+    assert contested.count("b") == pytest.approx(share * len(contested), abs=2)
+
+
+def test_a_burst_of_interactive_work_still_overtakes_all_bulk_work() -> None:
+    async def scenario() -> str:
+        engine = one_at_a_time()
+        scheduler = Scheduler(engine, bulk_share=0.1)
+        for _ in range(3):  # a pause between bursts leaves nothing owed
+            bulk = asyncio.create_task(values(scheduler, job("bulk", 6)))
+            await engine.wait_for_sequences(sum(map(len, engine.batches)) + 2)
+            quick = asyncio.create_task(values(scheduler, job("quick", 14, interactive=True)))
+            await asyncio.sleep(0)
+            engine.gate.set()
+            await asyncio.gather(bulk, quick)
+            engine.gate.clear()
+        return order(engine)
+
+    assert asyncio.run(scenario()) == "bqqqqqqqbb" * 3
+
+
+def test_a_share_of_bulk_work_overtakes_inside_the_engine_like_interactive_work() -> None:
+    async def scenario() -> tuple[str, list[bool]]:
+        engine = ControlledEngine(max_in_flight=4, max_batch=2, open_gate=False)
+        engine.overtakes = True
+        scheduler = Scheduler(engine, bulk_share=0.25)
+        bulk = asyncio.create_task(values(scheduler, job("bulk", 8)))
+        await engine.wait_for_sequences(4)
+        quick = asyncio.create_task(values(scheduler, job("quick", 16, interactive=True)))
+        await asyncio.sleep(0)
+        engine.gate.set()
+        await asyncio.gather(bulk, quick)
+        return order(engine), engine.urgent
+
+    batches, urgent = asyncio.run(scenario())
+    assert batches == "bbqqqbqqqbqq"
+    assert [one for one, each in zip(urgent, batches, strict=True) if each == "b"] == [False, False, True, True]
+
+
+def test_small_interactive_batches_count_as_a_part_of_a_full_one() -> None:
+    share = BulkShare(0.5, least=10)
+    share.give(40, bulk=True, contested=False)
+    due = []
+    for _ in range(5):
+        share.give(1, bulk=False, contested=True)
+        due.append(share.is_due())
+    assert due == [False, False, False, True, True]
+    share.give(40, bulk=True, contested=True)
+    share.give(30, bulk=False, contested=True)
+    assert share.is_due()  # 10 of the fifth batch, and 30
+    share.give(1, bulk=False, contested=False)
+    assert not share.is_due()

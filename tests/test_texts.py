@@ -80,3 +80,26 @@ def test_encoding_ends_with_the_slice_when_its_client_is_gone(waiting: bool) -> 
     calls = asyncio.run(scenario())
     expected = [LONG + str(number) for number in range(4)] if waiting else [LONG + "0", "stays"]
     assert calls == [[text] for text in expected]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_bulk_texts_are_encoded_while_interactive_texts_never_end(share: float) -> None:
+    async def scenario() -> list[str]:
+        slow = SlowLayout()
+        slow.go.set()
+        encoder = TextEncoder(cast(Layout, slow), Metrics(), share)
+        bulk = await begin(encoder, table([LONG + "b"] * 40, interactive=False))
+
+        async def quick() -> None:
+            for _ in range(25):
+                await encoder.encode(table([LONG + "q"], interactive=True), "document", np.arange(1))
+
+        await asyncio.gather(*(quick() for _ in range(4)))
+        seen = [texts[0][-1] for texts in slow.calls]
+        await bulk
+        encoder.close()
+        return seen
+
+    seen = asyncio.run(scenario())
+    contested = seen[seen.index("q") :]
+    assert contested.count("b") == pytest.approx(share * len(contested), abs=2)

@@ -10,15 +10,18 @@ import contextlib
 import importlib.util
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import psutil
 import pytest
+import torch
 from numpy.typing import NDArray
 
-from reranker_service.engines import EngineDeadError, TokenSequence
+from reranker_service.engines import EngineDeadError, TokenSequence, vllm_engine
 from reranker_service.engines.vllm_engine import VllmEngine
 from reranker_service.models import read_model
 
@@ -238,3 +241,30 @@ def test_closing_while_it_loads_leaves_nothing_behind(tmp_path: Path) -> None:
 
     asyncio.run(work())
     assert_ended(processes() - before)
+
+
+def test_urgent_requests_overtake_others_for_a_limited_time(
+    causal_reranker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM runs the request of the smallest priority first, and those of one priority in order of arrival."""
+    now, seen = 1000.0, []
+
+    class Recorder:
+        async def encode(self, *_: object, priority: int, **__: object) -> AsyncIterator[object]:
+            seen.append(priority)
+            yield SimpleNamespace(outputs=SimpleNamespace(data=torch.ones(1)))
+
+    monkeypatch.setattr(vllm_engine.time, "monotonic", lambda: now)
+    engine = VllmEngine(read_model(str(causal_reranker)), dtype="float32")
+    sequence = TokenSequence(np.ones(3, dtype=np.int32), 3)
+
+    async def scenario() -> None:
+        nonlocal now
+        for seconds, urgent in ((0.0, False), (1.0, True), (4.9, True), (0.1, True), (0.0, False), (0.0, True)):
+            now += seconds
+            await engine._encode(cast(Any, Recorder()), sequence, urgent)
+
+    asyncio.run(scenario())
+    bulk, *later = seen
+    assert [one < bulk for one in later] == [True, False, False, False, False]
+    assert later[-1] < later[-2]  # a bulk request of the same time

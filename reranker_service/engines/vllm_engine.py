@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 _CACHED_PROMPTS = 4
 _SHUTDOWN_SECONDS = 20.0
+# Seconds in which later urgent requests overtake another one. Without a limit, bulk work inside vLLM would
+# wait as long as urgent requests keep coming.
+_OVERTAKEN_SECONDS = 5
 
 
 class NoResultError(RuntimeError):
@@ -178,7 +182,9 @@ class VllmEngine:
                 # vLLM takes token types only in this form: the index of the first 1.
                 params.extra_kwargs = {"compressed_token_type_ids": sequence.first_segment}
         prompt, request_id = tokens_input(sequence.ids.tolist()), uuid4().hex
-        async for output in engine.encode(prompt, params, request_id=request_id, priority=0 if urgent else 1):
+        # vLLM runs the request of the smallest number first, and requests of one number in order of arrival.
+        priority = int(time.monotonic()) + (0 if urgent else _OVERTAKEN_SECONDS)
+        async for output in engine.encode(prompt, params, request_id=request_id, priority=priority):
             values = output.outputs.data
             # An aborted request ends with an empty tensor, not with an error.
             if values.numel():

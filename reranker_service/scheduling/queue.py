@@ -58,6 +58,10 @@ class FairQueue:
             self._take_turn(stream)
         stream.entries[entry] = None
 
+    def waits(self) -> bool:
+        """Whether any sequence has not entered the engine."""
+        return bool(self.window) or self._next() is not None
+
     def first(self) -> Entry | None:
         """The job whose sequences are next; ``None`` if all sequences are drawn."""
         stream = self._next()

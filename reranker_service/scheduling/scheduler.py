@@ -2,8 +2,8 @@
 
 The scheduler gives the engine batches of sequences, at any time only as many as keep it busy: work that has not entered
 the engine can still be overtaken or withdrawn. Interactive work goes first, and also overtakes inside an engine that
-supports it. Among streams of one priority, the stream that has been given the fewest tokens so far is next, so that a
-stream with many waiting chunks cannot starve another one.
+supports it; bulk work gets a share while interactive work never ends. Among streams of one priority, the stream that has
+been given the fewest tokens so far is next, so that a stream with many waiting chunks cannot starve another one.
 
 A batch for an engine without padding is a run of sequences of one job. A batch for an engine that pads has sequences of
 similar length, taken from a window over all waiting jobs. Such an engine holds two batches, the running one and the
@@ -28,6 +28,7 @@ from ..observing.metrics import Metrics
 from .entry import Entry, Part
 from .job import Job, JobResult
 from .queue import FairQueue
+from .share import BulkShare
 from .window import Pace
 
 _PADDED_BATCHES = 2
@@ -35,6 +36,9 @@ _PADDED_BATCHES = 2
 _STEPS = 4
 # Sequences that a stream puts into a window before the next stream's turn.
 _TURN = 32
+# Interactive batches count with at least this part of a full batch in the share of bulk work. A GPU takes some
+# milliseconds for a batch however small it is, and some hundreds for a full one.
+_LEAST_PART = 1 / 64
 
 
 @dataclass(eq=False, slots=True)
@@ -45,7 +49,7 @@ class _Batch:
         parts: The parts.
         sequences: The sequences of each part.
         tokens: Tokens of all sequences.
-        interactive: Whether the sequences overtake others inside the engine.
+        urgent: Whether the sequences overtake others inside the engine.
         entered: Time at which the batch entered the engine, ``time.monotonic()`` seconds.
         wanted: Jobs that still wait for the batch's results.
         task: The engine's call.
@@ -54,7 +58,7 @@ class _Batch:
     parts: list[Part] = field(default_factory=list)
     sequences: list[Sequence[TokenSequence]] = field(default_factory=list)
     tokens: int = 0
-    interactive: bool = False
+    urgent: bool = False
     entered: float = field(default_factory=lambda: time.monotonic())
     wanted: set[Entry] = field(default_factory=set)
     task: asyncio.Task[NDArray[np.float32]] | None = None
@@ -88,22 +92,26 @@ class Scheduler:
     Attributes:
         engine: The engine; started.
         metrics: Receives the size of each batch.
+        bulk_share: Part of the tokens that bulk work is given while interactive work waits too.
         waiting: Number of sequences that have not entered the engine.
         finished: Number of sequences that the engine has finished.
         waiting_since: Time of arrival of the oldest waiting job, ``time.monotonic()`` seconds; ``None`` if none waits.
     """
 
-    def __init__(self, engine: Engine, metrics: Metrics | None = None) -> None:
+    def __init__(self, engine: Engine, metrics: Metrics | None = None, bulk_share: float = 0.0) -> None:
         self.engine = engine
         self.metrics = metrics or Metrics()
+        self.bulk_share = bulk_share
         self.waiting = 0
         self.finished = 0
         self.waiting_since: float | None = None
         self._interactive = FairQueue()
         self._bulk = FairQueue()
+        full = engine.batch_tokens or engine.step_tokens or 0
+        self._share = BulkShare(bulk_share, least=_LEAST_PART * full)
         self._arrivals: OrderedDict[Entry, None] = OrderedDict()  # waiting jobs in order of arrival
         self._batches: dict[Entry, set[_Batch]] = {}  # batches inside the engine, by the jobs that they belong to
-        self._in_flight, self._interactive_in_flight = _InFlight(), _InFlight()
+        self._in_flight, self._urgent_in_flight = _InFlight(), _InFlight()
         self._pace = Pace()
         self._last_finish = 0.0
         self._held_since: float | None = None  # time from which the engine has held work without a result
@@ -152,21 +160,34 @@ class Scheduler:
         return self._interactive if entry.job.ticket.interactive else self._bulk
 
     def _admit(self) -> None:
-        budget = self.engine.batch_tokens
-        while parts := self._next() if budget is None else self._next_padded(budget):
-            self._enter(parts)
+        while batch := self._next():
+            self._enter(*batch)
 
-    def _next(self) -> list[Part]:
-        """Take the next batch, all of one job; empty if no job waits or the engine has no room."""
+    def _next(self) -> tuple[list[Part], bool] | None:
+        """Take the next batch, and whether it is urgent; ``None`` if no job waits or the engine has no room."""
+        interactive, bulk = self._interactive.waits(), self._bulk.waits()
+        if not interactive and not bulk:
+            return None
+        contested = interactive and bulk
+        turn = not interactive or (bulk and self._share.is_due())
+        queue = self._bulk if turn else self._interactive
+        # Bulk work that overtakes interactive work in the queue also overtakes other bulk work inside the engine.
+        urgent = interactive
+        budget = self.engine.batch_tokens
+        parts = self._take(queue, urgent) if budget is None else self._take_padded(queue, budget)
+        if not parts:
+            return None
+        self._share.give(sum(entry.tokens(one) for entry, one in parts), bulk=turn, contested=contested)
+        return parts, urgent
+
+    def _take(self, queue: FairQueue, urgent: bool) -> list[Part]:
+        """Take a batch, all of one job; empty if the engine has no room."""
         engine = self.engine
-        queue = self._interactive if self._interactive.first() else self._bulk
         entry = queue.first()
-        if entry is None:
-            return []
+        assert entry is not None
         count, tokens = entry.next_batch(engine.max_batch, engine.step_tokens)
-        # Bulk work that is overtaken inside the engine takes no room from interactive work.
-        overtakes = engine.overtakes and entry.job.ticket.interactive
-        ahead = self._interactive_in_flight if overtakes else self._in_flight
+        # Work that is overtaken inside the engine takes no room from urgent work.
+        ahead = self._urgent_in_flight if engine.overtakes and urgent else self._in_flight
         full = ahead.sequences + count > engine.max_in_flight or (
             engine.step_tokens is not None and ahead.tokens + tokens > _STEPS * engine.step_tokens
         )
@@ -176,16 +197,13 @@ class Scheduler:
         part, _ = queue.draw(entry, count)
         return [part]
 
-    def _next_padded(self, budget: int) -> list[Part]:
-        """Take the next batch of sequences of similar length, within ``budget`` tokens; empty as ``_next``."""
+    def _take_padded(self, queue: FairQueue, budget: int) -> list[Part]:
+        """Take a batch of sequences of similar length, within ``budget`` tokens; empty as ``_take``."""
         if self._in_flight.batches >= _PADDED_BATCHES:
             return []
-        for queue in (self._interactive, self._bulk):
-            if not queue.window and queue.first():
-                queue.window.fill(self._draw_window(queue))
-            if queue.window:
-                return queue.window.take(budget, self.engine.max_batch)
-        return []
+        if not queue.window:
+            queue.window.fill(self._draw_window(queue))
+        return queue.window.take(budget, self.engine.max_batch)
 
     def _draw_window(self, queue: FairQueue) -> list[Part]:
         """Draw the sequences of the next window, a few of each stream in turn."""
@@ -198,9 +216,9 @@ class Scheduler:
             tokens += drawn
         return parts
 
-    def _enter(self, parts: list[Part]) -> None:
+    def _enter(self, parts: list[Part], urgent: bool) -> None:
         """Give the engine a batch."""
-        batch = _Batch(interactive=parts[0][0].job.ticket.interactive)  # all parts come from one queue
+        batch = _Batch(urgent=urgent)
         for entry, positions in parts:
             try:
                 sequences = entry.job.make(positions)
@@ -227,18 +245,18 @@ class Scheduler:
         self._in_flight.add(batch)
         if self._held_since is None:
             self._held_since = batch.entered
-        if batch.interactive:
-            self._interactive_in_flight.add(batch)
+        if batch.urgent:
+            self._urgent_in_flight.add(batch)
         alone = len(batch.parts) == 1
         sequences = batch.sequences[0] if alone else list(chain.from_iterable(batch.sequences))
-        batch.task = asyncio.create_task(self.engine.run(sequences, batch.interactive))
+        batch.task = asyncio.create_task(self.engine.run(sequences, batch.urgent))
         # A callback also comes for a task that is cancelled before it begins; code around the engine's call would not.
         batch.task.add_done_callback(partial(self._finished, batch))
 
     def _finished(self, batch: _Batch, task: asyncio.Task[NDArray[np.float32]]) -> None:
         self._in_flight.remove(batch)
-        if batch.interactive:
-            self._interactive_in_flight.remove(batch)
+        if batch.urgent:
+            self._urgent_in_flight.remove(batch)
         error, values = self._outcome(batch, task)
         row = 0
         for entry, positions in batch.parts:

@@ -1,4 +1,4 @@
-"""Text encoder: tokenizes the texts of all requests on one thread, interactive calls first."""
+"""Text encoder: tokenizes the texts of all requests on one thread, interactive calls first, bulk work with a share."""
 
 from __future__ import annotations
 
@@ -14,21 +14,29 @@ from numpy.typing import NDArray
 
 from ..models import EncodedText, Layout
 from ..observing.metrics import Metrics
+from ..scheduling import BulkShare
 from .texts import TextTable
 from .types import Role
 
 _SLICE_CHARACTERS = 1 << 17
+# An interactive slice counts with at least so many characters in the share of bulk work: a run of the tokenizer costs
+# some tenths of a millisecond beside its characters.
+_LEAST_CHARACTERS = 1 << 11
 
 
 class _Turns:
-    """A lock that interactive callers get before all others; callers of one priority get it in order of arrival."""
+    """A lock that interactive callers get first, apart from the share of the others.
 
-    def __init__(self) -> None:
+    Callers of one priority get it in order of arrival.
+    """
+
+    def __init__(self, bulk_share: float) -> None:
         self._taken = False
+        self._share = BulkShare(bulk_share, least=_LEAST_CHARACTERS)
         self._waiting: tuple[deque[asyncio.Future[None]], ...] = (deque(), deque())
 
     @asynccontextmanager
-    async def take(self, interactive: bool) -> AsyncIterator[None]:
+    async def take(self, interactive: bool, characters: int) -> AsyncIterator[None]:
         if self._taken:
             turn = asyncio.get_running_loop().create_future()
             self._waiting[not interactive].append(turn)
@@ -39,13 +47,15 @@ class _Turns:
                     self._pass_on()
                 raise
         self._taken = True
+        self._share.give(characters, bulk=not interactive, contested=bool(self._waiting[interactive]))
         try:
             yield
         finally:
             self._pass_on()
 
     def _pass_on(self) -> None:
-        for queue in self._waiting:
+        interactive, bulk = self._waiting
+        for queue in (bulk, interactive) if self._share.is_due() else (interactive, bulk):
             while queue:
                 turn = queue.popleft()
                 if not turn.done():
@@ -61,12 +71,12 @@ class TextEncoder:
     ends soon after its client has disconnected.
     """
 
-    def __init__(self, layout: Layout, metrics: Metrics) -> None:
+    def __init__(self, layout: Layout, metrics: Metrics, bulk_share: float = 0.0) -> None:
         self._layout = layout
         self._metrics = metrics
         # One thread is enough, because a tokenizer spreads a call over all cores.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encoding")
-        self._turns = _Turns()
+        self._turns = _Turns(bulk_share)
 
     async def encode(self, table: TextTable, role: Role, ids: NDArray[np.int64]) -> list[EncodedText]:
         """Token ids of texts, in the order of ``ids``; each text of a table is encoded once in each role.
@@ -99,7 +109,7 @@ class TextEncoder:
 
         encoded: list[EncodedText] = []
         for texts in _slices([table.texts[one] for one in ids]):
-            async with self._turns.take(table.ticket.interactive):
+            async with self._turns.take(table.ticket.interactive, sum(map(len, texts))):
                 encoded += await asyncio.get_running_loop().run_in_executor(self._thread, encode, texts)
         return encoded
 

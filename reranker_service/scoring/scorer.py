@@ -66,7 +66,7 @@ class Scorer:
         self.costs = Costs(4 * (spec.dimensions or spec.hidden_size) if self._cosines else 0)
         self._finished = 0
         self._disk = disk
-        self._texts = TextEncoder(layout, scheduler.metrics)
+        self._texts = TextEncoder(layout, scheduler.metrics, scheduler.bulk_share)
         self._raw: PairScorer | EmbeddingScorer
         if isinstance(layout, TextLayout):
             self.cache = embeddings = EmbeddingCache(cache_bytes) if cache_bytes else None
