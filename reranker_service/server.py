@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import structlog
 from grpc import aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection
 
 from .engines import Engine
@@ -32,6 +32,7 @@ from .rpc.call_limit import CallLimit
 from .rpc.listener import Listener, ListenError
 from .rpc.messages import model_info
 from .rpc.servicer import RPCS, SCORING_RPCS, SERVICE, RerankerServicer
+from .rpc.standard import Health, Reflection
 from .rpc.validation import Validator
 from .scheduling import Scheduler, watch_stalls
 from .scoring import Scorer, known_answer
@@ -98,7 +99,8 @@ async def _serve(settings: Settings, guard: Guard, stop: asyncio.Event, observin
         metrics, Admission(settings.memory_bytes, settings.max_streams, settings.stream_idle_seconds)
     )
     calls = CallLimit(SERVICE, SCORING_RPCS, settings.max_calls, metrics)
-    checks = health.aio.HealthServicer()
+    checks = Health()
+    described = Reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME))
     await _set_health(checks, _NOT_SERVING)
 
     def refused(method: str) -> None:
@@ -112,9 +114,7 @@ async def _serve(settings: Settings, guard: Guard, stop: asyncio.Event, observin
     def make() -> aio.Server:
         # Refused calls get an id, and reach no other interceptor.
         server = _make_server(settings, (RequestIds(), access, calls, *observing.interceptors))
-        server.add_generic_rpc_handlers((servicer.handler(),))
-        health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        server.add_generic_rpc_handlers((servicer.handler(), checks.handler(), described.handler()))
         return server
 
     listener = Listener(make, lambda server, port: guard.listen(server, f"{_bracketed(settings.host)}:{port}"))
@@ -327,7 +327,7 @@ async def _wait_dead(engine: Engine, metrics: Metrics) -> None:
     log.error("engine died", reason=str(reason))
 
 
-async def _set_health(checks: health.aio.HealthServicer, status: int) -> None:
+async def _set_health(checks: Health, status: int) -> None:
     for name in (health.OVERALL_HEALTH, SERVICE):
         await checks.set(name, status)
 

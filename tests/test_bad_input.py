@@ -179,6 +179,25 @@ def test_bytes_that_are_no_message(cross_encoder_server: ServerProcess, method: 
     assert "UTF-8" in found["message"]
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        *("grpc.health.v1.Health/Check", "grpc.health.v1.Health/Watch"),
+        "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    ],
+)
+@pytest.mark.parametrize(
+    ("data", "words"), [(b"\x0a\x02\xc3\x28", "UTF-8"), (b"\x0a\x88\x27" + b"x" * 5000, "limit is 4096")]
+)
+def test_health_and_reflection_refuse_what_is_no_message_of_theirs(
+    cross_encoder_server: ServerProcess, method: str, data: bytes, words: str
+) -> None:
+    with grpc.insecure_channel(cross_encoder_server.address) as channel:
+        call = channel.stream_stream(f"/{method}")
+        found = refused(call, iter([data]))
+    assert words in found["message"]
+
+
 def test_a_stream_message_that_is_no_message(cross_encoder_server: ServerProcess) -> None:
     with grpc.insecure_channel(cross_encoder_server.address) as channel:
         call = channel.stream_stream("/reranker.v1.RerankerService/RerankStream")

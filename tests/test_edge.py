@@ -88,6 +88,20 @@ def test_a_path_that_is_not_utf8_costs_no_call(server: ServerProcess) -> None:
     assert server.wait() == 0
 
 
+def test_a_health_watcher_that_takes_no_data_holds_up_neither_others_nor_the_end(server: ServerProcess) -> None:
+    with http2.connect(server.address) as connection, grpc.insecure_channel(server.address) as channel:
+        no_window = (4).to_bytes(2, "big") + (0).to_bytes(4, "big")  # SETTINGS_INITIAL_WINDOW_SIZE
+        watch = http2.call_headers(1, b"/grpc.health.v1.Health/Watch") + http2.message(1, b"")
+        connection.sendall(http2.frame(4, 0, 0, no_window) + watch)
+        replies = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=20)
+        assert next(replies).status == SERVING
+        began = time.monotonic()
+        server.signal(signal.SIGTERM)
+        assert next(replies).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert server.wait() == 0
+    assert time.monotonic() - began < 15
+
+
 def test_a_serving_task_that_ends_otherwise_is_reported() -> None:
     async def scenario() -> Exception:
         listener = Listener(aio.server, lambda server, port: server.add_insecure_port(f"127.0.0.1:{port}"))
