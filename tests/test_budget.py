@@ -137,6 +137,28 @@ def test_the_youngest_stream_with_nothing_in_flight_is_ended() -> None:
 
     asyncio.run(scenario())
 
+def test_a_stream_that_ends_while_it_waits_for_room_leaves_nothing_held() -> None:
+    """The end of a stream cancels its waiting message and closes its account at once, before the message notices."""
+
+    async def scenario() -> tuple[int, int]:
+        budget = Budget(800, patience=0.05)  # 700 for streams
+        accounts = [budget.open(lambda: False) for _ in range(2)]
+        for account in accounts:
+            await account.take(300)
+        waiting = [asyncio.create_task(account.take(350)) for account in accounts]
+        await asyncio.sleep(0)
+        for task, account in zip(waiting, accounts, strict=True):
+            task.cancel()
+            account.close()
+        held = budget.held
+        await asyncio.wait(waiting)
+        again = budget.open(lambda: False)
+        await again.take(700)  # there is room for all of it
+        again.close()
+        return held, budget.held
+
+    assert asyncio.run(scenario()) == (0, 0)
+
 
 def test_a_full_server_refuses_unary_calls_with_a_retry_hint(cross_encoder: Path) -> None:
     async def scenario() -> None:

@@ -94,7 +94,8 @@ class Budget:
         """Give bytes back, and let waiting streams have them."""
         self.held -= amount
         for waiter in self._waiting.copy() if self._waiting else ():
-            if self.held + waiter.amount <= self._for_streams:
+            # A waiter whose stream has just ended is cancelled already, and leaves the list in a moment.
+            if not waiter.room.done() and self.held + waiter.amount <= self._for_streams:
                 self.held += waiter.amount
                 self._waiting.remove(waiter)
                 waiter.room.set_result(None)
@@ -131,6 +132,8 @@ class Budget:
         now = time.monotonic()
         stuck: list[_Waiter] = []
         for waiter in self._waiting:
+            if waiter.room.done():
+                continue
             if waiter.account.in_flight():
                 waiter.stuck_since = None
             elif waiter.stuck_since is None:
