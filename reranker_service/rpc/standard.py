@@ -1,9 +1,9 @@
 """Standard services: health checks and reflection, which every client that can connect may call.
 
-grpcio's packages for both let gRPC parse the messages, which answers UNKNOWN, with a traceback in the log, to bytes that are
-no message. Its health servicer also writes to a watcher while it holds a lock: one client that takes no data would hold
-up every change of the status, and with it the shutdown. Messages are small here, and larger ones are refused: a name of
-8 MiB would be held as long as its watcher stays.
+In grpcio's packages for both, gRPC parses the messages: it answers UNKNOWN, with a traceback in the log, to bytes that
+are no message. Its health servicer also writes to a watcher while it holds a lock: one client that takes no data would
+hold up every change of the status, and with it the shutdown. Messages are small here, and larger ones are refused: a
+name of 8 MiB would be held as long as its watcher stays.
 """
 
 from __future__ import annotations
@@ -127,7 +127,9 @@ class Reflection:
                 yield _parse(reflection_pb2.ServerReflectionRequest, data)
 
         try:
-            async for reply in self._servicer.ServerReflectionInfo(requests(), context):
+            # A generator, which its package declares as a coroutine.
+            replies: Any = self._servicer.ServerReflectionInfo(requests(), context)
+            async for reply in replies:
                 yield reply.SerializeToString()
             return
         except RerankError as error:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,8 +35,9 @@ _SCORE_BYTES = 8  # in an array that grows by doubling
 # A chunk's id, which is kept until the stream ends.
 _ID_BYTES = 128
 
-# A message may hold millions of ids; other calls get their turn between so many of them.
+# A message may hold millions of ids, and a hundred thousand texts; other calls get their turn between so many of them.
 _CANCELS_AT_ONCE = 4096
+_TEXTS_AT_ONCE = 4096
 
 Write = Callable[[pb.RerankStreamResponse], Awaitable[object]]
 
@@ -90,12 +92,14 @@ class StreamSession:
         info: pb.GetModelInfoResponse,
         admission: Admission,
         metrics: Metrics,
+        thread: Executor | None = None,
     ) -> None:
         self._scorer = scorer
         self._validator = validator
         self._info = info
         self._admission = admission
         self._metrics = metrics
+        self._thread = thread  # validates many texts; None: the event loop's default one
         self._replies: asyncio.Queue[_Reply | None] = asyncio.Queue()  # None comes after the last reply
         self._tasks: set[asyncio.Task[None]] = set()
         self._unanswered: dict[int, _Chunk] = {}
@@ -233,11 +237,14 @@ class StreamSession:
                     continue
                 await self._admitted.wait()
                 if kind == "texts":
-                    text_bytes += self._validator.texts(request.texts, len(table.texts), text_bytes)
-                    known = len(table.texts)
-                    table.texts.extend(request.texts.texts)
+                    texts, added = await self._texts(request.texts, len(table.texts), text_bytes)
                     del request  # holds a second copy of the texts
-                    await account.take(costs.add(table.texts[known:]))
+                    text_bytes += added
+                    for begin in range(0, len(texts), _TEXTS_AT_ONCE):
+                        part = texts[begin : begin + _TEXTS_AT_ONCE]
+                        table.texts.extend(part)
+                        await account.take(costs.add(part))
+                        await asyncio.sleep(0)
                     continue
                 if kind == "chunk":
                     self._validator.chunk_id(request.chunk.id, chunk_ids)
@@ -255,6 +262,14 @@ class StreamSession:
         finally:
             if table is not None:
                 table.close()
+
+    async def _texts(self, message: pb.StreamTexts, texts_before: int, bytes_before: int) -> tuple[list[str], int]:
+        """Validate texts; many of them on a thread. Raises ``RerankError``."""
+        if len(message.texts) <= _TEXTS_AT_ONCE:
+            return self._validator.texts(message, texts_before, bytes_before)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._thread, self._validator.texts, message, texts_before, bytes_before
+        )
 
     def _add(self, message: pb.StreamChunk, table: TextTable, costs: TableCosts, account: Account) -> None:
         """Begin with a chunk that was read."""

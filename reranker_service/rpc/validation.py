@@ -164,22 +164,25 @@ class Validator:
         violations.raise_if_any()
         return Opening(options, message.open.priority == pb.PRIORITY_INTERACTIVE, progress)
 
-    def texts(self, message: pb.StreamTexts, texts_before: int, bytes_before: int) -> int:
-        """Validate more texts of a stream; returns their size in bytes. An error ends the stream."""
+    def texts(self, message: pb.StreamTexts, texts_before: int, bytes_before: int) -> tuple[list[str], int]:
+        """Validate more texts of a stream; returns them and their size in bytes. An error ends the stream."""
         if not message.texts:
             raise invalid("texts.texts", "there are none; give at least one text")
         count, limit = texts_before + len(message.texts), self.limits.max_texts_per_stream
         if count > limit:
             raise invalid("texts.texts", f"the stream would hold {count} texts; the limit of one stream is {limit}")
-        violations = Violations()
-        added = sum(
-            self._text(text, f"texts.texts[{position}]", violations) for position, text in enumerate(message.texts)
-        )
-        violations.raise_if_any()
+        texts = list(message.texts)
+        sizes = list(map(_size, texts))
+        if max(sizes) > self.limits.max_text_bytes:
+            violations = Violations()
+            for position, text in enumerate(texts):
+                self._text(text, f"texts.texts[{position}]", violations)
+            violations.raise_if_any()
+        added = sum(sizes)
         total, limit = bytes_before + added, self.limits.max_text_bytes_per_stream
         if total > limit:
             raise invalid("texts.texts", f"the stream would hold {total} bytes; the limit of one stream is {limit}")
-        return added
+        return texts, added
 
     def chunk_id(self, chunk_id: int, earlier: set[int]) -> None:
         """Validate the id of a chunk against the earlier ones. An error ends the stream."""
@@ -271,10 +274,15 @@ class Validator:
 
     def _text(self, text: str, path: str, violations: Violations) -> int:
         """Validate the size of one text; returns it in bytes."""
-        size = len(text) if text.isascii() else len(text.encode())
+        size = _size(text)
         if size > self.limits.max_text_bytes:
             violations.add(path, f"is {size} bytes long; the limit of one text is {self.limits.max_text_bytes}")
         return size
+
+
+def _size(text: str) -> int:
+    """Bytes of a text in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def _known(ids: NDArray[np.int64], text_count: int, path: str, violations: Violations) -> None:

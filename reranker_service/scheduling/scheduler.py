@@ -2,8 +2,8 @@
 
 The scheduler gives the engine batches of sequences, at any time only as many as keep it busy: work that has not entered
 the engine can still be overtaken or withdrawn. Interactive work goes first, and also overtakes inside an engine that
-supports it; bulk work gets a share while interactive work never ends. Among streams of one priority, the stream that was
-given the fewest tokens so far is next, so that a stream with many waiting chunks cannot starve another one.
+supports it; bulk work gets a share while interactive work never ends. Among streams of one priority, the stream that
+was given the fewest tokens so far is next, so that a stream with many waiting chunks cannot starve another one.
 
 A batch for an engine without padding is a run of sequences of one job. A batch for an engine that pads has sequences of
 similar length, taken from a window over all waiting jobs. Such an engine holds two batches, the running one and the
