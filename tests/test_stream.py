@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -16,6 +17,7 @@ from reranker.v1 import reranker_pb2_grpc as rpc
 from reranker_service.engines import EngineDeadError
 from reranker_service.rpc.limits import Limits
 from reranker_service.scheduling import Job, JobResult, Scheduler
+from reranker_service.scoring.texts import OncePerText, TextTable
 
 from .servers import ControlledEngine, serve_in_process
 
@@ -295,3 +297,41 @@ def test_a_bulk_batch_is_overtaken(
             return [len(one) for one in engine.batches]
 
     assert asyncio.run(scenario())[1] == first
+
+
+def test_a_stream_that_breaks_while_a_chunk_is_encoded_gives_no_internal_error(
+    cross_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The texts are dropped in the moment in which the chunk's token ids are there, and before the chunk takes them."""
+    encoded, dropped = asyncio.Event(), asyncio.Event()
+    original_get, original_close = OncePerText.get, TextTable.close
+
+    async def get(self: OncePerText, ids: np.ndarray, compute: Any) -> list[Any]:
+        await original_get(self, ids, compute)
+        encoded.set()
+        await dropped.wait()
+        return [self._values[one] for one in ids.tolist()]
+
+    def close(self: TextTable) -> None:
+        original_close(self)
+        dropped.set()
+
+    monkeypatch.setattr(OncePerText, "get", get)
+    monkeypatch.setattr(TextTable, "close", close)
+
+    async def scenario() -> list[pb.RerankStreamResponse]:
+        async with serve_in_process(cross_encoder, ControlledEngine()) as channel:
+            call = rpc.RerankerServiceStub(channel).RerankStream()
+            for message in (OPEN, TEXTS, chunk(1)):
+                await call.write(message)
+            await encoded.wait()
+            await call.write(OPEN)
+            replies = []
+            with pytest.raises(aio.AioRpcError) as caught:
+                while (reply := await call.read()) is not aio.EOF:
+                    replies.append(reply)
+            assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        return replies
+
+    replies = asyncio.run(scenario())
+    assert [one.WhichOneof("message") for one in replies] == ["opened"]

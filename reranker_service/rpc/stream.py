@@ -238,12 +238,15 @@ class StreamSession:
                 await self._admitted.wait()
                 if kind == "texts":
                     texts, added = await self._texts(request.texts, len(table.texts), text_bytes)
-                    del request  # holds a second copy of the texts
                     text_bytes += added
-                    for begin in range(0, len(texts), _TEXTS_AT_ONCE):
-                        part = texts[begin : begin + _TEXTS_AT_ONCE]
-                        table.texts.extend(part)
-                        await account.take(costs.add(part))
+                    charged = len(table.texts)
+                    table.texts.extend(texts)
+                    # The message has a second copy of the texts. The table alone frees them when the stream ends.
+                    del request, texts
+                    while charged < len(table.texts):
+                        cost = costs.add(table.texts[charged : charged + _TEXTS_AT_ONCE])
+                        charged += _TEXTS_AT_ONCE
+                        await account.take(cost)
                         await asyncio.sleep(0)
                     continue
                 if kind == "chunk":
@@ -260,6 +263,9 @@ class StreamSession:
             while self._tasks:
                 await asyncio.wait(self._tasks)
         finally:
+            # A chunk that goes on without its texts would end with an internal error.
+            for task in self._tasks:
+                task.cancel()
             if table is not None:
                 table.close()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .. import models
 from . import frames, load, messages, scripts
-from .target import MIB, Target
+from .target import HEALTH_SECONDS, MIB, Target
 
 MESSAGES_GROWTH = 48 * MIB
 """Bound of the growth of the server's memory while all RPCs are fuzzed."""
@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--scripts", type=int, default=10_000, help="hostile but valid stream scripts")
     parser.add_argument("--frames", type=float, default=1.0, help="part of each attack with HTTP/2 frames")
     parser.add_argument("--seconds", type=float, default=120.0, help="seconds of load")
+    parser.add_argument("--health-seconds", type=float, default=HEALTH_SECONDS, help="longest time of a health check")
     parser.add_argument("--seed", type=int, default=messages.SEED, help="seed of all parts")
     parts: dict[str, Callable[[Path, argparse.Namespace], None]] = {
         "messages": _messages,
@@ -71,7 +72,7 @@ def _messages(model: Path, arguments: argparse.Namespace) -> None:
                     target.check_scores()
                     notes += [f"{code.name} {count}" for code, count in codes.most_common()]
                     notes.append(f"growth {(target.resident() - watch.before) / MIB:.1f} MiB")
-        watch.check(MESSAGES_GROWTH)
+        watch.check(MESSAGES_GROWTH, arguments.health_seconds)
         target.settle()
         print(f"{'messages':<28}slowest health check {watch.slowest:.2f} s  growth {watch.growth / MIB:.1f} MiB")
 
@@ -80,7 +81,7 @@ def _scripts(model: Path, arguments: argparse.Namespace) -> None:
     with Target(model, *scripts.FLAGS) as target, _timed("scripts") as notes:
         with target.watched() as watch:
             notes.append(str(scripts.run(target, arguments.scripts, arguments.seed)))
-        watch.check(MESSAGES_GROWTH)
+        watch.check(MESSAGES_GROWTH, arguments.health_seconds)
         target.settle()
         notes += [f"slowest health check {watch.slowest:.2f} s", f"growth {watch.growth / MIB:.1f} MiB"]
 
@@ -91,7 +92,7 @@ def _frames(model: Path, arguments: argparse.Namespace) -> None:
         before, files = target.resident(), target.open_files()
         for name in frames.ATTACKS:
             with _timed(name) as notes:
-                watch = frames.run(target, name, arguments.seed, arguments.frames)
+                watch = frames.run(target, name, arguments.seed, arguments.frames, arguments.health_seconds)
                 notes += [f"slowest health check {watch.slowest:.2f} s", f"growth {watch.growth / MIB:.1f} MiB"]
         target.settle()
         left = target.open_files() - files
@@ -101,7 +102,7 @@ def _frames(model: Path, arguments: argparse.Namespace) -> None:
 
 def _load(model: Path, arguments: argparse.Namespace) -> None:
     with Target(model, *load.FLAGS) as target, _timed("load") as notes:
-        report = load.run(target, seconds=arguments.seconds, seed=arguments.seed)
+        report = load.run(target, seconds=arguments.seconds, seed=arguments.seed, health=arguments.health_seconds)
         ended = ", ".join(f"{rpc} {code} {count}" for (rpc, code), count in sorted(report.calls.items()))
         notes += [f"{sum(report.calls.values())} calls ({ended})", f"{report.pairs} scores right"]
         notes += [f"slowest health check {report.slowest:.2f} s", f"growth {report.growth / MIB:.1f} MiB"]

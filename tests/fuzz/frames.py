@@ -48,7 +48,7 @@ class Connections:
             try:
                 made = http2.connect(self._address) if preface else socket.create_connection((host, int(port)))
                 break
-            except ConnectionRefusedError:
+            except ConnectionError:
                 # A path that is not UTF-8 makes the server listen anew.
                 if time.monotonic() > deadline:
                     raise
