@@ -22,7 +22,7 @@ ROW = re.compile(r"\| `(--[a-z.-]+)` \| `(RERANKER_\w+)` \| (.*?) \| (.*) \|")
 def row(flag: str, variable: str, field: FieldInfo) -> tuple[str, str, str, str]:
     """Flag, variable, default and meaning of a setting, as its row on the page has them."""
     default = field.get_default(call_default_factory=True)
-    shown = "" if default is None else "off" if default is False else f"`{default}`"
+    shown = "" if default is None else {True: "on", False: "off"}[default] if type(default) is bool else f"`{default}`"
     meaning = str(field.description).replace("|", "\\|")
     return f"--{flag}", f"RERANKER_{variable}".upper(), shown, meaning
 
@@ -54,4 +54,5 @@ def test_the_page_has_variable_default_and_meaning_of_each_flag() -> None:
 def test_other_pages_name_no_flag_that_the_server_does_not_have(page: str) -> None:
     named = set(re.findall(r"`(--[a-z][a-z.-]+[a-z])\b", (PAGE.parent / page).read_text()))
     assert named
-    assert named - {"--limits"} <= {flag for flag, *_ in expected()}
+    off = {f"--no-{flag.removeprefix('--')}" for flag, _, default, _ in expected() if default in ("on", "off")}
+    assert named - {"--limits"} <= {flag for flag, *_ in expected()} | off

@@ -327,9 +327,13 @@ def test_a_stream_that_breaks_while_a_chunk_is_encoded_gives_no_internal_error(
             await encoded.wait()
             await call.write(OPEN)
             replies = []
-            with pytest.raises(aio.AioRpcError) as caught:
+
+            async def read() -> None:
                 while (reply := await call.read()) is not aio.EOF:
                     replies.append(reply)
+
+            with pytest.raises(aio.AioRpcError) as caught:
+                await read()
             assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
         return replies
 
