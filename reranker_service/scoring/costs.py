@@ -6,7 +6,7 @@ Each figure is an upper bound: objects were measured with tracemalloc in CPython
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,10 +37,6 @@ class Costs:
     """
 
     embedding_bytes: int = 0
-
-    def texts(self, texts: Iterable[str]) -> int:
-        """Bytes of texts without token ids."""
-        return sum(sys.getsizeof(text) + _TEXT_BYTES for text in texts)
 
     def pairs(self, count: int) -> int:
         """Bytes of a chunk or ranking of ``count`` pairs while it is in flight."""
@@ -73,11 +69,10 @@ class TableCosts:
             more = max(count, 2 * len(self._tokens)) - len(self._tokens)
             self._tokens = np.concatenate((self._tokens, np.empty(more, dtype=np.int32)))
             self._encoded = np.concatenate((self._encoded, np.zeros((2, more), dtype=bool)), axis=1)
-        self._tokens[self._count : count] = [
-            min(_TOKENS_A_BYTE * sys.getsizeof(text), self._max_length) for text in texts
-        ]
+        sizes = np.fromiter(map(sys.getsizeof, texts), dtype=np.int64, count=len(texts))
+        self._tokens[self._count : count] = np.minimum(_TOKENS_A_BYTE * sizes, self._max_length)
         self._count = count
-        return self._costs.texts(texts)
+        return int(sizes.sum()) + _TEXT_BYTES * len(texts)
 
     def encoded(self, pairs: Pairs) -> int:
         """Bytes of token ids and embeddings that pairs add: of texts that were in no earlier pair in the same role."""
