@@ -241,7 +241,7 @@ def test_many_rows_are_claimed_and_settled_a_step_at_a_time() -> None:
     turns, sizes = asyncio.run(scenario())
     assert sizes == [16_384, 16_384]
     assert turns[0] >= 16
-    assert turns[1] >= 32
+    assert turns[1] - turns[0] >= 16
 
 
 def test_a_caller_that_is_cancelled_between_two_steps_frees_its_pairs() -> None:
