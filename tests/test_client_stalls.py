@@ -18,6 +18,8 @@ from loss_client import (
     RerankerTimeoutError,
     RerankerUnavailableError,
 )
+from loss_client.client.endpoints import ChannelSettings, Endpoint
+from loss_client.client.targets import Target
 from reranker.v1 import reranker_pb2 as pb
 from tests.stub_server import (
     Abort,
@@ -187,6 +189,38 @@ def test_a_limit_that_passed_while_the_process_stood_still_is_no_stall(monkeypat
         loop.call_soon_threadsafe(stand_still)
         np.testing.assert_array_equal(matrix.result(WAIT_SECONDS), hash_scores(["q"], ["d"]))
         assert len(server.streams) == 1
+
+
+# Rest and backoff
+
+
+def endpoint() -> Endpoint:
+    return Endpoint(Target("127.0.0.1:1", secure=False), ChannelSettings(()))
+
+
+@pytest.mark.parametrize(("failures", "longest"), [(1, 0.1), (2, 0.2), (4, 0.8), (9, 5.0)])
+def test_a_backoff_doubles_and_has_full_jitter(failures: int, longest: float) -> None:
+    """The clients of a server that failed come back spread over the whole backoff, not together at its end."""
+    delays = []
+    for _ in range(300):
+        failing = endpoint()
+        for _ in range(failures):
+            failing.failed(now=0.0)
+        delays.append(failing.ready_at)
+    assert 0 <= min(delays) < longest / 10
+    assert 0.9 * longest < max(delays) <= longest
+
+
+def test_a_server_rests_longer_after_each_stall_and_longer_than_after_a_failure() -> None:
+    async def scenario() -> None:
+        failing, stalled = endpoint(), endpoint()
+        failing.failed(now=0.0)
+        for limits in (2, 4, 8, 16, 16):
+            await stalled.stalled(now=0.0, limit=3.0)
+            assert failing.ready_at < 3.0 * limits / 2 <= stalled.rests_until <= 3.0 * limits
+        assert failing.rests_until == 0
+
+    asyncio.run(scenario())
 
 
 # Full servers
