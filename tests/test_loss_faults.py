@@ -13,7 +13,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 from torch.utils.data import DataLoader
 
-from loss_client import RerankerClient, RerankerRequestError
+from loss_client import ModelChangedError, RerankerClient, RerankerRequestError
 from loss_client.client.errors import RerankerUnavailableError
 from loss_client.collator import RerankerDataCollator
 from loss_client.loss import RerankerCachedGISTEmbedLoss
@@ -55,6 +55,21 @@ def test_masks_are_made_of_one_models_scores(
         used = [server for server in (first, second) if any(stream.chunks for stream in server.streams)]
         assert len(used) == 1
     assert len([record for record in caplog.records if "is left out" in record.getMessage()]) == 1
+
+
+@pytest.mark.parametrize("variant", [GRIDS, ROUNDS])
+def test_a_model_that_is_swapped_between_two_jobs_of_a_step_ends_the_step(
+    model: SentenceTransformer, variant: dict[str, Any]
+) -> None:
+    inputs = features(model, texts(3, 6))
+    with StubServer() as server, RerankerClient(server.target, timeout=WAIT_SECONDS) as client:
+        loss = make(model, client, **variant)
+        loss(inputs, None)
+        # The step's first stream has the model of the step before, and all later streams have another one.
+        server.next_fingerprints, server.fingerprint = ["stub"], "another"
+        with pytest.raises(ModelChangedError, match="the scores began with the model stub"):
+            loss(inputs, None)
+        assert loss(inputs, None).isfinite()  # a step of the other model
 
 
 def test_the_scale_of_raw_scores_is_asked_again_after_the_model_was_swapped(model: SentenceTransformer) -> None:
