@@ -27,7 +27,7 @@ from pydantic import ValidationError
 
 from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
-from reranker_service.loading import check_flags, choose_model
+from reranker_service.loading import check_flags, choose_model, load
 from reranker_service.models import UnsupportedModelError
 from reranker_service.rpc.errors import InvalidRequestError, RerankError, Violation, as_rerank_error
 from reranker_service.rpc.limits import Limits
@@ -549,6 +549,24 @@ def test_flags_that_the_engine_would_ignore_are_errors(settings: dict[str, objec
     with pytest.raises(UnsupportedModelError, match=words):
         check_flags(Settings(**settings), engine)
     check_flags(Settings(**settings), "torch" if engine == "vllm" else "vllm")
+
+
+@pytest.mark.parametrize(
+    ("settings", "engine", "words"),
+    [
+        ({"engine": "torch", "engine_args": {"max_model_len": 64}}, "torch", "--engine-args is for vLLM"),
+        ({"engine": "vllm", "device": "cuda:1"}, "vllm", "--device cuda:1 is for the torch engine"),
+        # A model that vLLM refuses is left to torch, which ignores other flags.
+        ({"engine_args": {"max_model_len": 64}}, "vllm", "--engine-args is for vLLM"),
+    ],
+)
+def test_a_start_with_flags_that_its_engine_would_ignore_is_refused(
+    cross_encoder: Path, settings: dict[str, object], engine: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reranker_service.loading.choose_engine", lambda _: engine)
+    monkeypatch.setattr("reranker_service.loading.refused_by_vllm", lambda _: "a test")
+    with pytest.raises(UnsupportedModelError, match=words):
+        load(Settings(model=str(cross_encoder), **settings))
 
 
 @pytest.mark.parametrize(
