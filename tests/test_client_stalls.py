@@ -148,7 +148,7 @@ def test_an_error_tells_a_busy_server_from_a_silent_one() -> None:
     with StubServer(contract=(1, 1), on_chunk=hold) as server, RerankerClient(server.target, timeout=0.9) as client:
         server.ahead = 5000
         with pytest.raises(RerankerTimeoutError, match="is alive and busy: 5000 pairs ahead of 1 of this job"):
-            client.score_grid(["q"], ["d"])
+            client.stream_grid(["q"], ["d"]).result(WAIT_SECONDS)
         assert len(server.streams) == 1
         server.silent = True
         with pytest.raises(RerankerTimeoutError, match="sent nothing for"):

@@ -96,7 +96,8 @@ def test_an_engine_that_finishes_nothing_turns_health_until_it_does(cross_encode
     with holding(cross_encoder, "--stall-seconds", "0.5") as (server, call):
         with grpc.insecure_channel(server.address) as channel:
             for service in ("", "reranker.v1.RerankerService"):
-                health = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=service))
+                request = health_pb2.HealthCheckRequest(service=service)
+                health = health_pb2_grpc.HealthStub(channel).Watch(request, timeout=60)
                 while next(health).status != NOT_SERVING:
                     pass
                 health.cancel()

@@ -27,6 +27,8 @@ from reranker_service.scoring import Scorer
 from .servers import ControlledEngine, serve_in_process, violations
 from .test_stream import OPEN, TEXTS, chunk
 
+WAIT_SECONDS = 60.0
+
 
 def opening(progress_seconds: float) -> pb.RerankStreamRequest:
     return pb.RerankStreamRequest(open=pb.StreamOpen(progress_seconds=progress_seconds))
@@ -87,7 +89,7 @@ def test_a_stream_that_waits_gets_progress(cross_encoder: Path) -> None:
             assert (progress.pairs_waiting, progress.pairs_in_server, progress.pairs_finished) == (0, 0, 21)
             assert kinds(await rest(call)) <= {"progress"}
 
-    asyncio.run(scenario())
+    asyncio.run(asyncio.wait_for(scenario(), WAIT_SECONDS))
 
 
 def test_progress_counts_pairs_before_their_chunk_is_done(cross_encoder: Path) -> None:
