@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -12,15 +15,16 @@ from types import TracebackType
 
 import grpc
 import psutil
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from transformers import AutoTokenizer
 
 from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
 
+from ..forked import ForkedProgram
 from ..scrapes import scrape
 from ..servers import ServerProcess
 from .closed_form import PRIME
+from .reconnecting import LOST, RECONNECT
 
 MIB = 1 << 20
 MEMORY_BYTES = 64 * MIB
@@ -29,9 +33,6 @@ TEXTS = [f"{word} number {number}" for number in range(8) for word in ("query", 
 """Texts with known scores."""
 HEALTH_SECONDS = 1.0
 """Longest time that a health check may take."""
-_LOST = (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
-# gRPC otherwise waits for a second before it connects again to a server that listens anew.
-_RECONNECT = [(f"grpc.{name}_reconnect_backoff_ms", 100) for name in ("initial", "min", "max")]
 
 
 class Target:
@@ -80,11 +81,11 @@ class Target:
                 self._check_scores(seconds)
                 return
             except grpc.RpcError as error:
-                if error.code() not in _LOST or time.monotonic() > deadline:
+                if error.code() not in LOST or time.monotonic() > deadline:
                     raise
 
     def _check_scores(self, seconds: float) -> None:
-        with grpc.insecure_channel(self.address, [("grpc.use_local_subchannel_pool", 1), *_RECONNECT]) as channel:
+        with grpc.insecure_channel(self.address, RECONNECT) as channel:
             stub = rpc.RerankerServiceStub(channel)
             request = pb.RerankRequest(query=TEXTS[0], documents=TEXTS)
             reply = stub.Rerank(request, timeout=seconds, wait_for_ready=True)
@@ -142,6 +143,7 @@ class Target:
     def watched(self) -> Iterator[Watch]:
         """Ask for health every tenth of a second, and note the largest memory, as long as the context lasts."""
         watch = Watch(self)
+        watch.start()
         thread = threading.Thread(target=watch.run)
         thread.start()
         try:
@@ -149,13 +151,14 @@ class Target:
         finally:
             watch.done.set()
             thread.join()
+            watch.end()
 
 
 class Watch:
     """Health and memory of a server over some time.
 
     Attributes:
-        slowest: Longest time that a health check took, in seconds.
+        slowest: Longest time that a health check took, in seconds; set when the watch has ended.
         failures: Statuses of failed health checks.
         checks: Number of health checks.
         before: Resident bytes at the begin.
@@ -176,22 +179,26 @@ class Watch:
         """Bytes by which the memory grew, at its peak."""
         return self.peak - self.before
 
+    def start(self) -> None:
+        """Start the prober, a process of its own."""
+        command = [sys.executable, "-m", "tests.fuzz.prober", self._target.address]
+        self._prober = ForkedProgram(command, stdout=subprocess.PIPE)
+        assert self._prober.stdout is not None
+        assert self._prober.stdout.readline() == "ready\n"
+
     def run(self) -> None:
-        """Watch until ``done`` is set."""
-        options = [("grpc.use_local_subchannel_pool", 1), *_RECONNECT]
-        with grpc.insecure_channel(self._target.address, options) as channel:
-            stub = health_pb2_grpc.HealthStub(channel)
-            while not (self.done.wait(0.1) and self.checks):
-                self.peak = max(self.peak, self._target.resident())
-                began = time.monotonic()
-                status = _check(stub)
-                # A server that listens anew cancels or refuses a call that comes at this moment.
-                while status in [one.name for one in _LOST] and time.monotonic() < began + 10:
-                    status = _check(stub)
-                if status != "SERVING":
-                    self.failures.append(status)
-                self.checks += 1
-                self.slowest = max(self.slowest, time.monotonic() - began)
+        """Note the memory until ``done`` is set."""
+        while not self.done.wait(0.1):
+            self.peak = max(self.peak, self._target.resident())
+
+    def end(self) -> None:
+        """End the prober, and take over what it saw."""
+        self._prober.terminate()
+        assert self._prober.stdout is not None
+        with self._prober.stdout as output:
+            seen = json.loads(output.read())
+        self.slowest, self.checks, self.failures = seen["slowest"], seen["checks"], seen["failures"]
+        self._prober.wait(30)
 
     def check(self, growth: int, seconds: float = HEALTH_SECONDS) -> None:
         """Check that health was answered in time, and that the memory stayed inside a bound."""
@@ -199,15 +206,6 @@ class Watch:
         assert self.checks
         assert self.slowest < seconds, f"a health check took {self.slowest:.2f} s"
         assert self.growth < growth, f"the server grew by {self.growth / MIB:.0f} MiB; the bound is {growth / MIB:.0f}"
-
-
-def _check(stub: health_pb2_grpc.HealthStub) -> str:
-    """The status of the server, or the code of the call that asked for it."""
-    try:
-        reply = stub.Check(health_pb2.HealthCheckRequest(), timeout=10, wait_for_ready=True)
-    except grpc.RpcError as error:
-        return str(error.code().name)
-    return health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
 
 
 def _closed_form(model: Path) -> dict[tuple[str, str], float]:
