@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
 from reranker_service.engines import EngineDeadError
 from reranker_service.rpc.limits import Limits
+from reranker_service.rpc.stream import StreamSession
+from reranker_service.rpc.turns import Turns
 from reranker_service.scheduling import Job, JobResult, Scheduler
 from reranker_service.scoring.texts import OncePerText, TextTable
 
@@ -336,3 +339,54 @@ def test_a_stream_that_breaks_while_a_chunk_is_encoded_gives_no_internal_error(
 
     replies = asyncio.run(scenario())
     assert [one.WhichOneof("message") for one in replies] == ["opened"]
+
+
+def test_streams_handle_one_chunk_in_each_pass_of_the_event_loop(
+    cross_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gRPC accepts one call in every second pass: a pass with a chunk of each stream would hold up new calls."""
+    original = StreamSession._add
+    begun: list[int] = []
+    passes = 0
+
+    def add(*arguments: Any) -> None:
+        begun.append(passes)
+        original(*arguments)
+
+    monkeypatch.setattr(StreamSession, "_add", add)
+
+    async def scenario() -> None:
+        nonlocal passes
+        async with serve_in_process(cross_encoder, ControlledEngine(max_in_flight=1000)) as channel:
+            stub = rpc.RerankerServiceStub(channel)
+
+            async def stream() -> int:
+                return len([one async for one in stub.RerankStream(send(OPEN, TEXTS, *map(chunk, range(20))))])
+
+            streams = asyncio.gather(*(stream() for _ in range(16)))
+            while not streams.done():
+                passes += 1
+                await asyncio.sleep(0)
+            assert await streams == [21] * 16
+
+    asyncio.run(scenario())
+    assert len(begun) == 320
+    assert max(Counter(begun).values()) == 1
+
+
+def test_turns_are_given_in_order_and_pass_over_those_who_left() -> None:
+    async def scenario() -> str:
+        turns, order = Turns(), []
+
+        async def work(name: str) -> None:
+            await turns.take()
+            order.append(name)
+
+        for _ in range(2):
+            tasks = {name: asyncio.create_task(work(name)) for name in "abcd"}
+            await asyncio.sleep(0)
+            tasks["c"].cancel()
+            await asyncio.wait(tasks.values())
+        return "".join(order)
+
+    assert asyncio.run(scenario()) == "abdabd"

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from .budget import Account, Budget
 from .errors import BusyError
+from .turns import Turns
 
 
 class Admission:
@@ -17,6 +18,7 @@ class Admission:
         stream_idle_seconds: Seconds without a message after which a stream with nothing to compute is ended.
         pairs: Pairs that the server has read and not yet answered.
         streams: Open streams.
+        turns: Order in which streams handle their messages.
     """
 
     def __init__(
@@ -27,6 +29,7 @@ class Admission:
         self.stream_idle_seconds = stream_idle_seconds
         self.pairs = 0
         self.streams = 0
+        self.turns = Turns()
         self._max_streams = max_streams
 
     @contextmanager

@@ -250,6 +250,7 @@ class StreamSession:
                         await asyncio.sleep(0)
                     continue
                 if kind == "chunk":
+                    await self._admission.turns.take()
                     self._validator.chunk_id(request.chunk.id, chunk_ids)
                     chunk_ids.add(request.chunk.id)
                     self._add(request.chunk, table, costs, account)
