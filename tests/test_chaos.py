@@ -95,7 +95,7 @@ def test_scores_of_another_model_are_found_out(served: Path, tmp_path: Path) -> 
     with counted_matrices(), run.serving(1) as servers, run.client(servers) as client:
         run_job(client, run.ledger, side=16, seed=1)
     assert run.ledger.wrong == run.ledger.asked == 256
-    assert run.outcome("model").scored == 256 + 1  # and the server's own first pair
+    assert run.outcome("model").scored == 256 + 2  # and the server's own known answer
 
 
 def test_the_report_says_what_is_wrong(tmp_path: Path) -> None:

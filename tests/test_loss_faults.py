@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,17 @@ def test_a_server_that_refuses_the_caller_ends_training_even_where_steps_may_go_
             loss(features(model, texts(2, 4)), None)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also in a program that a shell started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("variant", [GRIDS, ROUNDS])
 def test_an_interrupt_ends_a_step_that_waits_and_leaves_everything_usable(
     model: SentenceTransformer, variant: dict[str, Any]

@@ -63,7 +63,7 @@ def test_the_tokens_before_every_border_are_those_of_the_whole_text(name: str) -
             borders += 1
 
     check()
-    assert borders >= 20
+    assert borders >= 5, "the texts must have borders"
 
 
 def build_left(directory: Path) -> Path:

@@ -199,8 +199,10 @@ def test_a_cancelled_chunk_leaves_the_queue(cross_encoder: Path) -> None:
     async def scenario() -> None:
         engine = ControlledEngine(max_in_flight=8, open_gate=False)
         async with serve_in_process(cross_encoder, engine) as channel:
-            call = await start(channel, OPEN, TEXTS, chunk(0), chunk(1), chunk(2))
+            call = await start(channel, OPEN, TEXTS, chunk(0))
             await engine.wait_for_sequences(8)
+            for number in (1, 2):
+                await call.write(chunk(number))
             # The second one has no effect; nor do unknown chunks.
             await call.write(cancel(1, 99))
             await call.write(cancel(1))
