@@ -35,7 +35,7 @@ from reranker_service.rpc.listener import Listener
 from reranker_service.rpc.validation import Validator
 from reranker_service.rpc.wire import TooMany, find_excess
 from reranker_service.scoring import ScoringError
-from reranker_service.scoring.costs import Costs
+from reranker_service.scoring.costs import Costs, TableCosts
 from reranker_service.settings import Settings, variable_errors
 
 from . import http2
@@ -650,11 +650,11 @@ def test_many_texts_and_requests_give_other_calls_their_turn(cross_encoder: Path
                     await asyncio.sleep(0)
 
             counted: list[int] = []
-            original = Costs.texts
+            adding = TableCosts.add
             rankings: list[int] = []
             ranking = Costs.ranking
             with (
-                mock.patch.object(Costs, "texts", lambda *one: counted.append(turns) or original(*one)),
+                mock.patch.object(TableCosts, "add", lambda *one: counted.append(turns) or adding(*one)),
                 mock.patch.object(Costs, "ranking", lambda *one: rankings.append(turns) or ranking(*one)),
             ):
                 counter = asyncio.create_task(count())
