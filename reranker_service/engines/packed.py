@@ -24,6 +24,8 @@ _NAME = "reranker_packed"
 # The kernel computes in these formats only.
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 _TOLERANCE = 1e-4
+# Errors of a model that cannot be packed in the way that is tried.
+_MISFITS = (TypeError, IndexError, ValueError, RuntimeError)
 # Lengths of the sequences of the proof: the shortest, odd ones, and one longer than a window of local attention.
 _PROOF_LENGTHS = (2, 61, 3, 170, 17)
 
@@ -157,7 +159,7 @@ def _attention(
         The result, shape ``(1, T, heads, head size)``, and no weights.
     """
     if softcap is not None or cu_seq_lens_q is None:
-        raise NotImplementedError("packed attention needs the sequences' bounds, and has no softcap")
+        raise ValueError("packed attention needs the sequences' bounds, and has no softcap")
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     reach = -1 if sliding_window is None else sliding_window - 1
     window = (reach, 0 if causal else reach)
@@ -307,12 +309,14 @@ def pack_classifier(model: Any) -> PackedClassifier | None:
     for first_position in _first_positions(trial.config):
         try:
             tokens = PackedBackbone(backbone, first_position)(batch)
-        except (NotImplementedError, TypeError, IndexError, ValueError, RuntimeError):
+        except torch.OutOfMemoryError:
+            raise
+        except _MISFITS:
             continue
         for reads in get_args(Reads):
             try:
                 found = _logits(head, tokens, batch, reads)
-            except (TypeError, IndexError, ValueError, RuntimeError):
+            except _MISFITS:
                 continue
             if _equal(found, wanted):
                 place = getattr(model, model.base_model_prefix)
@@ -332,7 +336,9 @@ def pack_backbone(model: Any) -> PackedBackbone | None:
     for first_position in _first_positions(trial.config):
         try:
             found = PackedBackbone(trial, first_position)(batch)
-        except (NotImplementedError, TypeError, IndexError, ValueError, RuntimeError):
+        except torch.OutOfMemoryError:
+            raise
+        except _MISFITS:
             continue
         if _equal(found, wanted):
             return PackedBackbone(model, first_position)
