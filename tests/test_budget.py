@@ -340,8 +340,8 @@ def test_large_metadata_is_refused(cross_encoder_server: ServerProcess) -> None:
 def test_64_streams_that_never_read_stay_inside_the_budget(cross_encoder: Path) -> None:
     """The process grows by the budget and what gRPC holds, also when 64 more streams follow."""
     streams, budget, message = 64, 128 * MEBIBYTE, texts(64, 4000)
-    # Each call: a message in hand as bytes and as texts, and the window of flow control. 32 MiB: what the allocator
-    # keeps when the machine is busy (170 to 176 MiB in all on an idle one, 208 at a load of 9).
+    # Each call: a message in hand as bytes and as texts, and the window of flow control. 32 MiB: on an idle
+    # machine 170 to 176 MiB were measured in all, at a load of 9 once 208; the reason for the difference is not known.
     allowed = budget + streams * (2 * message.ByteSize() + MEBIBYTE // 2) + 32 * MEBIBYTE
     flags = ("--memory-bytes", str(budget), "--engine", "torch", "--threads", "1")
     with ServerProcess("--model", str(cross_encoder), *flags, module="benchmarks.instant") as server:
