@@ -9,7 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _READY = r"\bevent=ready\b.*\baddress=(\S+)"
@@ -131,17 +131,16 @@ class Child:
     def stop(self) -> None:
         """End the process in order, and the rest of its group by force."""
         if self._process.poll() is None:
-            self.resume()
+            with suppress(ProcessLookupError):  # it may end at this moment
+                self.resume()
             self._process.terminate()
             try:
                 self._process.wait(_STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._reader.join(_STOP_SECONDS)
 
     def _read(self) -> None:

@@ -12,14 +12,20 @@ import contextlib
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
+import threading
 import types
 from collections.abc import Mapping, Sequence
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import IO, Any
+
+# An exit status is one message, which can be read once. Two threads that read at the same time would leave one of them
+# without it, and multiprocessing reads the status of every process whenever it starts one.
+_reading_status = threading.Lock()
 
 
 def ensure_fork_server() -> None:
@@ -82,7 +88,8 @@ class ForkedProgram:
             self._process = multiprocessing.get_context("forkserver").Process(
                 target=_Start(command[1:], [*files, begins], cwd or Path.cwd(), env, start_new_session, process_group)
             )
-            self._process.start()
+            with _reading_status:
+                self._process.start()
             # As with Popen, the process is of its session and has its files before the constructor returns.
             os.close(begins)
             os.read(ready, 1)
@@ -92,31 +99,34 @@ class ForkedProgram:
     @property
     def returncode(self) -> int | None:
         """Exit status, or the negative number of the signal that ended the program; ``None`` while it runs."""
-        return self._process.exitcode
+        with _reading_status:
+            return self._process.exitcode
 
     def poll(self) -> int | None:
         """The same as ``returncode``."""
-        return self._process.exitcode
+        return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the program's end; gives ``returncode``. Raises ``subprocess.TimeoutExpired``."""
-        self._process.join(timeout)
-        if self._process.exitcode is None:
+        connection.wait([self._process.sentinel], timeout)
+        status = self.poll()
+        if status is None:
             raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
-        return self._process.exitcode
+        return status
 
     def send_signal(self, number: int) -> None:
         """Send a signal to a program that still runs."""
-        if self.poll() is None:
-            os.kill(self.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it may end at this moment
+            if self.poll() is None:
+                os.kill(self.pid, number)
 
     def terminate(self) -> None:
         """Send SIGTERM."""
-        self._process.terminate()
+        self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """Send SIGKILL."""
-        self._process.kill()
+        self.send_signal(signal.SIGKILL)
 
 
 class _Start:
