@@ -1,4 +1,4 @@
-"""Kinds of models, and the scale of their raw scores."""
+"""Kinds of models: their names, and the scale of their raw scores."""
 
 from __future__ import annotations
 
@@ -26,3 +26,12 @@ def raw_scale(info: pb.GetModelInfoResponse) -> RawScale:
             "and cannot tell how their raw scores become probabilities: update the client"
         )
     return scale
+
+
+def kind_name(info: pb.GetModelInfoResponse) -> str:
+    """Return the kind of a model as users write it: ``"cross-encoder"``, ``"causal-reranker"`` or ``"bi-encoder"``.
+
+    Raises:
+        ValueError: The contract of this client has no such kind.
+    """
+    return pb.ModelKind.Name(info.kind).removeprefix("MODEL_KIND_").replace("_", "-").lower()
