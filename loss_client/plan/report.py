@@ -99,8 +99,8 @@ def _table(plan: Plan, costs: Sequence[Cost]) -> list[str]:
         [
             cost.mode.name + (" (estimate)" if cost.mode.estimated else ""),
             f"{cost.mode.pairs:,}",
-            f"{_three(cost.scoring_seconds)} s",
-            f"{_three(cost.step_seconds)} s",
+            f"{three(cost.scoring_seconds)} s",
+            f"{three(cost.step_seconds)} s",
             f"{cost.servers_without_wait:,}",
             _size(cost.bytes),
         ]
@@ -109,7 +109,7 @@ def _table(plan: Plan, costs: Sequence[Cost]) -> list[str]:
     if plan.steps is not None:
         heads.append(("GPU hours", "an epoch"))
         for row, cost in zip(rows, costs, strict=True):
-            row.append(_three(cost.gpu_hours or 0.0))
+            row.append(three(cost.gpu_hours or 0.0))
     lines = [[upper for upper, _ in heads], [lower for _, lower in heads], *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
     return [
@@ -148,7 +148,7 @@ def _notes(plan: Plan, costs: Sequence[Cost], measured: Measurement | None) -> l
     return notes
 
 
-def _three(number: float) -> str:
+def three(number: float) -> str:
     """Write a number with three significant digits, or with all digits before the decimal point."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
@@ -157,6 +157,6 @@ def _size(count: int) -> str:
     size = float(count)
     for unit in ("B", "kB", "MB"):
         if size < 1000:
-            return f"{_three(size)} {unit}"
+            return f"{three(size)} {unit}"
         size /= 1000
-    return f"{_three(size)} GB"
+    return f"{three(size)} GB"
