@@ -34,11 +34,22 @@ ARGUMENTS = ("plan", "--batch", "1024", "--columns", "2", "--step-seconds", "0.5
 
 
 @pytest.fixture(scope="module")
-def fixed_rate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def model_of_numbers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model.build(tmp_path_factory.mktemp("plan") / "model")
+
+
+@pytest.fixture(scope="module")
+def fixed_rate(model_of_numbers: Path) -> Iterator[Server]:
     """A real server whose engine scores ``RATE`` pairs a second."""
-    folder = tmp_path_factory.mktemp("plan")
-    with Server(model.build(folder / "model"), folder, RATE) as server:
+    with Server(model_of_numbers, model_of_numbers.parent, RATE) as server:
         server.wait_ready()
+        yield server
+
+
+@pytest.fixture(scope="module")
+def instant(model_of_numbers: Path) -> Iterator[ServerProcess]:
+    """A real server whose engine answers at once."""
+    with ServerProcess("--model", str(model_of_numbers), "--engine", "torch", module="benchmarks.instant") as server:
         yield server
 
 
@@ -51,6 +62,7 @@ def test_pairs_of_a_batch() -> None:
     assert Batch(1024, 5).pairs == 1024 * 4096
     assert Batch(1024, 5).own == 4096
     assert ISSUE.nearest(16).pairs == 1024 * 17
+    assert ISSUE.nearest(0.5).pairs == 1024 + 512
     assert ISSUE.nearest(2000).pairs == 1024**2, "there are no more pairs than all"
 
 
@@ -137,11 +149,11 @@ def test_bytes_agree_with_those_that_were_measured_for_a_grid_of_a_million_pairs
 
 
 @pytest.mark.parametrize("listed", [False, True])
-def test_bytes_agree_with_those_that_pass_a_proxy(fixed_rate: Server, listed: bool) -> None:
+def test_bytes_agree_with_those_that_pass_a_proxy(instant: ServerProcess, listed: bool) -> None:
     source = RandomWords(20, 40)
-    queries, documents = source.queries(32), source.documents(32)
+    queries, documents = source.queries(128), source.documents(128)
     pairs = [(query, document) for query in queries for document in documents]
-    with CountingProxy(fixed_rate.address) as proxy, RerankerClient(proxy.address) as client:
+    with CountingProxy(instant.address) as proxy, RerankerClient(proxy.address) as client:
         client.rerank("a query", ["a document"])
         before = proxy.bytes
         if listed:
@@ -149,7 +161,7 @@ def test_bytes_agree_with_those_that_pass_a_proxy(fixed_rate: Server, listed: bo
         else:
             client.score_grid(queries, documents, chunk_pairs=128)
         passed = proxy.bytes - before
-    expected = wire_bytes(Batch(32, 2), source.sizes(), len(pairs), 128, listed)
+    expected = wire_bytes(Batch(128, 2), source.sizes(), len(pairs), 128, listed)
     assert passed == pytest.approx(expected, rel=0.05)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from loss_client.plan.arithmetic import Candidates, Cost, Plan
 
 
-def advise(plan: Plan, candidates: Collection[Candidates], per_anchor: int) -> str:
+def advise(plan: Plan, candidates: Collection[Candidates], per_anchor: float) -> str:
     """Return the advice for a plan.
 
     The first mode without a wait, with the servers of the plan, is taken: all pairs, because the distillation term
@@ -35,14 +35,14 @@ def advise(plan: Plan, candidates: Collection[Candidates], per_anchor: int) -> s
     return _mass(plan, everything if "all" in candidates else None)
 
 
-def _nearest(plan: Plan, per_anchor: int) -> str:
+def _nearest(plan: Plan, per_anchor: float) -> str:
     wanted, own = plan.cost(plan.nearest(per_anchor)), plan.cost(plan.own_documents())
     if wanted.servers_without_wait <= plan.servers:
         return (
-            f'Take candidates="nearest" with per_anchor={per_anchor} and {_servers(wanted.servers_without_wait)}: its '
-            "pairs are scored while a step trains"
+            f'Take candidates="nearest" with per_anchor={per_anchor:g} and {_servers(wanted.servers_without_wait)}: '
+            "its pairs are scored while a step trains"
         )
-    more = f"per_anchor={per_anchor} without a wait takes {_servers(wanted.servers_without_wait)}"
+    more = f"per_anchor={per_anchor:g} without a wait takes {_servers(wanted.servers_without_wait)}"
     if own.servers_without_wait <= plan.servers:
         extra = plan.nearest_auto().per_anchor or 0.0
         return (

@@ -147,14 +147,14 @@ class Plan:
         """Return the pairs of each anchor with the documents of its row, which every mode scores."""
         return Mode(None, "own documents only", self.batch.own)
 
-    def nearest(self, per_anchor: int) -> Mode:
+    def nearest(self, per_anchor: float) -> Mode:
         """Return the mode ``candidates="nearest"`` with a number of further pairs an anchor.
 
         Args:
             per_anchor: The mean number of pairs an anchor beyond its own documents. There are at most all pairs.
         """
-        pairs = min(self.batch.own + per_anchor * self.batch.anchors, self.batch.pairs)
-        return self._nearest(pairs, str(per_anchor))
+        pairs = min(self.batch.own + round(per_anchor * self.batch.anchors), self.batch.pairs)
+        return self._nearest(pairs, f"{per_anchor:g}")
 
     def nearest_auto(self) -> Mode:
         """Return the mode ``candidates="nearest"`` with ``per_anchor="auto"``: what is scored while a step trains."""

@@ -78,8 +78,8 @@ def add_parser(commands: Any) -> None:
     )
     training.add_argument(
         "--per-anchor",
-        type=_count(),
-        default=16,
+        type=_positive,
+        default=16.0,
         metavar="K",
         help='pairs an anchor beyond its own documents with candidates="nearest"; default: 16',
     )
