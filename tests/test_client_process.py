@@ -78,11 +78,12 @@ def test_a_client_works_on_both_sides_of_a_fork_and_jobs_go_on() -> None:
             from tests.stub_server import numbered_texts
             queries, documents = numbered_texts("query", 16), numbered_texts("document", 16)
             client = RerankerClient(sys.argv[1])
-            matrix = client.stream_grid(queries, documents, chunk_pairs=16)
+            matrix = client.one_model().stream_grid(queries, documents, chunk_pairs=16)
+            waiting = client.one_model().stream_grid(["waiting"], documents)  # for the job before it
             matrix.rows(0, 4)
             reading, writing = os.pipe()
             if os.fork() == 0:
-                scores = client.score_grid(["in the child"], documents).tolist()
+                scores = client.one_model().stream_grid(["in the child"], documents).result().tolist()
                 try:
                     matrix.rows(4, 5)
                     inherited = "readable"
@@ -96,14 +97,16 @@ def test_a_client_works_on_both_sides_of_a_fork_and_jobs_go_on() -> None:
                 child = json.load(pipe)
             os.wait()
             result = matrix.result().tolist()
-            print(json.dumps([child, result, matrix.usage.reconnects, client.score_grid(["later"], ["d"]).tolist()]))
+            later = [waiting.result().tolist(), client.score_grid(["later"], ["d"]).tolist()]
+            print(json.dumps([child, result, matrix.usage.reconnects, later]))
             """,
             server.target,
         )
         assert done.returncode == 0, done.stderr
-        (in_child, inherited), in_parent, reconnects, later = json.loads(done.stdout)
+        (in_child, inherited), in_parent, reconnects, (waiting, later) = json.loads(done.stdout)
         np.testing.assert_array_equal(np.float32(in_child), hash_scores(["in the child"], documents))
         np.testing.assert_array_equal(np.float32(in_parent), hash_scores(queries, documents))
+        np.testing.assert_array_equal(np.float32(waiting), hash_scores(["waiting"], documents))
         np.testing.assert_array_equal(np.float32(later), hash_scores(["later"], ["d"]))
         assert "forked" in inherited
         assert reconnects == 1

@@ -19,6 +19,7 @@ from loss_client.client.job import Job, Pairs
 from loss_client.client.memory import ScoreMemory
 from loss_client.client.options import Priority, options_message, positive_seconds, priority_value
 from loss_client.client.patience import Patience
+from loss_client.client.queue import Place
 from loss_client.client.run import run_job
 from loss_client.client.scores import ScoreMatrix, ScoreType
 from loss_client.client.turns import ModelPin
@@ -58,6 +59,7 @@ class Calls:
         timeout: float | None = None,
         recurring: bool = False,
         pin: ModelPin | None = None,
+        step: int | None = None,
     ) -> ScoreMatrix:
         """Begin a job and return its scores, which are readable as they arrive.
 
@@ -68,14 +70,24 @@ class Calls:
             usual_pairs: Most pairs of a chunk, if neither ``chunk_pairs`` nor the server names a number.
             recurring: Whether the memory keeps these pairs in preference to others.
             pin: The model that the scores have to come from.
+            step: Number of the training step that needs the scores; bulk jobs begin in the order of their steps. None:
+                the job begins at once.
 
         Raises:
             ValueError: An option is out of range.
         """
         if chunk_pairs is not None and chunk_pairs < 1:
             raise ValueError(f"chunk_pairs is {chunk_pairs}; it has to be 1 or more")
+        place = None
+        if step is not None and priority == "bulk":
+            place = Place(step, pairs.count, chunk_pairs or usual_pairs)
         matrix = ScoreMatrix(
-            pairs.shape, row_ids=pairs.row_ids, column_ids=pairs.column_ids, on_cancel=lambda: future.cancel()
+            pairs.shape,
+            row_ids=pairs.row_ids,
+            column_ids=pairs.column_ids,
+            on_cancel=lambda: future.cancel(),
+            on_wait=None if place is None else place.want,
+            on_arrival=None if place is None else place.arrived,
         )
         job = Job(
             pairs=pairs,
@@ -89,13 +101,17 @@ class Calls:
             pin=ModelPin() if pin is None else pin,
             memory=self._memory,
             recurring=recurring,
+            place=place,
         )
         future = self.background.submit(lambda channels: self._run(job, channels))
         return matrix
 
     async def _run(self, job: Job, channels: Channels) -> None:
         # A method, because the coroutine then holds a reference to this object, which must not end while jobs run.
-        await run_job(job, channels)
+        try:
+            await run_job(job, channels)
+        finally:
+            channels.queue.end(job.place)
 
     @staticmethod
     def finish(matrix: ScoreMatrix) -> NDArray[np.float32]:

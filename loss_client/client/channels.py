@@ -26,6 +26,7 @@ from loss_client.client.errors import (
     from_rpc_error,
 )
 from loss_client.client.patience import Patience
+from loss_client.client.queue import JobQueue
 from loss_client.client.turns import ModelPin, Turns
 
 if TYPE_CHECKING:
@@ -57,11 +58,13 @@ class Channels:
 
     Attributes:
         turns: Chooses the endpoints, and knows their models.
+        queue: Order in which jobs begin.
     """
 
     def __init__(self, settings: ChannelSettings) -> None:
         self._endpoints = [Endpoint(target, settings) for target in settings.targets]
         self.turns = Turns(self._endpoints)
+        self.queue = JobQueue()
         self._surveying = asyncio.Lock()
         self._surveyed = len(self._endpoints) == 1
         self._attempts: set[asyncio.Task[Any]] = set()

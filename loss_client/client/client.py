@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import count as counter
 from os import PathLike
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -115,6 +116,7 @@ class RerankerClient:
             raise ValueError(f"remembered_pairs is {remembered_pairs}; it has to be 0 or more")
         self._remembered_pairs = remembered_pairs
         self._memory = ScoreMemory(remembered_pairs)
+        self._steps = counter()
         self._calls = Calls(self._settings, self._timeout, self._stall_timeout, self._memory)
 
     def rerank(
@@ -187,6 +189,7 @@ class RerankerClient:
         chunk_pairs: int | None = None,
         recurring: bool = True,
         pin: ModelPin | None = None,
+        step: int | None = None,
         **options: Unpack[JobOptions],
     ) -> ScoreMatrix:
         """Begin to score listed pairs of queries and documents, and return at once.
@@ -203,6 +206,7 @@ class RerankerClient:
             recurring: Whether the pairs will come again, such as positives in every epoch. The client remembers other
                 pairs only in the space that recurring pairs leave.
             pin: See ``one_model``.
+            step: See ``one_model``.
             **options: See the class.
 
         Returns:
@@ -213,7 +217,9 @@ class RerankerClient:
             IndexError: A position is out of range.
         """
         asked = pair_list(queries, documents, query_ids, document_ids)
-        return self._calls.begin(asked, _STREAM_CHUNK_PAIRS, chunk_pairs, recurring=recurring, pin=pin, **options)
+        return self._calls.begin(
+            asked, _STREAM_CHUNK_PAIRS, chunk_pairs, recurring=recurring, pin=pin, step=step, **options
+        )
 
     def score_grid(
         self,
@@ -244,6 +250,7 @@ class RerankerClient:
         *,
         chunk_pairs: int | None = None,
         pin: ModelPin | None = None,
+        step: int | None = None,
         **options: Unpack[JobOptions],
     ) -> ScoreMatrix:
         """Begin to score every query with every document, first query first, and return at once.
@@ -253,23 +260,30 @@ class RerankerClient:
             documents: The D documents. Equal ones are scored once.
             chunk_pairs: See the class. With fewer the first rows arrive sooner, with more there is less overhead.
             pin: See ``one_model``.
+            step: See ``one_model``.
             **options: See the class.
 
         Returns:
             The scores, shape ``(Q, D)``; each row is readable as soon as it has arrived. Reading raises the job's
             errors.
         """
-        return self._calls.begin(pair_grid(queries, documents), _STREAM_CHUNK_PAIRS, chunk_pairs, pin=pin, **options)
+        asked = pair_grid(queries, documents)
+        return self._calls.begin(asked, _STREAM_CHUNK_PAIRS, chunk_pairs, pin=pin, step=step, **options)
 
     def one_model(self) -> OneModel:
-        """Return a view of this client whose jobs get all their scores from one model, or fail.
+        """Return a view of this client for one training step: its jobs get all their scores from one model, or fail.
 
-        The first score decides which model that is. The scores of one training step belong together in this way.
+        The first score decides which model that is.
+
+        Bulk jobs of several views begin in the order in which the views were made, so that a step's scores are complete
+        before those of later steps. A job begins when jobs of earlier views have a quarter of their scores or less
+        still to come, and at once if a reader waits for its scores. Its timeout begins with it. Jobs without a view,
+        jobs of interactive priority and calls do not wait.
         """
-        pin = ModelPin()
+        pin, step = ModelPin(), next(self._steps)
         return OneModel(
-            stream_grid=partial(self.stream_grid, pin=pin),
-            stream_pairs=partial(self.stream_pairs, pin=pin),
+            stream_grid=partial(self.stream_grid, pin=pin, step=step),
+            stream_pairs=partial(self.stream_pairs, pin=pin, step=step),
             raw_scale=partial(self.raw_scale, pin=pin),
         )
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_client.client.memory import ScoreMemory
+from loss_client.client.queue import Place
 from loss_client.client.scores import ScoreMatrix
 from loss_client.client.texts import TextTable, distinct
 from loss_client.client.turns import ModelPin
@@ -41,6 +42,11 @@ class Pairs:
     row_ids: NDArray[np.int64] | None
     column_ids: NDArray[np.int64] | None = None
 
+    @property
+    def count(self) -> int:
+        """Number of distinct pairs."""
+        return len(self.queries) * (len(self.documents) if self.grid else 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -58,6 +64,7 @@ class Job:
         pin: The model that the scores have to come from.
         memory: Scores that this client remembers from earlier jobs; used for lists, not for grids.
         recurring: Whether the memory keeps these pairs in preference to others.
+        place: The job's place among the jobs of training steps. None: it begins at once.
     """
 
     pairs: Pairs
@@ -71,6 +78,7 @@ class Job:
     pin: ModelPin
     memory: ScoreMemory
     recurring: bool
+    place: Place | None
 
     def pairs_per_chunk(self, preferred: int = 0) -> int:
         """Return the most pairs of a chunk.

@@ -1,4 +1,4 @@
-"""OneModel: a view of a client whose jobs get all their scores from one model."""
+"""OneModel: a view of a client for one training step, whose jobs get all their scores from one model."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from loss_client.client.stream import score_on_stream
 async def run_job(job: Job, channels: Channels) -> None:
     """Score a job. Its matrix gets every score, or the error that ended the job."""
     try:
+        await channels.queue.begin(job.place)
         progress, patience = Progress(job), Patience(job.timeout, job.stall_timeout)
         attempt = partial(score_on_stream, job, progress, partial(channels.turns.agree, job.pin))
         while progress.pairs_left:

@@ -72,6 +72,8 @@ class ScoreMatrix:
             Default: the stored row of the same number.
         column_ids: The same for the D columns.
         on_cancel: Called by ``cancel`` if scores are missing, once.
+        on_wait: Called by each reader that has to wait, in the reader's thread.
+        on_arrival: Called after scores have arrived, with the number of stored scores that are missing.
 
     Attributes:
         shape: ``(Q, D)``.
@@ -86,6 +88,8 @@ class ScoreMatrix:
         row_ids: NDArray[np.int64] | None = None,
         column_ids: NDArray[np.int64] | None = None,
         on_cancel: Callable[[], object] | None = None,
+        on_wait: Callable[[], object] | None = None,
+        on_arrival: Callable[[int], object] | None = None,
     ) -> None:
         self.shape = shape
         self.seconds_waited = 0.0
@@ -101,7 +105,10 @@ class ScoreMatrix:
         self._missing = np.full(rows, columns, dtype=np.int64)  # number of scores that each stored row lacks
         self._rows_missing = rows if columns else 0
         self._error: BaseException | None = None
+        self._scores_missing = rows * columns
         self._on_cancel = on_cancel
+        self._on_wait = on_wait
+        self._on_arrival = on_arrival
         self._changed = threading.Condition()
         self._process = os.getpid()
 
@@ -202,9 +209,12 @@ class ScoreMatrix:
             fewest = missing.min(initial=1)
             if fewest < 0:
                 raise ValueError("the block holds scores that have arrived before")
+            self._scores_missing -= block.size
             if fewest == 0:
                 self._rows_missing -= len(missing) - int(np.count_nonzero(missing))
                 self._changed.notify_all()
+        if self._on_arrival:
+            self._on_arrival(self._scores_missing)
 
     def _read(self, positions: NDArray[np.int64]) -> NDArray[np.float32]:
         """Copy complete stored rows, because callers may write into the array that they get."""
@@ -253,6 +263,8 @@ class ScoreMatrix:
             if complete():
                 return
             begun = time.monotonic()
+            if self._on_wait and self._error is None:
+                self._on_wait()
             try:
                 self._changed.wait_for(lambda: self._error is not None or complete(), timeout)
             finally:
