@@ -34,12 +34,13 @@ from benchmarks.loss_pace import RATE_FILE, write_rate
 from benchmarks.report import Figure, save_svg
 from benchmarks.rounds import Spread
 from loss_client import RerankerCachedGISTEmbedLoss, RerankerClient, RerankerDataCollator
+from loss_client.filter.jobs import ScoringClient
 
 Mode = Literal["alone", "prefetch", "no prefetch"]
 
 RATIOS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
 _QUICK_RATIOS = (0.5, 2.0)
-_TARGET = 1.05
+TARGET = 1.05
 # The first step cannot prefetch. Both numbers are even, because the jobs of two batches can share the server, and then
 # a long step and a short one alternate.
 _SKIPPED_STEPS = 2
@@ -51,6 +52,7 @@ _MINI_BATCH = 16
 _CHUNK_PAIRS = 64
 _FASTEST = 1e9
 _TIMEOUT = 600.0
+_RATE = "rate"  # name of the file with the server's rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,22 +139,58 @@ class StepClock(TrainerCallback):
 
 
 @dataclass(slots=True)
-class _Training:
-    """Trains one small model repeatedly on the same batches."""
+class Training:
+    """Trains one small model repeatedly on the same batches, with scores of a server of fixed speed.
+
+    Attributes:
+        model: The model.
+        client: Client of the server.
+        queries: The anchors of all batches.
+        documents: The positives of all batches.
+        batch: Number of anchors of a batch.
+        directory: Directory for the trainer's output and the file with the server's rate.
+    """
 
     model: SentenceTransformer
     client: RerankerClient
-    dataset: Dataset
+    queries: Sequence[str]
+    documents: Sequence[str]
     batch: int
-    steps: int
-    output: Path
+    directory: Path
 
-    def run(self, mode: Mode) -> Steps:
-        """Train on all batches once."""
+    def set_rate(self, pairs_a_second: float) -> None:
+        """Set the speed of the server."""
+        write_rate(self.directory / _RATE, pairs_a_second)
+
+    def score_seconds(self) -> float:
+        """Return the seconds in which the server scores the first batch, while no training runs."""
+        began = time.perf_counter()
+        queries, documents = self.queries[: self.batch], self.documents[: self.batch]
+        self.client.stream_grid(queries, documents, chunk_pairs=_CHUNK_PAIRS, timeout=_TIMEOUT).result()
+        return time.perf_counter() - began
+
+    def run(
+        self,
+        mode: Mode,
+        steps: int,
+        skipped: int = _SKIPPED_STEPS,
+        accumulation: int = 1,
+        client: ScoringClient | None = None,
+    ) -> Steps:
+        """Train on the first batches.
+
+        Args:
+            mode: Kind of training.
+            steps: Number of steps that are measured.
+            skipped: Number of steps before these.
+            accumulation: Batches of a step.
+            client: Client to use instead of the training's own.
+        """
         arguments = SentenceTransformerTrainingArguments(
-            str(self.output),
-            max_steps=_SKIPPED_STEPS + self.steps,
+            str(self.directory),
+            max_steps=skipped + steps,
             per_device_train_batch_size=self.batch,
+            gradient_accumulation_steps=accumulation,
             optim="sgd",  # AdamW's update of the embedding table would take longer than the small model itself
             learning_rate=1e-6,
             logging_strategy="no",
@@ -168,18 +206,46 @@ class _Training:
             loss = CachedMultipleNegativesRankingLoss(self.model, mini_batch_size=_MINI_BATCH)
         else:
             loss = RerankerCachedGISTEmbedLoss(
-                self.model, self.client, 0.05, _MINI_BATCH, chunk_pairs=_CHUNK_PAIRS, timeout=_TIMEOUT
+                self.model, client or self.client, 0.05, _MINI_BATCH, chunk_pairs=_CHUNK_PAIRS, timeout=_TIMEOUT
             )
             ahead = loss if mode == "prefetch" else None
             collator = RerankerDataCollator.for_training(self.model, arguments, ahead)
-        clock = StepClock(_SKIPPED_STEPS)
+        clock = StepClock(skipped)
         clock.watch(loss)
+        dataset = Dataset.from_dict({"anchor": list(self.queries), "positive": list(self.documents)})
         trainer = SentenceTransformerTrainer(
-            self.model, arguments, self.dataset, loss=loss, data_collator=collator, callbacks=[clock]
+            self.model, arguments, dataset, loss=loss, data_collator=collator, callbacks=[clock]
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         return clock.steps()
+
+
+@contextmanager
+def training_beside_server(bench: Bench, batch: int, batches: int) -> Iterator[Training]:
+    """Start a server of fixed speed, and leave one core to it and to the client.
+
+    Args:
+        bench: The run.
+        batch: Number of anchors of a batch.
+        batches: Number of batches.
+    """
+    # Imported here: the benchmark on a GPU uses this file's clock without the package of the student's weights.
+    from examples.student import load_student
+
+    texts = bench.corpus.grid(batch * batches, batch * batches)
+    model = load_student(_LAYERS)
+    model.max_seq_length = _TOKENS
+    with _one_core_left(bench), tempfile.TemporaryDirectory(prefix="reranker-bench-") as directory:
+        rate = Path(directory) / _RATE
+        write_rate(rate, _FASTEST)
+        with (
+            bench.launcher.server(
+                bench.models["tiny"], "torch", module="benchmarks.loss_pace", **{RATE_FILE: str(rate)}
+            ) as server,
+            RerankerClient(address_of(server), timeout=_TIMEOUT) as client,
+        ):
+            yield Training(model, client, texts.queries, texts.documents, batch, Path(directory))
 
 
 def prefetch_figures(bench: Bench, plot: Path) -> list[Figure]:
@@ -189,46 +255,29 @@ def prefetch_figures(bench: Bench, plot: Path) -> list[Figure]:
         bench: The run.
         plot: File for the plot, SVG.
     """
-    # Imported here: the benchmark on a GPU uses this file's clock without the package of the student's weights.
-    from examples.student import load_student
-
     quick = bench.scale < 1
     batch, steps, ratios = (8, 2, _QUICK_RATIOS) if quick else (24, _STEPS, RATIOS)
-    # One batch more than the steps need, so that the last step also has a next batch to prefetch.
-    rows = batch * (_SKIPPED_STEPS + steps + 1)
-    texts = bench.corpus.grid(rows, rows)
-    model = load_student(_LAYERS)
-    model.max_seq_length = _TOKENS
     found: dict[float, list[Round]] = {ratio: [] for ratio in ratios}
     accuracy: list[float] = []
-    with _one_core_left(bench), tempfile.TemporaryDirectory(prefix="reranker-bench-") as directory:
-        rate = Path(directory) / "rate"
-        write_rate(rate, _FASTEST)
-        with (
-            bench.launcher.server(
-                bench.models["tiny"], "torch", module="benchmarks.loss_pace", **{RATE_FILE: str(rate)}
-            ) as server,
-            RerankerClient(address_of(server), timeout=_TIMEOUT) as client,
-        ):
-            dataset = Dataset.from_dict({"anchor": list(texts.queries), "positive": list(texts.documents)})
-            training = _Training(model, client, dataset, batch, steps, Path(directory))
-            for mode in ("prefetch", "alone"):  # the first training is a warm-up
-                usual = training.run(mode).seconds
-            for number in range(bench.rounds):
-                for ratio in ratios:
-                    alone = training.run("alone")
-                    nominal = ratio * usual
-                    write_rate(rate, batch * batch / nominal)
-                    score = _score_seconds(client, texts.queries[:batch], texts.documents[:batch])
-                    accuracy.append(score / nominal)
-                    prefetch, without = (training.run(mode).seconds for mode in ("prefetch", "no prefetch"))
-                    one = Round(alone, score, prefetch, without)
-                    found[ratio].append(one)
-                    bench.say(
-                        f"round {number + 1}, ratio {ratio}: train {alone.seconds:.3f} s (embedding "
-                        f"{alone.embedding:.3f} s), score {score:.3f} s; step {prefetch:.3f} s with prefetch, "
-                        f"{without:.3f} s without ({one.predicted:.3f} s predicted)"
-                    )
+    # One batch more than the steps need, so that the last step also has a next batch to prefetch.
+    with training_beside_server(bench, batch, _SKIPPED_STEPS + steps + 1) as training:
+        for mode in ("prefetch", "alone"):  # the first training is a warm-up
+            usual = training.run(mode, steps).seconds
+        for number in range(bench.rounds):
+            for ratio in ratios:
+                alone = training.run("alone", steps)
+                nominal = ratio * usual
+                training.set_rate(batch * batch / nominal)
+                score = training.score_seconds()
+                accuracy.append(score / nominal)
+                prefetch, without = (training.run(mode, steps).seconds for mode in ("prefetch", "no prefetch"))
+                one = Round(alone, score, prefetch, without)
+                found[ratio].append(one)
+                bench.say(
+                    f"round {number + 1}, ratio {ratio}: train {alone.seconds:.3f} s (embedding "
+                    f"{alone.embedding:.3f} s), score {score:.3f} s; step {prefetch:.3f} s with prefetch, "
+                    f"{without:.3f} s without ({one.predicted:.3f} s predicted)"
+                )
     draw(plot, found)
     return list(figures(found, accuracy))
 
@@ -242,10 +291,10 @@ def figures(found: Mapping[float, Sequence[Round]], accuracy: Sequence[float]) -
     """
     for ratio, rounds in found.items():
         shares = Spread.of([one.prefetch / one.bound for one in rounds])
-        yield Figure(f"prefetch, score/train {ratio:g}: step / max(train, score)", shares, "x", _TARGET, False)
+        yield Figure(f"prefetch, score/train {ratio:g}: step / max(train, score)", shares, "x", TARGET, False)
     for ratio, rounds in found.items():
         shares = Spread.of([one.without / one.predicted for one in rounds])
-        yield Figure(f"no prefetch, score/train {ratio:g}: step / predicted", shares, "x", _TARGET, False)
+        yield Figure(f"no prefetch, score/train {ratio:g}: step / predicted", shares, "x", TARGET, False)
     for ratio, rounds in found.items():
         gain = Spread.of([one.without / one.prefetch for one in rounds])
         yield Figure(f"score/train {ratio:g}: step without / with prefetch", gain)
@@ -257,12 +306,6 @@ def figures(found: Mapping[float, Sequence[Round]], accuracy: Sequence[float]) -
         higher_is_better=False,
     )
     yield Figure("score alone: measured / intended", Spread.of(accuracy), higher_is_better=False)
-
-
-def _score_seconds(client: RerankerClient, queries: Sequence[str], documents: Sequence[str]) -> float:
-    began = time.perf_counter()
-    client.stream_grid(queries, documents, chunk_pairs=_CHUNK_PAIRS, timeout=_TIMEOUT).result()
-    return time.perf_counter() - began
 
 
 @contextmanager
