@@ -38,6 +38,7 @@ from loss_client.filter.distillation import Distillation
 from loss_client.filter.distiller import Distiller
 from loss_client.filter.jobs import ScoringClient
 from loss_client.filter.masking import MarginStrategy
+from loss_client.filter.prefetch import next_step
 from loss_client.filter.scale import ModelScale, probabilities
 from loss_client.filter.scoring import Scoring, ScoringSettings
 from loss_client.filter.statistics import LossStatistics
@@ -265,7 +266,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         features = [dict(column) for column in sentence_features]
         step = self._scoring.take(features, self._scoring_settings(), self.model)
         try:
-            step.settle(self._settings())
+            step.settle(self._settings(), next_step() if self.gather_across_devices else None)
             loss: Tensor = self.forward_cached(features, step)  # type: ignore[arg-type]
         except BaseException:
             step.cancel()
@@ -330,6 +331,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             contrast_anchors=self.contrast_anchors,
             contrast_positives=self.contrast_positives,
             contrast_filter=self.contrast_filter,
+            gather=self.gather_across_devices,
             chunk_pairs=self.chunk_pairs,
             timeout=self.timeout,
         )

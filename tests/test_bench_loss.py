@@ -17,12 +17,13 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 from torch.nn import functional
 
-from benchmarks import loss_candidates
+from benchmarks import loss_accumulation, loss_candidates
 from benchmarks.loss import run
 from benchmarks.loss_candidates import Calculation, Comparison, Guide, calculate
 from benchmarks.loss_pace import FixedSpeedEngine, write_rate
 from benchmarks.loss_prefetch import Round, StepClock, Steps, figures
-from loss_client import RerankerCachedGISTEmbedLoss
+from loss_client import RerankerCachedGISTEmbedLoss, RerankerClient
+from loss_client.filter.jobs import OneModelClient, ScoringClient
 
 from .training import student
 
@@ -92,6 +93,21 @@ def test_figures_are_taken_within_each_round() -> None:
     without = by_name["no prefetch, score/train 2: step / predicted"]
     assert (without.spread.low, without.spread.high) == pytest.approx((1.0, 1.1))
     assert by_name["train alone: embedding pass / step"].spread.value == pytest.approx(0.25)
+
+
+def test_a_batch_in_order_has_a_target_and_one_without_an_order_has_none() -> None:
+    rounds = [loss_accumulation.Round(alone=1.0, score=0.9, ordered=1.03, unordered=1.5)]
+    ordered, unordered = loss_accumulation.figures({4: rounds})
+    assert (ordered.name, ordered.target) == ("4 batches a step: batch / max(train, score)", 1.05)
+    assert (ordered.spread.value, unordered.spread.value) == pytest.approx((1.03, 1.5))
+    assert unordered.reached is None
+
+
+def test_the_client_without_an_order_is_one_that_the_loss_takes() -> None:
+    with RerankerClient("localhost:1") as client:
+        plain: Any = loss_accumulation.Unordered(client)
+        assert isinstance(plain, ScoringClient)
+        assert not isinstance(plain, OneModelClient)
 
 
 def unit_vectors(texts: list[str], seed: int) -> dict[str, torch.Tensor]:

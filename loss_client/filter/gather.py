@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from sentence_transformers.util import all_gather_with_grad, get_rank, get_world_size
 from torch import Tensor
+
+from loss_client.filter.ahead import Batch, Columns, announcements
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,27 +48,45 @@ class Rows:
         return torch.arange(begin, end, device=device) + self.offset
 
 
-def gather_columns(columns: Sequence[Sequence[str]]) -> tuple[list[list[str]], Rows]:
+def gather_columns(present: Batch, following: Batch | None = None) -> tuple[list[list[str]], Rows, list[list[str]]]:
     """Return the texts of all ranks.
 
     Args:
-        columns: This rank's columns of texts, all of one length.
+        present: This rank's batch, whose columns all have one length.
+        following: The next batch of this rank, if it is known.
 
     Returns:
-        The same columns with the texts of all ranks one after the other, and the positions of each rank's rows.
+        The columns with the texts of all ranks one after the other; the positions of each rank's rows; and the columns
+        of the next batches, of those ranks that know theirs and have as many columns there as this rank. Without a
+        next batch of this rank there are no such columns.
 
     Raises:
         ValueError: The ranks have different numbers of columns.
     """
-    gathered = _gather_objects([list(column) for column in columns])
+    if present.columns is None:
+        raise ValueError("the batch has no texts")
+    if get_world_size() == 1:
+        return _joined([present.columns]), Rows((len(present.columns[0]),), 0), []
+    announced = announcements()
+    messages = _gather_objects(announced.message(get_rank(), present, following))
+    gathered = announced.take(messages)
     counts = [len(rank_columns) for rank_columns in gathered]
     if len(set(counts)) > 1:
         raise ValueError(
             f"gather_across_devices needs batches with the same columns on every rank, but the ranks have {counts} "
             "columns."
         )
-    merged = [[text for part in parts for text in part] for parts in zip(*gathered, strict=True)]
-    return merged, Rows(tuple(len(rank_columns[0]) for rank_columns in gathered), get_rank())
+    rows = Rows(tuple(len(rank_columns[0]) for rank_columns in gathered), get_rank())
+    ahead: list[Columns] = []
+    if following is not None and following.columns is not None:
+        known = [message.following.columns for message in messages if message.following is not None]
+        ahead = [columns for columns in known if len(columns) == len(following.columns)]
+    return _joined(gathered), rows, _joined(ahead)
+
+
+def _joined(batches: Sequence[Columns]) -> list[list[str]]:
+    """Return the columns of several batches, the texts of each column one after the other."""
+    return [list(chain.from_iterable(parts)) for parts in zip(*batches, strict=True)]
 
 
 def gather_embeddings(embeddings: Tensor, rows: Rows) -> Tensor:

@@ -98,6 +98,9 @@ class GridStep(FilterStep):
             self._jobs = [*self._grid.jobs, *(self._positive_grid.jobs if self._positive_grid else [])]
         return ids
 
+    def _begin_ahead(self, merged: Sequence[Sequence[str]]) -> None:
+        self._ask(merged)
+
     def _lay_out(self, merged: Sequence[Sequence[str]]) -> None:
         ids = self._ask(merged)
         self._document_ids = ids[: len(merged) - 1]  # for each column (rows of all ranks,)

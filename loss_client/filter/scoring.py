@@ -20,10 +20,11 @@ from loss_client.filter.texts import TextReader
 class ScoringSettings:
     """Settings that a step's scores are asked for with; see ``RerankerCachedGISTEmbedLoss`` for most of them.
 
-    Settings that lead to the same scores are equal: ``chunk_pairs`` and ``timeout`` are not compared.
+    Settings that lead to the same scores are equal: ``gather``, ``chunk_pairs`` and ``timeout`` are not compared.
 
     Attributes:
         score_type: Type of the scores that the reranker is asked for.
+        gather: Whether the texts of all ranks are compared.
     """
 
     instruction: str | None
@@ -35,6 +36,7 @@ class ScoringSettings:
     contrast_anchors: bool
     contrast_positives: bool
     contrast_filter: ContrastFilter
+    gather: bool = field(compare=False)
     chunk_pairs: int | None = field(compare=False)
     timeout: float | None = field(compare=False)
 
@@ -86,6 +88,7 @@ class Scoring:
             contrast = (scored and settings.contrast_anchors, scored and settings.contrast_positives)
             step = GridStep(columns, contrast, partial(client.stream_grid, **options))
         step.source = self._source(settings)
+        step.gathers = settings.gather
         return step
 
     def take(self, features: list[dict[str, Any]], settings: ScoringSettings, model: Any) -> FilterStep:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loss_client.client.errors import RerankerError, is_permanent
+from loss_client.filter.ahead import Batch
 from loss_client.filter.equal_anchors import EqualAnchors
 from loss_client.filter.gather import Rows, gather_columns
 from loss_client.filter.interning import intern
@@ -27,6 +29,8 @@ from loss_client.filter.targets import Targets
 
 ContrastFilter = Literal["known", "scores"]
 """Source of the filter for pairs of anchors and pairs of positives; see ``RerankerCachedGISTEmbedLoss``."""
+
+_numbers = count()
 
 OnError = Literal["raise", "unfiltered"]
 """Reaction to missing scores: fail, or train without the filter; see ``RerankerCachedGISTEmbedLoss``."""
@@ -91,6 +95,8 @@ class FilterStep(ABC):
         source: Settings that the step was begun with; the loss uses the step only while they are its own.
         error: The error that ended the scoring, with ``on_error="unfiltered"``.
         temperature: The guide's temperature in this step, once the loss has set it.
+        gathers: Whether the loss compares this rank's anchors with the documents of all ranks.
+        announced: Whether the other ranks have been sent this rank's texts.
     """
 
     rows: Rows
@@ -100,13 +106,21 @@ class FilterStep(ABC):
         self.error: RerankerError | None = None
         self.source: Hashable = None
         self.temperature: float | None = None
+        self.gathers = self.announced = False
+        self._batch = Batch(next(_numbers), [list(column) for column in columns])
+        self._cancelled = False
         self._columns = columns
         self._counts = LossStatistics(steps=1, anchors=len(columns[0]))
         self._jobs: list[ScoreRows] = []
         self._distilled = _Distilled()
 
-    def settle(self, settings: FilterSettings) -> None:
+    def settle(self, settings: FilterSettings, following: FilterStep | None = None) -> None:
         """Take the loss's present settings and the other ranks' texts, and begin to score the pairs that they add.
+
+        Args:
+            settings: The loss's present settings.
+            following: The step of this rank's next batch, if its scoring has begun. The ranks exchange the texts of
+                their next batches too, and begin to score the pairs that these add.
 
         Raises:
             ValueError: The ranks have different numbers of columns.
@@ -114,11 +128,34 @@ class FilterStep(ABC):
         self._settings = settings
         merged: Sequence[Sequence[str]] = self._columns
         self.rows = Rows((len(self._columns[0]),), 0)
+        ahead: Sequence[Sequence[str]] = []
         if settings.gather:
-            merged, self.rows = gather_columns(self._columns)
+            merged, self.rows, ahead = gather_columns(self._batch, None if following is None else following._batch)
         self._anchor_ids = intern([merged[0]]).ids[0]  # (rows of all ranks,)
         self._lay_out(merged)
         self._equal_anchors = EqualAnchors(self._anchor_ids, self._document_ids[0])
+        if following is not None and ahead:
+            following._foresee(ahead)
+
+    def _foresee(self, merged: Sequence[Sequence[str]]) -> None:
+        """Begin to score the pairs that the other ranks' texts add, before ``settle``.
+
+        An error ends this step's scoring, and the loss begins it again when it comes to the batch.
+
+        Args:
+            merged: Texts by column of those ranks whose next batch is known, this rank among them.
+        """
+        self.announced = True
+        try:
+            self._begin_ahead(merged)
+        except Exception:  # any error here is of a later batch, and must not end the present one
+            self.cancel()
+        if self._cancelled:  # perhaps by another thread, before the last job began
+            self.cancel()
+
+    def _begin_ahead(self, merged: Sequence[Sequence[str]]) -> None:
+        """Begin to score the pairs that the other ranks' texts add; see ``_foresee``. Default: none."""
+        return
 
     @abstractmethod
     def _lay_out(self, merged: Sequence[Sequence[str]]) -> None:
@@ -184,10 +221,11 @@ class FilterStep(ABC):
 
     def failed(self) -> bool:
         """Whether a job failed or was cancelled."""
-        return any(job.error is not None for job in self._jobs)
+        return self._cancelled or any(job.error is not None for job in self._jobs)
 
     def cancel(self) -> None:
         """Cancel the jobs whose scores have not arrived."""
+        self._cancelled = True
         for job in self._jobs:
             job.cancel()
 
