@@ -30,10 +30,10 @@ from loss_client.filter.targets import Targets
 ContrastFilter = Literal["known", "scores"]
 """Source of the filter for pairs of anchors and pairs of positives; see ``RerankerCachedGISTEmbedLoss``."""
 
-_numbers = count()
-
 OnError = Literal["raise", "unfiltered"]
 """Reaction to missing scores: fail, or train without the filter; see ``RerankerCachedGISTEmbedLoss``."""
+
+_numbers = count()  # of this process's batches
 
 
 @dataclass(frozen=True, slots=True)
