@@ -258,8 +258,9 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         self.statistics = LossStatistics()
         # Connects at first use; a copy or a pickle makes its own connections.
         self._client = reranker if isinstance(reranker, ScoringClient) else RerankerClient(reranker)
-        served = isinstance(preselector, (str, list, tuple))
-        given: Any = RerankerClient(preselector) if served else preselector
+        given: Any = preselector
+        if isinstance(preselector, (str, list, tuple)):
+            given = RerankerClient(preselector)
         self._scoring = Scoring(self._client, None if given is None else make_preselector(given, model))
         self._scale = ModelScale(self._client)
         self._distiller = Distiller()

@@ -188,10 +188,15 @@ def test_something_else_is_no_preselector() -> None:
 
 
 def test_work_is_done_in_order_and_errors_reach_the_reader() -> None:
-    worker, gate, order = Worker(), threading.Event(), []
-    first = worker.submit(lambda: (gate.wait(WAIT_SECONDS), order.append(1)))
-    second, third = worker.submit(lambda: order.append(2)), worker.submit(lambda: 1 / 0)
-    fourth = worker.submit(lambda: order.append(4))
+    worker, gate = Worker(), threading.Event()
+    order: list[int] = []
+
+    def work(number: int) -> None:
+        gate.wait(WAIT_SECONDS)
+        order.append(number)
+
+    first, second = worker.submit(lambda: work(1)), worker.submit(lambda: work(2))
+    third, fourth = worker.submit(lambda: 1 / 0), worker.submit(lambda: work(4))
     assert second.cancel()
     assert not first.done()
     gate.set()
@@ -225,11 +230,11 @@ class Servers:
         arrived = min(asked, round(self.rate * (self.now - begun)) - own)
         ends = begun + own / self.rate, min(begun + (own + asked) / self.rate, self.now)
         self.late = asked - arrived
-        jobs = [
+        jobs: Any = [
             SimpleNamespace(span=(begun, end), usage=ScoreUsage(pairs=pairs))
             for end, pairs in zip(ends, (own, arrived), strict=True)
         ]
-        self.pace.record(anchors, jobs, self.now - begun, waited)  # type: ignore[arg-type]
+        self.pace.record(anchors, jobs, self.now - begun, waited)
         return self.now - begun
 
 

@@ -136,18 +136,18 @@ def test_a_preselector_that_is_the_reranker_finds_every_mask(model: SentenceTran
 
 def test_metrics_name_the_pairs_and_what_is_missed(model: SentenceTransformer) -> None:
     loss = make(model, MemoryScorer(random_scores()), candidates="nearest", per_anchor=3)
-    for _ in range(40):
+    for _ in range(10):
         loss(features(model, texts(2, 12)), None)
     entry, counts = _metrics(loss.statistics), loss.statistics
     assert entry["reranker/per_anchor"] == 3
     assert entry["reranker/pairs"] == 12 * 4
-    assert counts.probed_pairs == 8 * 40
+    assert counts.probed_pairs == 8 * 10
     # By brute force: the masks of all pairs, less those that were found.
     full = make(model, MemoryScorer(random_scores()))
     full(features(model, texts(2, 12)), None)
     masks = full.statistics.masked_negatives
-    missed = 1 - counts.masked_negatives / 40 / masks
-    assert entry["reranker/missed_masks"] == pytest.approx(missed, abs=0.1)
+    missed = 1 - counts.masked_negatives / 10 / masks
+    assert entry["reranker/missed_masks"] == pytest.approx(missed, abs=0.2)
     assert not {"reranker/late_pairs", "reranker/late_choices", "reranker/unscored_anchors"} & entry.keys()
 
 
@@ -306,6 +306,7 @@ def test_what_has_not_arrived_in_time_stays_a_negative(
     # By brute force, from what the jobs answered.
     scores = np.full((8, 8), np.nan, np.float32)
     for number, job in enumerate(scorer.jobs):
+        job.released.clear()
         found = job.arrived(0, len(job.values), 0)
         if found.shape[1] > 1:
             scores = found
@@ -360,10 +361,11 @@ def test_auto_never_waits_for_preselected_pairs(model: SentenceTransformer) -> N
     assert loss.statistics.scored_anchors == 6
     assert len(scorer.jobs) == 1
     gate.set()
-    step = loss.begin(texts(2, 6))
+    step: Any = loss.begin(texts(2, 6))
     step._preselections[0]._future.result(WAIT_SECONDS)
     step.settle(loss._settings())
     step.select(6, lambda begin, end: pytest.fail("no logits are needed"))
+    step.observe(0, 6, torch.zeros(6, 6))
     counts = step.statistics()
     assert 4 * 6 <= counts.late_pairs <= 4 * 6 + 8  # four an anchor, and random ones
     assert counts.unfiltered_steps == 0

@@ -129,6 +129,7 @@ class CandidateStep(FilterStep):
         try:
             if self._epsilon is None and not self._own_arrived:
                 self._fetch(np.unique(np.concatenate([np.empty(0, dtype=np.int64), *self._first_wanted()])))
+            epsilon = self._epsilon or 1.0
             for assume_masked in (False, True) if self._epsilon is not None else ():
                 wanted = [] if self._own_arrived else self._first_wanted()
                 for begin in range(0, len(scored), size):
@@ -136,7 +137,7 @@ class CandidateStep(FilterStep):
                     similar = logits(begin, end)
                     decided, masked = (torch.from_numpy(flags).to(similar.device) for flags in self._state(begin, end))
                     most = None if self._most is None else np.maximum(self._most - scored[begin:end], 0)
-                    chosen = choose(similar, decided, masked, self._epsilon, assume_masked=assume_masked, most=most)
+                    chosen = choose(similar, decided, masked, epsilon, assume_masked=assume_masked, most=most)
                     found = chosen.cpu().numpy()
                     scored[begin:end] += found.sum(axis=1)
                     wanted.append(self._codes(begin, end, found))
@@ -193,7 +194,7 @@ class CandidateStep(FilterStep):
             documents = len(self._document_texts)
             limits = np.full(len(self._query_texts), np.inf, dtype=np.float32)
             own = self._limits(self._anchor_queries * documents + self._own_documents)
-            np.minimum.at(limits, self._anchor_queries, own)
+            np.fmin.at(limits, self._anchor_queries, own)
             missed = np.isnan(self._scores.pairs(codes)) & (scores > limits[codes // documents])
             self._counts.probed_pairs += len(codes)
             self._counts.missed_masks += found.choice.pairs * float(missed.mean())

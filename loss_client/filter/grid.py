@@ -136,7 +136,7 @@ class GridStep(FilterStep):
         blocks = [known[:, ids] for ids in self._document_ids]
         # Pairs of anchors and of positives count as without a score in rows that lack any.
         every = len(self._document_ids[0])
-        contrast = np.repeat(known.all(axis=1)[:, None], every * self._settings.contrast_blocks, axis=1)
+        contrast = np.repeat(np.all(known, axis=1, keepdims=True), every * self._settings.contrast_blocks, axis=1)
         masked = self.mask(begin, end)
         decided = np.concatenate([blocks[0], contrast, *blocks[1:]], axis=1) | masked
         shares = unscored_share(

@@ -111,4 +111,6 @@ def _units(embeddings: Any, count: int) -> NDArray[np.float32]:
         )
     if not np.isfinite(vectors).all():
         raise ValueError("The preselector returned embeddings that are not finite.")
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    units: NDArray[np.float32] = vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
+    return units
