@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +22,9 @@ from benchmarks.bench import Bench
 from benchmarks.loss_candidates import Guide, _embed, _guide_vectors, _pairs
 from benchmarks.report import Figure, save_svg
 from benchmarks.rounds import Spread
-from examples.docstrings import PACKAGES, Pair
-from examples.student import load_minilm, load_student, mine_triplets
+from examples.docstrings import PACKAGES
+from examples.student import load_minilm, load_student
 from loss_client import RerankerCachedGISTEmbedLoss
-
-Batching = Literal["random", "mined"]
 
 BATCH = 1024
 MARGINS = (0.0, 0.05, 0.2)
@@ -56,7 +54,7 @@ class Point:
     pairs: float
 
 
-Curves = dict[tuple[Batching, float], dict[str, list[Point]]]
+Curves = dict[tuple[str, float], dict[str, list[Point]]]
 """Points of each series, such as ``"nearest, minilm"`` and ``"mass"``, by batching and margin."""
 
 
@@ -139,29 +137,28 @@ def measure(size: int, packages: Sequence[str], say: Any) -> Curves:
         packages: Packages whose docstrings are the texts.
         say: Prints one line of progress.
     """
-    pairs = _pairs(3 * size, packages)
-    minilm, student = load_minilm(), load_student()
-    models = {"minilm": minilm, "student": student}
-    triplets, _ = mine_triplets(
-        [Pair(anchor, body, "") for anchor, body in pairs[:size]],
-        [Pair(anchor, body, "") for anchor, body in pairs[size:]],
-        minilm,
-    )
-    laid: dict[Batching, list[list[str]]] = {
-        "random": [list(column) for column in zip(*pairs[:size], strict=True)],
-        "mined": [triplets[column][:] for column in ("anchor", "positive", "negative")],
-    }
+    pairs = _pairs(2 * size, packages)
+    size = min(size, len(pairs) // 2)
+    anchors, bodies = [anchor for anchor, _ in pairs[:size]], [body for _, body in pairs]
+    models = {"minilm": load_minilm(), "student": load_student()}
+    embedded = {name: _embed(model, [anchors, bodies]) for name, model in models.items()}
+    # The mined negative is the nearest document, except the anchor's positive; many are false.
+    similar = embedded["minilm"][0] @ embedded["minilm"][1].T
+    mined = similar.fill_diagonal_(-torch.inf).argmax(1)
     curves: Curves = {}
-    for batching, columns in laid.items():
-        vectors = {name: _embed(model, columns) for name, model in models.items()}
+    for batching in ("random", "mined"):
+        negatives = [mined] if batching == "mined" else []
+        columns = [anchors, bodies[:size], *([bodies[place] for place in places] for places in negatives)]
+        vectors = {
+            name: [first, second[:size], *(second[places] for places in negatives)]
+            for name, (first, second) in embedded.items()
+        }
         batch = _Batch(columns, vectors, Guide(_distinct(columns, vectors["minilm"])))
         for margin in MARGINS:
-            curves[batching, margin] = batch.curves(student, margin)
+            curves[batching, margin] = batch.curves(models["student"], margin)
             for name, points in curves[batching, margin].items():
-                say(
-                    f"{batching}, margin {margin}, {name}: "
-                    + ", ".join(f"{p.scored:.2%} {p.found:.1%}" for p in points)
-                )
+                shares = ", ".join(f"{point.scored:.2%} {point.found:.1%}" for point in points)
+                say(f"{batching}, margin {margin:g}, {name}: {shares}")
     return curves
 
 
