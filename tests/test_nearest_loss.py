@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
+from loss_client import RerankerClient
 from loss_client.callbacks import _metrics
 from loss_client.client.errors import RerankerUnavailableError
 from loss_client.filter.distillation import Distillation
 from loss_client.loss import RerankerCachedGISTEmbedLoss
 
+from .stub_server import Gate, ReceivedChunk, ReceivedStream, StubServer, hash_scores
 from .training import (
     MemoryScorer,
     MemoryScores,
@@ -369,3 +371,58 @@ def test_auto_never_waits_for_preselected_pairs(model: SentenceTransformer) -> N
     counts = step.statistics()
     assert 4 * 6 <= counts.late_pairs <= 4 * 6 + 8  # four an anchor, and random ones
     assert counts.unfiltered_steps == 0
+
+
+# Over gRPC
+
+
+def test_a_server_that_stops_in_the_middle_holds_a_step_no_longer_than_max_wait(model: SentenceTransformer) -> None:
+    gate = Gate()
+
+    async def some(stream: ReceivedStream, chunk: ReceivedChunk) -> None:
+        if chunk.number >= 4:
+            await gate.wait()
+
+    columns = texts(2, 8)
+    with StubServer(on_chunk=some) as server, RerankerClient(server.target) as client:
+        loss = make(model, client, max_wait=1.0, chunk_pairs=8)
+        loss(features(model, columns), None)
+        counts = loss.statistics
+        assert counts.scored_anchors == 4
+        assert counts.late_pairs == 32
+        assert 0.9 <= counts.seconds_waited < 5
+        scores = hash_scores(*columns)[:4]
+        above = (scores > scores.diagonal()[:, None]).sum()
+        assert counts.masked_negatives == above > 0
+        assert counts.unfiltered_steps == 0
+        server.wait_for(lambda: server.streams[0].ended, "the end of the job")
+        gate.open()
+
+
+def test_the_pairs_with_the_largest_leads_arrive_first(model: SentenceTransformer) -> None:
+    gate = Gate()
+
+    async def first_band(stream: ReceivedStream, chunk: ReceivedChunk) -> None:
+        if stream.number == 1 and chunk.number >= 2:
+            await gate.wait()
+
+    columns, served = texts(2, 8), MemoryScorer(random_scores(3))
+    with StubServer(on_chunk=first_band) as server, RerankerClient(server.target) as client:
+        loss = make(model, client, candidates="nearest", preselector=served, per_anchor=4, max_wait=1.0, chunk_pairs=4)
+        step: Any = loss.begin(columns)
+        server.wait_for(lambda: len(server.streams) > 1 and len(server.streams[1].chunks) > 2, "preselected pairs")
+        step.settle(loss._settings())
+        step.select(8, lambda begin, end: pytest.fail("no logits are needed"))
+        step.observe(0, 8, torch.zeros(8, 8))
+        counts = step.statistics()
+        assert counts.preselected_pairs == 32
+        similar = random_scores(3)(*columns)
+        leads = similar - similar.diagonal()[:, None]
+        np.fill_diagonal(leads, -np.inf)
+        best = {(columns[0][place // 8], columns[1][place % 8]) for place in np.argsort(-leads.reshape(-1))[:8]}
+        # The first of four bands: the eight best pairs, and eight random ones, of which some are among the best.
+        asked = [pair for chunk in server.streams[1].chunks for pair in chunk.pairs()]
+        assert best <= set(asked[:16])
+        assert 0 < counts.pairs - 8 <= 8
+        assert 24 <= counts.late_pairs <= 32
+        gate.open()
