@@ -59,8 +59,12 @@ class _Scores:
         self.seconds_waited = 0.0
         self.usage = ScoreUsage()
         self.error = None
+        self.span = (0.0, 0.0)
 
     def rows(self, begin: int, end: int) -> NDArray[np.float32]:
+        return self._values[begin:end]
+
+    def arrived(self, begin: int, end: int, timeout: float) -> NDArray[np.float32]:
         return self._values[begin:end]
 
     def release(self, begin: int, end: int) -> None:

@@ -33,6 +33,7 @@ class FixedTimeScores:
     error = None
 
     def __init__(self, shape: tuple[int, int], arrival: float) -> None:
+        self.span = (time.monotonic(), arrival)
         self.shape = shape
         self.seconds_waited = 0.0
         self.usage = ScoreUsage(pairs=shape[0] * shape[1])
@@ -44,6 +45,14 @@ class FixedTimeScores:
         time.sleep(missing)
         self.seconds_waited += missing
         return np.zeros((end - begin, self.shape[1]), dtype=np.float32)
+
+    def arrived(self, begin: int, end: int, timeout: float) -> NDArray[np.float32]:
+        """Wait at most ``timeout`` seconds; return rows of zeros, or of NaN before the time of arrival."""
+        if time.monotonic() + timeout >= self._arrival:
+            return self.rows(begin, end)
+        time.sleep(timeout)
+        self.seconds_waited += timeout
+        return np.full((end - begin, self.shape[1]), np.nan, dtype=np.float32)
 
     def release(self, begin: int, end: int) -> None:
         """Do nothing: no scores are kept."""

@@ -57,6 +57,7 @@ _POSITIVE = (
     "chunk_pairs",
     "max_length",
     "timeout",
+    "max_wait",
 )
 _IN_CARD = (
     "temperature",
@@ -75,6 +76,8 @@ _IN_CARD = (
     "candidates",
     "epsilon",
     "max_candidates",
+    "per_anchor",
+    "max_wait",
     "on_error",
     "distillation",
     "hardness_mode",
@@ -120,8 +123,17 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         if arguments[name] not in choices:
             raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, not {arguments[name]!r}.")
     check_margin(arguments["margin"], arguments["margin_strategy"], arguments["score_type"])
-    if not 0 < arguments["epsilon"] < 1:
+    if arguments["epsilon"] is not None and not 0 < arguments["epsilon"] < 1:
         raise ValueError(f"epsilon must be between 0 and 1, not {arguments['epsilon']!r}.")
+    per_anchor = arguments["per_anchor"]
+    if per_anchor != "auto" and not (isinstance(per_anchor, (int, float)) and per_anchor > 0):
+        raise ValueError(f"per_anchor must be 'auto' or greater than 0, not {per_anchor!r}.")
+    if arguments["candidates"] == "nearest" and arguments["preselector"] is None:
+        raise ValueError(
+            "candidates='nearest' needs a preselector, a fast model that tells which documents are near an anchor: the "
+            "address of a served bi-encoder, or a small SentenceTransformer, such as "
+            "preselector=SentenceTransformer('sentence-transformers/all-MiniLM-L6-v2')."
+        )
     for name in _POSITIVE:
         if arguments[name] is not None and not arguments[name] > 0:
             raise ValueError(f"{name} must be greater than 0, not {arguments[name]!r}.")

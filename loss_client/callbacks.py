@@ -30,7 +30,15 @@ class RerankerMetricsCallback(TrainerCallback):
     - ``pairs``: mean number of scored pairs in a step; ``cached_pairs`` and ``remembered_pairs``: of these, those from
       the server's cache and from the client's memory; ``skipped_pairs``: mean number of pairs that were not scored.
     - ``seconds_waited``: mean seconds that a step waited for scores.
-    - ``unscored_share``: with ``candidates="mass"``, mean share of the softmax denominator without a score.
+    - ``unscored_share``: mean share of an anchor's softmax denominator, after masking, that documents without a score
+      hold.
+    - ``per_anchor``: with ``candidates="nearest"``, mean number of preselected pairs of an anchor.
+    - ``missed_masks``: with ``candidates="nearest"``, estimated share of all masks that the filter misses, because
+      their pairs have no score. It rests on eight random pairs a step: look at its mean over many steps.
+    - ``late_pairs``, ``late_choices``: if any, mean number of pairs whose scores did not arrive in time, in a step, and
+      number of steps for which the preselector did not choose in time.
+    - ``unscored_anchors``: if any, share of the anchors that the filter left as they are, because the score of their
+      positive did not arrive.
     - ``distillation_loss``: with distillation, mean of the term, a KL divergence, before its weight.
     - ``guide_entropy``: with distillation, mean entropy of the guide's distributions, in nats.
     - ``reconnects``, ``unfiltered_steps``: their numbers.
@@ -240,6 +248,17 @@ def _metrics(counts: LossStatistics) -> dict[str, float]:
         if counts.scored_negatives:
             values["negative_score"] = counts.negative_scores / counts.scored_negatives
         values["unscored_share"] = counts.unscored_share / counts.scored_anchors
+    if counts.scored_anchors < counts.anchors:
+        values["unscored_anchors"] = 1 - counts.scored_anchors / counts.anchors
+    if counts.preselected_pairs:
+        values["per_anchor"] = counts.preselected_pairs / counts.anchors
+    if counts.probed_pairs:
+        masks = counts.missed_masks + counts.masked_negatives
+        values["missed_masks"] = counts.missed_masks / masks if masks else 0.0
+    if counts.late_pairs:
+        values["late_pairs"] = counts.late_pairs / counts.steps
+    if counts.late_choices:
+        values["late_choices"] = counts.late_choices
     if counts.distilled_anchors:
         values["distillation_loss"] = counts.distillation_loss / counts.distilled_anchors
         values["guide_entropy"] = counts.guide_entropy / counts.distilled_anchors

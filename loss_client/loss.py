@@ -32,12 +32,14 @@ from loss_client.arguments import (
 )
 from loss_client.client.client import RerankerClient
 from loss_client.client.scores import ScoreType
-from loss_client.filter.candidates import Candidates
+from loss_client.filter.candidates import MASS_EPSILON, Candidates
 from loss_client.filter.contrast import Hardness, HardnessMode
 from loss_client.filter.distillation import Distillation
 from loss_client.filter.distiller import Distiller
 from loss_client.filter.jobs import ScoringClient
 from loss_client.filter.masking import MarginStrategy
+from loss_client.filter.nearest.nearest import PerAnchor
+from loss_client.filter.nearest.preselector import GivenPreselector, make_preselector
 from loss_client.filter.prefetch import next_step
 from loss_client.filter.scale import ModelScale, probabilities
 from loss_client.filter.scoring import Scoring, ScoringSettings
@@ -97,27 +99,38 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             :class:`CachedGISTEmbedLoss`. Pairs of equal texts, and a row's pair with itself, are always dropped.
         gather_across_devices: Whether the documents of all devices are candidates for each device's anchors. Texts and
             embeddings are gathered; each device has its own anchors scored.
-        candidates: ``"all"``: every pair is scored. ``"mass"``: for each anchor the candidates that the model finds
-            most similar are scored, until those without a score hold at most ``epsilon`` of the softmax denominator.
-            The loss is then above the full one by at most ``-log(1 - epsilon)``. ``docs/training.md`` says when this
-            is faster.
-        epsilon: See ``candidates``.
-        max_candidates: With ``candidates="mass"``, the most candidates of an anchor to have scored, beside the
-            documents of its own row. The bound does not hold for anchors that would need more; they are counted.
-            Default: no limit.
+        candidates: ``"all"``: every pair is scored. ``"nearest"``: each anchor's own documents, and the pairs whose
+            document the ``preselector`` finds nearest to the anchor, compared with the anchor's own positive.
+            ``"mass"``: for each anchor the candidates that the model finds most similar, until those without a score
+            hold at most ``epsilon`` of the softmax denominator. A candidate without a score stays a negative.
+            ``docs/training.md`` says which to take.
+        epsilon: Largest share of an anchor's softmax denominator that candidates without a score may hold; further
+            ones are scored for anchors above it. The loss is then above the full one by at most ``-log(1 - epsilon)``.
+            Default: 1e-3 with ``"mass"``, and no bound with ``"nearest"``.
+        max_candidates: The most candidates of an anchor that are scored because of ``epsilon``, beside the documents of
+            its own row. The bound does not hold for anchors that would need more; they are counted. Default: no limit.
         on_error: ``"raise"``: a step fails if its scores do not arrive. ``"unfiltered"``: the step trains without the
             filter, is counted, and leads to a warning. A server with another contract, or one that refuses the
             client's credentials, always ends training.
         distillation: Adds a term that teaches the model the reranker's scores. The loss then asks for raw scores,
             because probabilities saturate, and computes the probabilities for the margin by itself. It keeps raw scores
-            in float32 until the step ends: anchors x distinct documents. With ``candidates="mass"`` the distributions
-            are over the documents that have a score.
+            in float32 until the step ends: anchors x distinct documents. Its distributions are over the documents that
+            have a score.
         hardness_mode: Adds ``hardness_strength * cosine``, without gradient, to the logits of negatives, so that
             similar negatives count more; as in :class:`CachedMultipleNegativesRankingLoss`.
             ``"in_batch_negatives"``: those of other rows. ``"hard_negatives"``: those of the anchor's own row.
             ``"all_negatives"``: both. Negatives that are dropped stay dropped. The logits of ``contrast_anchors`` and
             ``contrast_positives`` get no penalty.
         hardness_strength: See ``hardness_mode``.
+        preselector: With ``candidates="nearest"``, a fast model that judges somewhat like the reranker: the address of
+            a served bi-encoder (or a list of addresses, or a ``RerankerClient``), a SentenceTransformer, which embeds
+            in a background thread, or a function from a list of texts to their embeddings, shape ``(texts, dim)``. Each
+            text is embedded once; the embeddings of the last 131,072 texts are remembered.
+        per_anchor: With ``candidates="nearest"``, the number of preselected pairs of an anchor: a mean over the batch
+            and, with ``gather_across_devices``, for the documents of each device. ``"auto"``: as many as the servers
+            can score while a step trains, as measured; pairs that are late are not waited for.
+        max_wait: Most seconds that a step waits for scores. Pairs whose scores are late stay negatives and are counted,
+            and the rest of the job is cancelled. Default: no limit.
 
     Raises:
         ValueError: An argument or a batch cannot work. The message says why.
@@ -201,12 +214,15 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         contrast_filter: ContrastFilter = "known",
         gather_across_devices: bool = False,
         candidates: Candidates = "all",
-        epsilon: float = 1e-3,
+        epsilon: float | None = None,
         max_candidates: int | None = None,
         on_error: OnError = "raise",
         distillation: Distillation | None = None,
         hardness_mode: HardnessMode | None = None,
         hardness_strength: float = 0.0,
+        preselector: str | Sequence[str] | GivenPreselector | None = None,
+        per_anchor: PerAnchor = "auto",
+        max_wait: float | None = None,
     ) -> None:
         super().__init__()
         if has_static_embedding_input(model):
@@ -233,15 +249,20 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         self.candidates = candidates
         self.epsilon = epsilon
         self.max_candidates = max_candidates
+        self.per_anchor = per_anchor
+        self.max_wait = max_wait
         self.on_error = on_error
         self.distillation = distillation
         self.hardness_mode = hardness_mode
         self.hardness_strength = hardness_strength
-        check_arguments(vars(self))
+        check_arguments({**vars(self), "preselector": preselector})
         self.statistics = LossStatistics()
         # Connects at first use; a copy or a pickle makes its own connections.
         self._client = reranker if isinstance(reranker, ScoringClient) else RerankerClient(reranker)
-        self._scoring = Scoring(self._client)
+        given: Any = preselector
+        if isinstance(preselector, (str, list, tuple)):
+            given = RerankerClient(preselector)
+        self._scoring = Scoring(self._client, None if given is None else make_preselector(given, model))
         self._scale = ModelScale(self._client)
         self._distiller = Distiller()
         self._unfiltered = UnfilteredWarning()
@@ -272,6 +293,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             step.cancel()
             raise
         self.statistics.add(step.statistics())
+        self._scoring.record(step, self.model.training)
         if self.distillation is not None:
             self._distiller.check_underflow(step, type(self).__name__)
         if step.error is not None:
@@ -326,8 +348,9 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             # Targets need raw scores, from which the loss computes probabilities by itself.
             score_type=self.score_type if self.distillation is None else "raw",
             candidates=self.candidates,
-            epsilon=self.epsilon,
+            epsilon=MASS_EPSILON if self.epsilon is None and self.candidates == "mass" else self.epsilon,
             max_candidates=self.max_candidates,
+            per_anchor=self.per_anchor,
             contrast_anchors=self.contrast_anchors,
             contrast_positives=self.contrast_positives,
             contrast_filter=self.contrast_filter,
@@ -347,6 +370,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             gather=self.gather_across_devices,
             on_error=self.on_error,
             convert=None if self.distillation is None else self._in_units,
+            max_wait=self.max_wait,
         )
 
     def _in_units(self, raw: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -55,7 +55,7 @@ def make(
     Args:
         plan: Sizes of the study.
         entrant: Settings of the contender.
-        local: Guide of CachedGISTEmbedLoss.
+        local: Guide of CachedGISTEmbedLoss, and preselector of ``candidates="nearest"``.
         guides: Address or client of each guide.
         dataset: The training data. Only ``OwnDocuments`` needs it, with the labels of :func:`labelled`.
     """
@@ -69,9 +69,10 @@ def make(
             assert dataset is not None
             return own_documents(entrant.name, plan.temperature, np.asarray(dataset["label"][:], dtype=np.float32))
         case Served():
-            return reranked(
-                entrant.name, guides[entrant.guide], *settings, timeout=600, **served_options(plan, entrant)
-            )
+            options = served_options(plan, entrant)
+            if entrant.candidates == "nearest":
+                options |= {"preselector": local, "per_anchor": entrant.per_anchor}
+            return reranked(entrant.name, guides[entrant.guide], *settings, timeout=600, **options)
 
 
 def served_options(plan: Plan, served: Served) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def served_options(plan: Plan, served: Served) -> dict[str, Any]:
         "margin_strategy": "absolute" if margin is None else margin.strategy,
         "margin": _MASKS_ALL if margin is None else margin.value,
         "candidates": served.candidates,
-        "epsilon": 1e-3,
+        "epsilon": 1e-3 if served.candidates == "mass" else None,
         "distillation": served.distillation,
         **_hardness_options(served.hardness),
     }

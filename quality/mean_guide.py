@@ -76,6 +76,19 @@ class MeanScores:
             total += member.factor * job.rows(begin, end) + member.shift
         return (total / len(self._jobs)).astype(np.float32)
 
+    def arrived(self, begin: int, end: int, timeout: float) -> NDArray[np.float32]:
+        """Wait at most ``timeout`` seconds for each member's rows; return their mean, NaN where a score is missing."""
+        total = np.zeros((end - begin, self.shape[1]))
+        for job, member in zip(self._jobs, self._members, strict=True):
+            total += member.factor * job.arrived(begin, end, timeout) + member.shift
+        return (total / len(self._jobs)).astype(np.float32)
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """Times at which the first member's job began and the last one's ended; see ``ScoreRows``."""
+        spans = [job.span for job in self._jobs]
+        return min(begun for begun, _ in spans), max(ended for _, ended in spans)
+
     def release(self, begin: int, end: int) -> None:
         """Free the memory of rows that will not be read again."""
         for job in self._jobs:

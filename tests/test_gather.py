@@ -6,9 +6,11 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -50,7 +52,17 @@ CONTRASTS: list[dict[str, Any]] = [
 ]
 # With an epsilon this small every candidate is scored.
 CHOICES: list[dict[str, Any]] = [{"candidates": "all"}, {"candidates": "mass", "epsilon": 1e-12}]
-RUNS = list(itertools.product(SPLITS, CONTRASTS, CHOICES))
+
+
+def embed(batch: list[str]) -> NDArray[np.float64]:
+    """Embed texts at random, equal texts alike."""
+    return np.stack([np.random.default_rng(list(text.encode())).normal(size=8) for text in batch])
+
+
+# So many pairs that every one is chosen. With ``contrast_filter="known"`` a rank lacks scores of other ranks' anchors.
+NEAREST: dict[str, Any] = {"candidates": "nearest", "per_anchor": 1000, "preselector": embed}
+EXACT = [contrast for contrast in CONTRASTS if not contrast or "contrast_filter" in contrast]
+RUNS = [*itertools.product(SPLITS, CONTRASTS, CHOICES), *itertools.product(SPLITS, EXACT, [NEAREST])]
 
 
 def batch() -> list[list[str]]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from loss_client.client.errors import JobCancelledError, RerankerError, RerankerTimeoutError, ScoreError
+from loss_client.client.job import pair_list
 from loss_client.client.scores import ScoreMatrix
 
 WAIT_SECONDS = 20.0
@@ -183,3 +184,48 @@ def test_a_forked_child_does_not_wait_for_its_parents_job() -> None:
     os.close(writing)
     assert is_plain
     assert "forked" in message
+
+
+def test_rows_are_readable_as_far_as_they_have_arrived() -> None:
+    reference = numbered(3, 4)
+    matrix = ScoreMatrix((3, 5), column_ids=np.array([3, 0, 1, 2, 0]))
+    matrix.put(slice(0, 1), slice(0, 4), reference[:1])
+    matrix.put(slice(1, 2), slice(1, 3), reference[1:2, 1:3])
+    expected = np.full((3, 4), np.nan, np.float32)
+    expected[0], expected[1, 1:3] = reference[0], reference[1, 1:3]
+    found = matrix.arrived(0, 3, 0)
+    np.testing.assert_array_equal(found, expected[:, [3, 0, 1, 2, 0]])
+    matrix.cancel()
+    np.testing.assert_array_equal(matrix.arrived(0, 3, WAIT_SECONDS), found)  # at once: the job has ended
+
+
+def test_a_failed_job_is_not_one_that_is_late() -> None:
+    matrix = ScoreMatrix((2, 1))
+    matrix.put(slice(0, 1), slice(0, 1), numbered(1, 1))
+    matrix.fail(RerankerTimeoutError("no finished work"))
+    np.testing.assert_array_equal(matrix.arrived(0, 1, 0), numbered(1, 1))
+    with pytest.raises(RerankerTimeoutError, match="no finished work"):
+        matrix.arrived(0, 2, 0)
+
+
+def test_the_span_ends_with_the_last_score() -> None:
+    matrix = ScoreMatrix((2, 1))
+    begun, running = matrix.span
+    matrix.put(slice(0, 2), slice(0, 1), numbered(2, 1))
+    ended = matrix.span[1]
+    assert begun <= running <= ended == matrix.span[1]
+
+
+def test_lower_bands_come_first_and_queries_are_grouped_within_a_band() -> None:
+    # The pair of "b" and "y" is in both bands and belongs to the first.
+    queries, documents = ["a", "b"], ["x", "y", "z"]
+    query_ids, document_ids = [0, 1, 0, 1, 0, 1], [2, 0, 0, 1, 1, 1]
+    pairs = pair_list(queries, documents, query_ids, document_ids, bands=[1, 0, 0, 0, 1, 1])
+    texts = pairs.table.texts
+    order = [texts[query] + texts[document] for query, document in zip(pairs.queries, pairs.documents, strict=True)]
+    assert order == ["ax", "bx", "by", "az", "ay"]
+    assert pairs.row_ids is not None
+    asked = [queries[query] + documents[document] for query, document in zip(query_ids, document_ids, strict=True)]
+    assert [order[row] for row in pairs.row_ids] == asked
+    with pytest.raises(ValueError, match="2 bands for 6 pairs"):
+        pair_list(queries, documents, query_ids, document_ids, bands=[0, 1])

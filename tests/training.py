@@ -129,6 +129,7 @@ class MemoryScores:
     seconds_waited: float = 0.0
     error: Exception | None = None
     usage: ScoreUsage = field(default_factory=ScoreUsage)
+    span: tuple[float, float] = (0.0, 0.0)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -142,6 +143,9 @@ class MemoryScores:
         assert not any(first < end and begin < last for first, last in self.released)
         self.reads.append((begin, end))
         return self.values[begin:end]
+
+    def arrived(self, begin: int, end: int, timeout: float) -> NDArray[np.float32]:
+        return self.rows(begin, end)
 
     def release(self, begin: int, end: int) -> None:
         assert 0 <= begin < end <= len(self.values)

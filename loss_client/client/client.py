@@ -188,6 +188,7 @@ class RerankerClient:
         *,
         chunk_pairs: int | None = None,
         recurring: bool = True,
+        bands: Ids | None = None,
         pin: ModelPin | None = None,
         step: int | None = None,
         **options: Unpack[JobOptions],
@@ -205,18 +206,20 @@ class RerankerClient:
             chunk_pairs: See the class.
             recurring: Whether the pairs will come again, such as positives in every epoch. The client remembers other
                 pairs only in the space that recurring pairs leave.
+            bands: For each of the n pairs the number of its band, 0 or more; pairs of a lower band are scored first.
+                Default: all pairs are in one band.
             pin: See ``one_model``.
             step: See ``one_model``.
             **options: See the class.
 
         Returns:
-            The scores, shape ``(n, 1)``: one row for each pair, readable as it arrives. Pairs of one query are scored
-            together; queries are scored in the order of their first pairs.
+            The scores, shape ``(n, 1)``: one row for each pair, readable as it arrives. Within a band, pairs of one
+            query are scored together; queries are scored in the order of their first pairs.
 
         Raises:
             IndexError: A position is out of range.
         """
-        asked = pair_list(queries, documents, query_ids, document_ids)
+        asked = pair_list(queries, documents, query_ids, document_ids, bands)
         return self._calls.begin(
             asked, _STREAM_CHUNK_PAIRS, chunk_pairs, recurring=recurring, pin=pin, step=step, **options
         )

@@ -102,13 +102,24 @@ def pair_grid(queries: Sequence[str], documents: Sequence[str]) -> Pairs:
     return Pairs(table, rows, columns, True, (len(queries), len(documents)), row_ids, column_ids)
 
 
-def pair_list(queries: Sequence[str], documents: Sequence[str], query_ids: Ids, document_ids: Ids) -> Pairs:
+def pair_list(
+    queries: Sequence[str], documents: Sequence[str], query_ids: Ids, document_ids: Ids, bands: Ids | None = None
+) -> Pairs:
     """Pair queries and documents by position; equal pairs are scored once, and pairs of one query are neighbours.
+
+    Args:
+        queries: The queries.
+        documents: The documents.
+        query_ids: For each pair the position of its query.
+        document_ids: For each pair the position of its document.
+        bands: For each pair the number of its band, 0 or more. The pairs of a lower band come first, and those of one
+            query are neighbours within each band. An equal pair belongs to the band of its first occurrence. Default:
+            all pairs are in one band.
 
     Raises:
         IndexError: A position is out of range.
         TypeError: A list of texts is a single string, or holds something else than strings.
-        ValueError: A text cannot be written as UTF-8, or there are not as many query as document positions.
+        ValueError: A text cannot be written as UTF-8, or there are not as many query as document positions or bands.
     """
     table = TextTable()
     query_texts = table.add(queries, "queries")[_positions("query_ids", query_ids, len(queries))]
@@ -116,9 +127,15 @@ def pair_list(queries: Sequence[str], documents: Sequence[str], query_ids: Ids, 
     if len(query_texts) != len(document_texts):
         raise ValueError(f"{len(query_texts)} query_ids and {len(document_texts)} document_ids: each pair needs both")
     texts = max(len(table.texts), 1)
-    codes, row_ids = distinct(query_texts * texts + document_texts)
+    pair_codes = query_texts * texts + document_texts
+    codes, row_ids = distinct(pair_codes)
     # Neighbours with one query reach the model together and share its prefix cache.
     order = _grouped(codes // texts)
+    if bands is not None:
+        if len(bands) != len(pair_codes):
+            raise ValueError(f"{len(bands)} bands for {len(pair_codes)} pairs: each pair needs one")
+        first = np.sort(np.unique(pair_codes, return_index=True)[1])  # of each distinct pair, in the order of ``codes``
+        order = order[np.argsort(np.asarray(bands)[first][order], kind="stable")]
     codes = codes[order]
     if row_ids is None:
         row_ids = np.arange(len(order))

@@ -79,6 +79,7 @@ class ScoreMatrix:
         shape: ``(Q, D)``.
         seconds_waited: Seconds that readers were blocked, summed over all readers.
         usage: Counts of the scores that have arrived.
+        begun: Time at which the job began, on the clock of ``time.monotonic``, in seconds.
     """
 
     def __init__(
@@ -94,6 +95,8 @@ class ScoreMatrix:
         self.shape = shape
         self.seconds_waited = 0.0
         self.usage = ScoreUsage()
+        self.begun = time.monotonic()
+        self._ended: float | None = None
         self._row_ids = row_ids
         self._column_ids = column_ids
         rows = shape[0] if row_ids is None else int(row_ids.max(initial=-1)) + 1
@@ -148,6 +151,31 @@ class ScoreMatrix:
             block = self._read(stored)
         return block if self._column_ids is None else block[:, self._column_ids]
 
+    def arrived(self, begin: int, end: int, timeout: float) -> NDArray[np.float32]:
+        """Wait a limited time for rows ``begin`` to ``end`` (excluded); return them as far as they have arrived.
+
+        Args:
+            begin: First row.
+            end: One past the last row.
+            timeout: Most seconds to wait; 0 returns at once.
+
+        Returns:
+            Shape ``(end - begin, D)``; NaN for a score that has not arrived, also because the job was cancelled.
+
+        Raises:
+            IndexError: There are no such rows, or they were released.
+            RerankerError: The job failed before these rows were complete.
+        """
+        try:
+            return self.rows(begin, end, timeout)
+        except (RerankerTimeoutError, JobCancelledError):
+            if self._error is not None and not isinstance(self._error, JobCancelledError):
+                raise  # the job failed
+        stored = np.arange(begin, end) if self._row_ids is None else self._row_ids[begin:end]
+        with self._changed:
+            block = self._read(stored)
+        return block if self._column_ids is None else block[:, self._column_ids]
+
     def release(self, begin: int, end: int) -> None:
         """Free the memory of rows that will not be read again, and of the rows that share their scores.
 
@@ -170,6 +198,11 @@ class ScoreMatrix:
     def error(self) -> BaseException | None:
         """The error that ended the job; ``None`` while it runs and once it is complete."""
         return self._error
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """Times at which the job began and ended, on the clock of ``time.monotonic``; now for a job that runs."""
+        return self.begun, time.monotonic() if self._ended is None else self._ended
 
     def done(self) -> bool:
         """Whether the job has ended: all scores have arrived, or it failed or was cancelled."""
@@ -202,7 +235,7 @@ class ScoreMatrix:
             for number, lines in self._by_block(positions):
                 if number not in self._blocks:
                     height = min(self._height, len(self._missing) - number * self._height)
-                    self._blocks[number] = np.empty((height, self._columns), dtype=np.float32)
+                    self._blocks[number] = np.full((height, self._columns), np.nan, dtype=np.float32)
                 self._blocks[number][positions[lines] - number * self._height, columns] = block[lines]
             missing = self._missing[positions] - block.shape[1]
             self._missing[positions] = missing
@@ -212,16 +245,19 @@ class ScoreMatrix:
             self._scores_missing -= block.size
             if fewest == 0:
                 self._rows_missing -= len(missing) - int(np.count_nonzero(missing))
+                if self._rows_missing == 0:
+                    self._ended = time.monotonic()
                 self._changed.notify_all()
         if self._on_arrival:
             self._on_arrival(self._scores_missing)
 
     def _read(self, positions: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Copy complete stored rows, because callers may write into the array that they get."""
+        """Copy stored rows, because callers may write into the array that they get; NaN where no score has arrived."""
         found = np.empty((len(positions), self._columns), dtype=np.float32)
         if found.size:
             for number, lines in self._by_block(positions):
-                found[lines] = self._blocks[number][positions[lines] - number * self._height]
+                block = self._blocks.get(number)
+                found[lines] = np.nan if block is None else block[positions[lines] - number * self._height]
         return found
 
     def _by_block(self, positions: NDArray[np.integer[Any]]) -> Iterator[tuple[int, slice | NDArray[np.bool_]]]:
@@ -239,6 +275,7 @@ class ScoreMatrix:
             if self.done():
                 return False
             self._error = error
+            self._ended = time.monotonic()
             self._changed.notify_all()
             return True
 

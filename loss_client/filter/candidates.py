@@ -1,4 +1,7 @@
-"""CandidateStep: a batch with scores only for the candidates that hold nearly all of the softmax's mass.
+"""CandidateStep: a batch with scores for a part of its pairs.
+
+With ``candidates="nearest"`` a preselector has chosen the pairs a batch ahead. With an ``epsilon``, the candidates that
+hold nearly all of the softmax's mass are scored, once the model's similarities are known.
 
 ``mass`` tells which candidates these are and bounds the error of the loss. Masking shrinks the denominator, so that
 candidates that sufficed before their scores arrived may not suffice afterwards. The first round assumes that none of
@@ -21,33 +24,49 @@ from loss_client.filter.interning import intern
 from loss_client.filter.jobs import AskForPairs
 from loss_client.filter.masking import same_id, thresholds
 from loss_client.filter.mass import choose, unscored_share
+from loss_client.filter.nearest.preselection import Preselected, Preselection
 from loss_client.filter.pair_scores import PairScores
 from loss_client.filter.statistics import LossStatistics
 from loss_client.filter.step import FilterStep
 from loss_client.filter.targets import Places, Targets
 
-Candidates = Literal["all", "mass"]
+Candidates = Literal["all", "nearest", "mass"]
 """Rule for the pairs of a batch that are scored; see ``RerankerCachedGISTEmbedLoss``."""
+
+Preselect = Callable[[Sequence[Sequence[str]], Sequence[Sequence[str]]], Preselection]
+"""Begins to choose pairs, from this rank's columns and those of all ranks; see ``Nearest.begin``."""
+
+MASS_EPSILON = 1e-3
+"""Largest share of the denominator without a score, with ``candidates="mass"`` and no other number."""
 
 # Logits that are computed twice, to choose candidates and for the loss, may differ by rounding.
 _ROUNDING = 1 + 1e-6
 
 
 class CandidateStep(FilterStep):
-    """See :class:`FilterStep`. Before the model has embedded the batch, only each anchor's own documents are scored.
+    """See :class:`FilterStep`. Before the model has embedded the batch, each anchor's own documents are scored, and the
+    pairs that a preselector chooses.
 
     An anchor's own documents are the positive and the negatives of its row. They are the most likely to matter, and
     they come again every epoch.
 
     Args:
         columns: This rank's texts by column.
-        epsilon: Largest share of a row's denominator that may stay without a score.
+        epsilon: Largest share of a row's denominator that may stay without a score; ``None`` for no limit.
         most: Most candidates of a row to have scored, beside its own documents; ``None`` for no limit. The bound does
             not hold for rows that would need more.
         ask: Begins a scoring job. The constructor calls it for each anchor's own documents.
+        preselect: Begins the choice of further pairs. Default: there are none.
     """
 
-    def __init__(self, columns: Sequence[Sequence[str]], epsilon: float, most: int | None, ask: AskForPairs) -> None:
+    def __init__(
+        self,
+        columns: Sequence[Sequence[str]],
+        epsilon: float | None,
+        most: int | None,
+        ask: AskForPairs,
+        preselect: Preselect | None = None,
+    ) -> None:
         super().__init__(columns)
         self._epsilon = epsilon
         self._most = most
@@ -55,6 +74,22 @@ class CandidateStep(FilterStep):
         documents = list(chain.from_iterable(columns[1:]))
         every = np.arange(len(documents))
         self._jobs.append(ask(columns[0], documents, every % len(columns[0]), every, recurring=True))
+        self._preselect = preselect
+        self._preselections: list[Preselection] = []
+        self._drawn: list[Preselected] = []
+        self._begin_preselection(columns)
+
+    def _begin_preselection(self, merged: Sequence[Sequence[str]]) -> None:
+        """Begin to choose pairs of this rank's anchors; ``merged`` has the columns of this rank or of all ranks."""
+        if self._preselect is None:
+            return
+        try:
+            begun = self._preselect(self._columns, merged)
+        except BaseException:
+            self.cancel()
+            raise
+        self._preselections.append(begun)
+        self._jobs.append(begun)
 
     def _lay_out(self, merged: Sequence[Sequence[str]]) -> None:
         settings, anchors = self._settings, merged[0]
@@ -83,6 +118,8 @@ class CandidateStep(FilterStep):
         if by_scores and settings.contrast_positives:
             distinct = len(np.unique(self._document_ids[0]))
             self._all_pairs += len(np.unique(self._positive_queries)) * distinct
+        if len(self._anchor_ids) > len(self._columns[0]):
+            self._begin_preselection(merged)
 
     def select(self, size: int, logits: Callable[[int, int], Tensor]) -> None:
         """See :meth:`FilterStep.select`."""
@@ -90,18 +127,22 @@ class CandidateStep(FilterStep):
             return
         scored = self._chosen
         try:
-            for assume_masked in (False, True):
+            if self._epsilon is None and not self._own_arrived:
+                self._fetch(np.unique(np.concatenate([np.empty(0, dtype=np.int64), *self._first_wanted()])))
+            epsilon = self._epsilon or 1.0
+            for assume_masked in (False, True) if self._epsilon is not None else ():
                 wanted = [] if self._own_arrived else self._first_wanted()
                 for begin in range(0, len(scored), size):
                     end = min(begin + size, len(scored))
                     similar = logits(begin, end)
                     decided, masked = (torch.from_numpy(flags).to(similar.device) for flags in self._state(begin, end))
                     most = None if self._most is None else np.maximum(self._most - scored[begin:end], 0)
-                    chosen = choose(similar, decided, masked, self._epsilon, assume_masked=assume_masked, most=most)
+                    chosen = choose(similar, decided, masked, epsilon, assume_masked=assume_masked, most=most)
                     found = chosen.cpu().numpy()
                     scored[begin:end] += found.sum(axis=1)
                     wanted.append(self._codes(begin, end, found))
                 self._fetch(np.unique(np.concatenate(wanted)))
+            self._count_missed()
         except RerankerError as error:
             self._failed(error)
             self._clear()
@@ -119,16 +160,48 @@ class CandidateStep(FilterStep):
         own = np.concatenate([self._anchor_queries * documents + ids[self._own] for ids in self._document_ids])
         codes, first = np.unique(own, return_index=True)
         self._own_arrived = True
-        self._arrived(codes, job.rows(0, len(own))[first, 0])
+        self._arrived(codes, self._waiting.rows(job, 0, len(own))[first, 0])
         job.release(0, len(own))
+        self._read_preselected()
         if not self._by_known:
             return []
         # ``contrast_filter="known"`` compares other rows' positives with each row's threshold: these scores give it.
         return [self._all_anchor_queries * documents + self._document_ids[0]]
 
+    def _read_preselected(self) -> None:
+        """Read the scores of preselected pairs, as far as they have arrived in time."""
+        for preselection in self._preselections:
+            found = preselection.read(self._waiting)
+            if found is None:
+                self._counts.late_choices += 1
+                continue
+            chosen = len(found.choice.leads)
+            self._counts.preselected_pairs += chosen
+            codes = found.codes(self._query_texts, self._document_texts)[:chosen]
+            self._arrived(codes, found.scores[:chosen])
+            self._drawn.append(found)
+
+    def _count_missed(self) -> None:
+        """Estimate the masks of pairs without a score, from those of the random pairs that have no score otherwise."""
+        drawn, self._drawn = self._drawn, []
+        for found in drawn:
+            chosen = len(found.choice.leads)
+            codes, raw = found.codes(self._query_texts, self._document_texts)[chosen:], found.scores[chosen:]
+            codes, raw = codes[~np.isnan(raw)], raw[~np.isnan(raw)]
+            if not len(codes):
+                continue
+            scores = raw if self._settings.convert is None else self._settings.convert(raw)
+            documents = len(self._document_texts)
+            limits = np.full(len(self._query_texts), np.inf, dtype=np.float32)
+            own = self._limits(self._anchor_queries * documents + self._own_documents)
+            np.fmin.at(limits, self._anchor_queries, own)
+            missed = np.isnan(self._scores.pairs(codes)) & (scores > limits[codes // documents])
+            self._counts.probed_pairs += len(codes)
+            self._counts.missed_masks += found.choice.pairs * float(missed.mean())
+
     def _fetch(self, codes: NDArray[np.int64]) -> None:
         missing = self._scores.missing(codes)
-        if not len(missing):
+        if not len(missing) or self._waiting.left == 0:
             return
         documents = len(self._document_texts)
         # The job gets only the texts of missing pairs.
@@ -142,10 +215,12 @@ class CandidateStep(FilterStep):
             recurring=False,
         )
         self._jobs.append(job)
-        self._arrived(missing, job.rows(0, len(missing))[:, 0])
+        self._arrived(missing, self._waiting.rows(job, 0, len(missing))[:, 0])
         job.release(0, len(missing))
 
     def _arrived(self, codes: NDArray[np.int64], scores: NDArray[np.float32]) -> None:
+        if self._waiting.late_pairs:
+            codes, scores = codes[~np.isnan(scores)], scores[~np.isnan(scores)]
         if not np.isfinite(scores).all():
             wrong = scores[~np.isfinite(scores)]
             raise ScoreError(
@@ -170,6 +245,8 @@ class CandidateStep(FilterStep):
         scores = self._scores.rows(queries)  # (end - begin, distinct documents)
         known, relevant = ~np.isnan(scores), scores > limits  # a comparison with NaN is false
         known[lines, own_documents] = relevant[lines, own_documents] = True
+        if self._waiting.late_pairs:  # without the positive's score there is no threshold
+            known &= ~np.isnan(limits)
         for flags in (known, relevant):
             self._equal_anchors.mark(flags, own)
 
@@ -248,26 +325,29 @@ class CandidateStep(FilterStep):
         self._rows_counted = end
         decided, masked = self._state(begin, end)
         counts, rows = self._counts, end - begin
+        scores = self._scores.rows(self._anchor_queries[begin:end])
+        own_scores = scores[np.arange(rows), self._own_documents[begin:end]]
+        filtered = ~np.isnan(own_scores)  # rows with a threshold
         if self.error is None:
             shares = unscored_share(
                 logits, torch.from_numpy(decided).to(logits.device), torch.from_numpy(masked).to(logits.device)
             )
-            counts.unscored_share += float(shares.sum())
-            counts.capped_anchors += int((shares > self._epsilon * _ROUNDING).sum())
-        scores = self._scores.rows(self._anchor_queries[begin:end])
-        own_scores = scores[np.arange(rows), self._own_documents[begin:end]]
+            counts.unscored_share += float(shares[torch.from_numpy(filtered).to(shares.device)].sum())
+            if self._epsilon is not None:
+                counts.capped_anchors += int((shares > self._epsilon * _ROUNDING).sum())
         contrast = len(self._anchor_ids) * self._settings.contrast_blocks
         every, others = len(self._anchor_ids), masked[:, len(self._anchor_ids) + contrast :]
         counts.negatives += rows * (int(self._repeats.sum()) - 1)
         counts.masked_negatives += int(masked[:, :every].sum() + others.sum())
         if self.error is None:
-            known = ~np.isnan(scores)
-            counts.scored_anchors += rows
-            counts.scored_negatives += int((known @ self._repeats).sum()) - rows
+            known, scored = ~np.isnan(scores), int(filtered.sum())
+            counts.scored_anchors += scored
+            counts.scored_negatives += int((known @ self._repeats).sum()) - scored
             above_own = (scores > own_scores[:, None]) & (self._repeats > 0)  # 0 repeats: an anchor
             counts.outscored_positives += int(above_own.any(axis=1).sum())
-            counts.positive_scores += float(own_scores.sum(dtype=np.float64))
-            counts.negative_scores += float((np.nan_to_num(scores) @ self._repeats).sum() - own_scores.sum())
+            positives = float(own_scores[filtered].sum(dtype=np.float64))
+            counts.positive_scores += positives
+            counts.negative_scores += float((np.nan_to_num(scores) @ self._repeats).sum()) - positives
 
     def statistics(self) -> LossStatistics:
         """See :meth:`FilterStep.statistics`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -13,8 +14,10 @@ from loss_client.filter.gather import gather_flags
 from loss_client.filter.interning import intern
 from loss_client.filter.jobs import AskForGrid, ScoreRows
 from loss_client.filter.masking import above, check_finite, related, same_id, thresholds
+from loss_client.filter.mass import unscored_share
 from loss_client.filter.step import FilterStep
 from loss_client.filter.targets import Places, Targets
+from loss_client.filter.waiting import Waiting
 
 _BLOCK_ROWS = 256
 
@@ -52,9 +55,9 @@ class _Grid:
             self.jobs.append(self._ask(self._queries, new))
         return found
 
-    def read(self, rows: NDArray[np.intp]) -> NDArray[np.float32]:
-        """Wait for the scores of some local rows, shape ``(rows, documents)``."""
-        return np.concatenate([read_rows(job, self._query_of[rows]) for job in self.jobs], axis=1)
+    def read(self, rows: NDArray[np.intp], waiting: Waiting) -> NDArray[np.float32]:
+        """Wait for the scores of some local rows, shape ``(rows, documents)``; NaN for scores that are late."""
+        return np.concatenate([read_rows(job, self._query_of[rows], waiting) for job in self.jobs], axis=1)
 
     def release(self, rows: NDArray[np.intp]) -> None:
         """Free the scores of local rows that no other row needs. Each row may be released once."""
@@ -113,6 +116,8 @@ class GridStep(FilterStep):
         if self._positive_grid is not None:
             self._relevant_positives = np.zeros((local, -(-self._positive_grid.documents // 8)), dtype=np.uint8)
         self._related: NDArray[np.bool_] | None = None
+        self._known: NDArray[np.uint8] | None = None  # bits of scores that arrived, once some are late
+        self._rows_counted = 0
         settings = self._settings
         self._places = Places(self._document_ids, documents, settings.contrast_blocks)
         # Raw scores for the distillation term, which may be computed several times (MatryoshkaLoss).
@@ -124,7 +129,23 @@ class GridStep(FilterStep):
         """Return at once: all pairs are being scored."""
 
     def observe(self, begin: int, end: int, logits: Tensor) -> None:
-        """Return at once: no statistic depends on the logits."""
+        """See :meth:`FilterStep.observe`. Only with late scores does a statistic depend on the logits."""
+        if self._known is None or begin < self._rows_counted:
+            return
+        self._rows_counted = end  # MatryoshkaLoss computes the loss of the same rows several times
+        known = _unpacked(self._known[begin:end], self._grid.documents)
+        own = np.arange(begin, end) + self.rows.offset
+        filtered = known[np.arange(end - begin), self._document_ids[0][own]]
+        blocks = [known[:, ids] for ids in self._document_ids]
+        # Pairs of anchors and of positives count as without a score in rows that lack any.
+        every = len(self._document_ids[0])
+        contrast = np.repeat(np.all(known, axis=1, keepdims=True), every * self._settings.contrast_blocks, axis=1)
+        masked = self.mask(begin, end)
+        decided = np.concatenate([blocks[0], contrast, *blocks[1:]], axis=1) | masked
+        shares = unscored_share(
+            logits[filtered], *(torch.from_numpy(flags[filtered]).to(logits.device) for flags in (decided, masked))
+        )
+        self._counts.unscored_share += float(shares.sum())
 
     def mask(self, begin: int, end: int) -> NDArray[np.bool_]:
         """See :meth:`FilterStep.mask`."""
@@ -183,13 +204,13 @@ class GridStep(FilterStep):
             positives: The id of each row's own positive.
         """
         settings, counts, lines = self._settings, self._counts, np.arange(len(rows))
-        raw = self._grid.read(rows)  # (rows, distinct documents)
+        raw = self._grid.read(rows, self._waiting)  # (rows, distinct documents)
         scores = self._in_units(raw)
         own_scores = scores[lines, positives]
         limits = thresholds(own_scores, settings.margin, settings.margin_strategy)
-        relevant = above(scores, limits)
+        relevant = self._above(scores, limits)
         if self._positive_grid is not None:
-            found = above(self._in_units(self._positive_grid.read(rows)), limits)
+            found = self._above(self._in_units(self._positive_grid.read(rows, self._waiting)), limits)
             self._relevant_positives[rows] = np.packbits(found, axis=1)
             self._positive_grid.release(rows)
         self._grid.release(rows)
@@ -198,6 +219,9 @@ class GridStep(FilterStep):
             self._raw[rows] = raw
             self._arrived[rows] = True
         counts.outscored_positives += int(outscoring.any(axis=1).sum())
+        if self._waiting.late_pairs:
+            self._count_late(rows, scores, own_scores)
+            return relevant
         counts.scored_anchors += len(rows)
         counts.scored_negatives += len(rows) * (int(self._repeats.sum()) - 1)
         counts.positive_scores += float(own_scores.sum(dtype=np.float64))
@@ -209,8 +233,27 @@ class GridStep(FilterStep):
         """Return scores in the margin's units, as they have arrived without distillation."""
         if self._settings.convert is None:
             return raw
-        check_finite(raw)  # an infinite logit has a finite probability
+        if not self._waiting.late_pairs:
+            check_finite(raw)  # an infinite logit has a finite probability
         return self._settings.convert(raw)
+
+    def _above(self, scores: NDArray[np.float32], limits: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Return where a score is above its row's threshold; false for a score, or a threshold, that is late."""
+        return scores > limits[:, None] if self._waiting.late_pairs else above(scores, limits)
+
+    def _count_late(self, rows: NDArray[np.intp], scores: NDArray[np.float32], own: NDArray[np.float32]) -> None:
+        """Count rows some of whose scores are late. Without its positive's score a row has no threshold."""
+        known, filtered = ~np.isnan(scores), ~np.isnan(own)
+        known[~filtered] = False
+        if self._known is None:
+            self._known = np.full_like(self._relevant, 0xFF)
+        self._known[rows] = np.packbits(known, axis=1)
+        counts = self._counts
+        counts.scored_anchors += int(filtered.sum())
+        counts.scored_negatives += int((known @ self._repeats).sum()) - int(filtered.sum())
+        positives = float(own[filtered].sum(dtype=np.float64))
+        counts.positive_scores += positives
+        counts.negative_scores += float((np.where(known, scores, 0) @ self._repeats).sum(dtype=np.float64)) - positives
 
     def _related_rows(self) -> NDArray[np.bool_]:
         """Return which rows of all ranks are related, shape ``(rows of all ranks, rows of all ranks)``.
@@ -242,7 +285,14 @@ def _runs(positions: NDArray[np.intp]) -> list[tuple[int, int]]:
     return [(int(run[0]), int(run[-1]) + 1) for run in runs]
 
 
-def read_rows(job: ScoreRows, wanted: NDArray[np.intp]) -> NDArray[np.float32]:
-    """Wait for some rows of a job, in any order and possibly repeated; shape ``(len(wanted), documents)``."""
+def read_rows(job: ScoreRows, wanted: NDArray[np.intp], waiting: Waiting | None = None) -> NDArray[np.float32]:
+    """Wait for some rows of a job, in any order and possibly repeated; shape ``(len(wanted), documents)``.
+
+    Args:
+        job: The job.
+        wanted: The rows.
+        waiting: Limits the time; scores that are late are NaN. Default: no limit.
+    """
+    limit = Waiting(None) if waiting is None else waiting
     distinct, positions = np.unique(wanted, return_inverse=True)
-    return np.concatenate([job.rows(begin, end) for begin, end in _runs(distinct)])[positions]
+    return np.concatenate([limit.rows(job, begin, end) for begin, end in _runs(distinct)])[positions]

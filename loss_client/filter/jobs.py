@@ -33,6 +33,13 @@ class ScoreRows(Protocol):
     def rows(self, begin: int, end: int) -> NDArray[np.float32]:
         """Wait for rows ``begin`` to ``end`` (excluded) and return them, shape ``(end - begin, columns)``."""
 
+    def arrived(self, begin: int, end: int, timeout: float) -> NDArray[np.float32]:
+        """Wait at most ``timeout`` seconds for rows, and return them with NaN for scores that have not arrived."""
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """Times at which the job began and ended, on the clock of ``time.monotonic``; now for a job that runs."""
+
     def release(self, begin: int, end: int) -> None:
         """Free the memory of rows that will not be read again."""
 
@@ -70,8 +77,23 @@ class ScoringClient(Protocol):
         chunk_pairs: int | None,
         timeout: float | None,
         recurring: bool,
+        bands: NDArray[np.int64] | None = None,
     ) -> ScoreRows:
-        """Begin to score pairs, given by the positions of their texts, a row of one column each; returns at once."""
+        """Begin to score pairs, given by the positions of their texts, a row of one column each; returns at once.
+
+        Args:
+            queries: The queries.
+            documents: The documents.
+            query_ids: For each pair the position of its query.
+            document_ids: For each pair the position of its document.
+            instruction: See ``RerankerClient``, also for the other options.
+            max_length: As above.
+            score_type: As above.
+            chunk_pairs: As above.
+            timeout: As above.
+            recurring: Whether the pairs will come again in later epochs.
+            bands: For each pair the number of its band; pairs of a lower band are scored first. Default: one band.
+        """
 
     def raw_scale(self, timeout: float | None) -> RawScale:
         """Return whether raw scores are logits or cosines; asks the server, at most ``timeout`` seconds."""
@@ -103,8 +125,6 @@ class AskForPairs(Protocol):
         document_ids: NDArray[np.int64],
         *,
         recurring: bool,
+        bands: NDArray[np.int64] | None = None,
     ) -> ScoreRows:
-        """Begin to score pairs, given by the positions of their texts; returns at once.
-
-        ``recurring``: whether the pairs will come again in later epochs.
-        """
+        """Begin to score pairs, given by the positions of their texts; returns at once. See ``ScoringClient``."""

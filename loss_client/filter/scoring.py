@@ -11,6 +11,8 @@ from loss_client.client.scores import ScoreType
 from loss_client.filter.candidates import Candidates, CandidateStep
 from loss_client.filter.grid import GridStep
 from loss_client.filter.jobs import OneModelClient, ScoringClient
+from loss_client.filter.nearest.nearest import Nearest, PerAnchor
+from loss_client.filter.nearest.preselector import Preselector
 from loss_client.filter.prefetch import TICKET, Ticket
 from loss_client.filter.step import ContrastFilter, FilterStep
 from loss_client.filter.texts import TextReader
@@ -31,8 +33,9 @@ class ScoringSettings:
     max_length: int | None
     score_type: ScoreType
     candidates: Candidates
-    epsilon: float
+    epsilon: float | None
     max_candidates: int | None
+    per_anchor: PerAnchor
     contrast_anchors: bool
     contrast_positives: bool
     contrast_filter: ContrastFilter
@@ -54,11 +57,13 @@ class Scoring:
 
     Args:
         client: Client of the reranker.
+        preselector: Chooses the pairs with ``candidates="nearest"``.
     """
 
-    def __init__(self, client: ScoringClient) -> None:
+    def __init__(self, client: ScoringClient, preselector: Preselector | None = None) -> None:
         self._client = client
         self._texts = TextReader()
+        self._nearest = None if preselector is None else Nearest(preselector)
 
     def begin(
         self, columns: Sequence[Sequence[str]], settings: ScoringSettings, instruction: str | None = None
@@ -69,6 +74,9 @@ class Scoring:
             columns: The texts by column, anchors first, then positives, then any number of negatives.
             settings: The loss's settings.
             instruction: The task in words. Default: that of the settings.
+
+        Raises:
+            ValueError: ``candidates`` is ``"nearest"``, and there is no preselector.
         """
         options: _Options = {
             "instruction": settings.instruction if instruction is None else instruction,
@@ -80,16 +88,30 @@ class Scoring:
         # One step has several jobs. Thresholds of one model's scores would not fit the scores of another.
         client = self._client.one_model() if isinstance(self._client, OneModelClient) else self._client
         step: FilterStep
-        if settings.candidates == "mass":
-            ask = partial(client.stream_pairs, **options)
-            step = CandidateStep(columns, settings.epsilon, settings.max_candidates, ask)
-        else:
-            scored = settings.contrast_filter == "scores"
-            contrast = (scored and settings.contrast_anchors, scored and settings.contrast_positives)
+        scored = settings.contrast_filter == "scores"
+        contrast = (scored and settings.contrast_anchors, scored and settings.contrast_positives)
+        if settings.candidates == "all":
             step = GridStep(columns, contrast, partial(client.stream_grid, **options))
+        else:
+            ask, preselect = partial(client.stream_pairs, **options), None
+            if settings.candidates == "nearest":
+                preselect = partial(
+                    self._preselector().begin, per_anchor=settings.per_anchor, contrast=contrast, ask=ask
+                )
+            step = CandidateStep(columns, settings.epsilon, settings.max_candidates, ask, preselect)
         step.source = self._source(settings)
         step.gathers = settings.gather
         return step
+
+    def _preselector(self) -> Nearest:
+        if self._nearest is None:
+            raise ValueError("candidates='nearest' needs a preselector.")
+        return self._nearest
+
+    def record(self, step: FilterStep, training: bool) -> None:
+        """Measure a step that the loss has worked on, for ``per_anchor="auto"``; ``take`` came before."""
+        if self._nearest is not None and training:
+            self._nearest.record(step.rows.sizes[step.rows.rank], step.jobs)
 
     def take(self, features: list[dict[str, Any]], settings: ScoringSettings, model: Any) -> FilterStep:
         """Remove texts and ticket from the features, and return the batch's step, whose scoring has begun.
@@ -102,6 +124,8 @@ class Scoring:
         Raises:
             ValueError: The batch has fewer than two columns, columns of different lengths, or no texts.
         """
+        if self._nearest is not None:
+            self._nearest.take(model.training)
         ticket: Ticket | None = features[0].pop(TICKET, None) if features else None
         columns = self._texts.take(features, model)
         begun = None if ticket is None else ticket.take()

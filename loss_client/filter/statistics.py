@@ -23,7 +23,14 @@ class LossStatistics:
         pairs: Pairs of distinct texts whose score was asked for.
         cached_pairs: Of these, pairs whose score the server had in its cache.
         remembered_pairs: Of these, pairs whose score the client remembered.
-        skipped_pairs: Pairs of distinct texts whose score was not asked for, with ``candidates="mass"``.
+        skipped_pairs: Pairs of distinct texts without a score, with ``candidates`` other than ``"all"``.
+        preselected_pairs: Pairs that the preselector chose, with ``candidates="nearest"``.
+        late_choices: Steps that did without preselected pairs, because these had not been chosen in time.
+        late_pairs: Pairs that were asked for and whose scores did not arrive in time, because of ``max_wait`` or
+            ``per_anchor="auto"``.
+        probed_pairs: Random pairs that were scored to estimate ``missed_masks``, beside ``pairs``.
+        missed_masks: Estimated number of pairs without a score that the filter would have dropped, with
+            ``candidates="nearest"``.
         rounds: Scoring jobs.
         reconnects: Streams that broke and were replaced by another.
         seconds_waited: Seconds that the loss waited for scores.
@@ -31,7 +38,7 @@ class LossStatistics:
         negative_scores: Sum of the scores of the scored negatives.
         unscored_share: Sum over the scored anchors of the share of the softmax denominator, after masking, that
             candidates without a score hold.
-        capped_anchors: Anchors with such a share above ``epsilon``, because of ``max_candidates``.
+        capped_anchors: Anchors with such a share above ``epsilon``, because of ``max_candidates`` or ``max_wait``.
         distilled_anchors: Anchors in the distillation term: those with scores.
         distillation_loss: Sum over them of the distillation term, KL(guide || student), without its weight.
         guide_entropy: Sum over them of the entropy of the guide's distribution, in nats.
@@ -49,6 +56,11 @@ class LossStatistics:
     cached_pairs: int = 0
     remembered_pairs: int = 0
     skipped_pairs: int = 0
+    preselected_pairs: int = 0
+    late_choices: int = 0
+    late_pairs: int = 0
+    probed_pairs: int = 0
+    missed_masks: float = 0.0
     rounds: int = 0
     reconnects: int = 0
     seconds_waited: float = 0.0

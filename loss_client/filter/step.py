@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loss_client.client.errors import RerankerError, is_permanent
+from loss_client.client.errors import RerankerError, RerankerTimeoutError, is_permanent
 from loss_client.filter.ahead import Batch
 from loss_client.filter.equal_anchors import EqualAnchors
 from loss_client.filter.gather import Rows, gather_columns
@@ -26,6 +26,7 @@ from loss_client.filter.jobs import ScoreRows
 from loss_client.filter.masking import MarginStrategy
 from loss_client.filter.statistics import LossStatistics
 from loss_client.filter.targets import Targets
+from loss_client.filter.waiting import Waiting
 
 ContrastFilter = Literal["known", "scores"]
 """Source of the filter for pairs of anchors and pairs of positives; see ``RerankerCachedGISTEmbedLoss``."""
@@ -43,6 +44,7 @@ class FilterSettings:
     Attributes:
         convert: With distillation, turns the raw scores that arrive into scores in the margin's units; the raw ones are
             kept as targets. ``None`` without distillation.
+        max_wait: Most seconds that a step waits for scores; ``None`` for no limit.
     """
 
     margin_strategy: MarginStrategy
@@ -53,6 +55,7 @@ class FilterSettings:
     gather: bool = False
     on_error: OnError = "raise"
     convert: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None
+    max_wait: float | None = None
 
     @property
     def contrast_blocks(self) -> int:
@@ -113,6 +116,7 @@ class FilterStep(ABC):
         self._counts = LossStatistics(steps=1, anchors=len(columns[0]))
         self._jobs: list[ScoreRows] = []
         self._distilled = _Distilled()
+        self._waiting = Waiting(None)
 
     def settle(self, settings: FilterSettings, following: FilterStep | None = None) -> None:
         """Take the loss's present settings and the other ranks' texts, and begin to score the pairs that they add.
@@ -126,6 +130,7 @@ class FilterStep(ABC):
             ValueError: The ranks have different numbers of columns.
         """
         self._settings = settings
+        self._waiting = Waiting(settings.max_wait)
         merged: Sequence[Sequence[str]] = self._columns
         self.rows = Rows((len(self._columns[0]),), 0)
         ahead: Sequence[Sequence[str]] = []
@@ -205,9 +210,19 @@ class FilterStep(ABC):
     def observe(self, begin: int, end: int, logits: Tensor) -> None:
         """Add to the statistics of some rows, from their logits of shape ``(end - begin, candidates)``."""
 
+    @property
+    def jobs(self) -> Sequence[ScoreRows]:
+        """The scoring jobs so far."""
+        return self._jobs
+
     def statistics(self) -> LossStatistics:
-        """Return the counts of this step so far."""
+        """Return the counts of this step, once the loss has worked on it."""
         counts, usages = self._counts, [job.usage for job in self._jobs]
+        counts.late_pairs = self._waiting.late_pairs
+        if counts.late_pairs and not counts.scored_anchors and self.error is None:
+            self.error = RerankerTimeoutError(
+                f"no anchor's own documents were scored within {self._waiting.most} s (max_wait)"
+            )
         counts.unfiltered_steps = int(self.error is not None)
         counts.rounds = len(self._jobs)
         counts.cached_pairs = sum(usage.cached_pairs for usage in usages)

@@ -27,7 +27,7 @@ class UnfilteredWarning:
             return
         self._next = 2 * count
         logger.warning(
-            "No scores for %d of %d steps so far: these steps train without the filter (on_error='unfiltered'). "
-            "The next warning comes when their number has doubled. The last error: %s",
+            "No scores for %d of %d steps so far: these steps train without the filter (on_error='unfiltered' or "
+            "max_wait). The next warning comes when their number has doubled. The last error: %s",
             *(count, statistics.steps, error),
         )
