@@ -52,9 +52,9 @@ install: $(STUBS) ## Make the virtual environment and install everything, pinned
 proto: $(STUBS) ## Generate the Python stubs from protos/
 	@echo "Generated: protos/reranker/v1/*_pb2*"
 
-serve: $(STUBS) ## Serve a reranker (MODEL=... ENGINE=torch|vllm HOST=... PORT=...)
-	exec $(BIN)/python -m reranker_service $(if $(MODEL),--model "$(MODEL)") $(if $(ENGINE),--engine $(ENGINE)) \
-	    $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT))
+serve: $(STUBS) ## Serve a reranker (MODEL=... FAMILY=... ENGINE=torch|vllm HOST=... PORT=...)
+	exec $(BIN)/python -m reranker_service $(if $(MODEL),--model "$(MODEL)") $(if $(FAMILY),--family $(FAMILY)) \
+	    $(if $(ENGINE),--engine $(ENGINE)) $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT))
 
 demo: $(STUBS) ## Show false negatives, train without and with the reranker, and compare; about four minutes (STEPS=...)
 	$(BIN)/python -m examples.demo $(if $(STEPS),--steps $(STEPS))

@@ -102,8 +102,9 @@ def build_causal_reranker(directory: Path, shape: DecoderShape, texts: Iterable[
 
 
 def qwen3_config(tokenizer: PreTrainedTokenizerBase, shape: DecoderShape, positions: int) -> Qwen3Config:
-    """The configuration of a Qwen3 with tied embeddings that takes ``positions`` tokens at most."""
+    """The configuration of a Qwen3-Reranker with tied embeddings that takes ``positions`` tokens at most."""
     return Qwen3Config(
+        reranker_family="qwen3-reranker",
         vocab_size=max(shape.vocabulary, len(tokenizer)),
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,

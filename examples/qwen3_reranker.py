@@ -38,7 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--serve", action="store_true", help="keep the server running until Ctrl-C")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as directory:
-        flags = ["--model", str(options.model)]
+        # A directory has no name on the hub that would say which template the model needs.
+        flags = ["--model", str(options.model), "--family", "qwen3-reranker"]
         try:
             with reranker_server(Path(directory) / "server.log", options.engine, flags) as server:
                 address = server.wait_ready()

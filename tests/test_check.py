@@ -107,7 +107,7 @@ def test_a_causal_reranker_is_shown_with_its_template(
 ) -> None:
     check.main([str(causal_reranker), "--engine", "torch"])
     report = capsys.readouterr().out
-    assert "score from  the logits of yes and no" in report
+    assert "score from  the logit of 'yes' minus that of 'no'" in report
     assert "<Instruct>: Given a web search query, retrieve relevant passages" in report
     assert "not compared" in report
 

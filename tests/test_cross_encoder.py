@@ -25,7 +25,7 @@ from sentence_transformers.util import mine_hard_negatives
 from loss_client import ClientClosedError, RemoteCrossEncoder, RerankerClient, RerankerRequestError, ScoreError
 from reranker.v1 import reranker_pb2 as pb
 
-from . import models
+from . import families, models
 from .servers import ServerProcess
 from .stub_server import Gate, ReceivedChunk, ReceivedStream, StubServer, hash_scores, numbered_texts
 
@@ -183,6 +183,36 @@ def test_a_prompt_is_the_instruction_of_a_model_that_takes_one(causal_reranker_s
         assert_same(remote.predict(PAIRS, prompt_name="opposite"), instructed)
         assert_same(RemoteCrossEncoder(client, instruction="Find the opposite").predict(PAIRS), instructed)
         assert not np.allclose(plain, instructed, **TOLERANCE)
+
+
+def test_activation_and_prompts_are_those_of_the_served_model(tmp_path: Path) -> None:
+    prompts = {"task": "Find the body of the summary.", "other": "Find the opposite."}
+    options = {"prompts": prompts, "default_prompt_name": "task", "activation_fn": torch.nn.Identity()}
+    model = families.build_logit_score(tmp_path, **options)
+    local = CrossEncoder(str(model), device="cpu")
+    pairs = PAIRS[:10]
+    with ServerProcess("--model", str(model), "--engine", "torch", "--threads", "1") as server:
+        with RemoteCrossEncoder(server.address) as remote:
+            for given in ({}, {"prompt_name": "other"}, {"prompt": "Find it"}, {"prompt": ""}):
+                found, expected = remote.predict(pairs, **given), local.predict(pairs, **given)
+                np.testing.assert_allclose(found, expected, atol=1e-5 * max(1, np.abs(expected).max()), rtol=0)
+            assert np.abs(expected - 0.5).max() > 0.5  # no probabilities
+            with pytest.raises(ValueError, match=r"'none'; it has to be one of \['other', 'task'\]"):
+                remote.predict(pairs, prompt_name="none")
+
+
+def test_a_prompt_in_place_of_one_that_the_service_adds_is_refused(remote: RemoteCrossEncoder) -> None:
+    plain = remote.predict(PAIRS)
+    with RemoteCrossEncoder("127.0.0.1:1", timeout=0.1) as other:
+        other._client = remote._client
+        other._owns_client = False
+        other._info = pb.GetModelInfoResponse(
+            kind=pb.MODEL_KIND_CROSS_ENCODER, prompts={"query": "q: "}, default_prompt_name="query"
+        )
+        assert_same(other.predict(PAIRS, prompt="q: "), plain)
+        for prompt in ("", "another: "):
+            with pytest.raises(ValueError, match="the service puts the model's own prompt 'q: ' before every query"):
+                other.predict(PAIRS, prompt=prompt)
 
 
 def test_an_instruction_for_a_model_that_takes_none_is_refused(cross_encoder_server: ServerProcess) -> None:

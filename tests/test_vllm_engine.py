@@ -25,7 +25,7 @@ from reranker_service.engines import EngineDeadError, TokenSequence, vllm_engine
 from reranker_service.engines.vllm_engine import VllmEngine
 from reranker_service.models import read_model
 
-from . import models, references
+from . import families, models, references
 from .forked import ensure_fork_server
 from .test_engines import TOLERANCE, inputs
 
@@ -241,6 +241,20 @@ def test_closing_while_it_loads_leaves_nothing_behind(tmp_path: Path) -> None:
 
     asyncio.run(work())
     assert_ended(processes() - before)
+
+
+def test_the_answers_of_another_family(tmp_path: Path) -> None:
+    shape = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 1024}
+    model = families.build_causal(tmp_path, "qwen2", **shape, reranker_family="mxbai-rerank-v2")
+    texts = [(query, document) for query, document in references.short_queries() if len(document) < 1000]
+    running = Running("mxbai", model)
+    try:
+        found = running.run(inputs(running.spec, texts))
+    finally:
+        running.close()
+    wanted = references.mxbai_logits(model, texts)
+    assert np.abs(found - wanted).max() < TOLERANCE * np.abs(wanted).max()
+    assert wanted.std() > 0.1
 
 
 def test_urgent_requests_overtake_others_for_a_limited_time(

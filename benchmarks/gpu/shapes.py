@@ -144,6 +144,8 @@ def build(
     initial = 0.02 if shape.family == "qwen3" else min(0.1, 2 / shape.config["hidden_size"] ** 0.5)
     made_of = {**positions, **tokens, "num_labels": 1, "initializer_range": initial}
     config: Any = AutoConfig.for_model(shape.family, **made_of)
+    if shape.family == "qwen3":
+        config.reranker_family = "qwen3-reranker"  # its files alone do not say that it needs the template
     torch.manual_seed(0)
     auto: Any = AutoModelForSequenceClassification
     with torch.device(device):

@@ -89,11 +89,12 @@ class PredictSide:
     def _pair(self, query: str, document: str) -> tuple[str, str]:
         if self._family != "qwen3":
             return query, document
-        from reranker_service.models import templates
+        from reranker_service.models.families import QWEN3_RERANKER
 
         # As the model card of the one-label conversions does it.
-        head = templates.PREFIX + templates.query_head(templates.DEFAULT_INSTRUCTION)
-        return f"{head} {query}{templates.DOCUMENT_MARK}", f" {document}{templates.SUFFIX}"
+        template = QWEN3_RERANKER.template
+        head = template.prefix[0] + template.opening(None)
+        return f"{head} {query}{template.query[1]}", f" {document}{template.suffix[0]}"
 
     def close(self) -> None:
         """See ``Side.close``."""

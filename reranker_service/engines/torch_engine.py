@@ -24,9 +24,11 @@ from torch.nn import functional
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ..models import ModelSpec, Pooling, TokenSequence, UnsupportedModelError
+from .answers import answer_head, answer_scores
 from .base import EngineDeadError
 from .chain import ModuleChain
 from .checks import EngineMemoryError, finite
+from .library import LibraryModel, check_weights, merge_adapter
 from .packed import (
     Packed,
     PackedBackbone,
@@ -111,6 +113,7 @@ class TorchEngine:
         self._backbone: PackedBackbone | None = None
         self._classifier: PackedClassifier | None = None
         self._chain: ModuleChain | None = None
+        self._library: LibraryModel | None = None
         self._head: torch.Tensor | None = None
         self._padding = 0
         self._death: EngineDeadError | None = None
@@ -171,24 +174,31 @@ class TorchEngine:
         """End the worker thread and free the model."""
         await asyncio.to_thread(self._worker.shutdown, wait=True, cancel_futures=True)
         await asyncio.to_thread(self._waiter.shutdown, wait=True, cancel_futures=True)
-        self._model = self._head = self._backbone = self._classifier = self._chain = None
+        self._model = self._head = self._backbone = self._classifier = self._chain = self._library = None
 
     def _load(self) -> None:
         if self._threads is not None:
             # It takes effect only in the thread that calls it: the worker.
             torch.set_num_threads(self._threads)
         spec = self._spec
+        if spec.library_model:
+            self._library = LibraryModel(spec, _DTYPES[self.dtype], self._device)
+            if self._sized:
+                self.batch_tokens = _batch_tokens(self._library.transformer)
+            if self._packed:
+                log.info("batches are padded: sentence-transformers runs the whole model", model=spec.name)
+            return
         loader: Any = AutoModelForSequenceClassification
         if spec.kind == "bi-encoder" or spec.chain:
             loader = AutoModel
-        elif spec.answers is not None:
+        if spec.answers is not None:
             loader = AutoModelForCausalLM
         try:
             model, report = loader.from_pretrained(
                 spec.path,
                 dtype=_DTYPES[self.dtype],
                 local_files_only=True,
-                trust_remote_code=False,
+                trust_remote_code=spec.trust_remote_code,
                 weights_only=True,
                 output_loading_info=True,
             )
@@ -198,19 +208,15 @@ class TorchEngine:
                 "run code; save the model as safetensors"
             ) from error
         # Pooling happens here, so a bi-encoder's own pooler is not needed; sentence-transformers does not save it.
-        headless = loader is AutoModel
-        missing = sorted(key for key in report["missing_keys"] if not headless or "pooler." not in key)
-        if missing or report["mismatched_keys"]:
-            wrong = missing or sorted(str(key) for key in report["mismatched_keys"])
-            raise UnsupportedModelError(
-                f"{spec.name}: its weights do not fit its configuration: {', '.join(wrong[:5])} "
-                f"{'missing' if missing else 'of another shape'}"
-            )
+        check_weights(spec, report, headless=loader is AutoModel)
+        model = merge_adapter(spec, model)
         self._padding = model.config.pad_token_id or 0
         model = model.eval().requires_grad_(False)
         if spec.answers is not None:
-            yes, no = (model.get_output_embeddings().weight[answer].float() for answer in spec.answers)
-            model, self._head = model.model, yes - no
+            model.config.use_cache = False
+            self._head = answer_head(model, spec.answers)
+            if self._head is not None:
+                model = model.base_model
         elif spec.kind == "causal-reranker":
             # The classifier finds the last token by the padding's id, which may also be the template's last token.
             model, self._head = model.model, model.score.weight[0].float()
@@ -221,7 +227,7 @@ class TorchEngine:
             self.batch_tokens = _batch_tokens(model)
         if self._head is not None:
             self._head = self._head.detach().to(self._device)
-        if self._packed:
+        if self._packed and (spec.answers is None or self._head is not None):
             self._pack(model)
 
     def _pack(self, model: Any) -> None:
@@ -317,6 +323,8 @@ class TorchEngine:
 
     def _compute(self, sequences: list[TokenSequence]) -> torch.Tensor:
         """Scores, shape ``(n,)``, or embeddings, shape ``(n, dim)``, on the device."""
+        if self._library is not None:
+            return self._library(sequences)
         if self._classifier is not None:
             return self._classifier(Packed.of(sequences, self._device))
         if self._backbone is not None:
@@ -365,6 +373,8 @@ class TorchEngine:
             return cast(torch.Tensor, self._chain(self._model(**inputs).last_hidden_state, mask))  # (n,)
         if self._spec.kind == "cross-encoder":
             return cast(torch.Tensor, self._model(**inputs).logits[:, 0])  # (n,)
+        if self._spec.answers is not None and self._head is None:
+            return answer_scores(self._model, self._spec.answers, inputs["input_ids"], mask)
         if self._spec.model_type == "qwen3":
             inputs["use_cache"] = False
         tokens: torch.Tensor = self._model(**inputs).last_hidden_state.float()  # (n, longest, hidden)

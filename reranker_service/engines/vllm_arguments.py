@@ -24,6 +24,8 @@ NEUTRAL_ARGUMENTS = frozenset(
 PRIORITY_POLICY = "priority"
 """The scheduling policy of vLLM in which urgent requests overtake others."""
 
+# Causal language models whose answers vLLM was compared with the torch engine for.
+_ANSWERING = frozenset({"GemmaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
 _ENCODERS = frozenset({"bert", "modernbert", "roberta", "xlm-roberta"})
 _POOLINGS: Mapping[Pooling, Literal["MEAN", "CLS", "LAST"]] = {"mean": "MEAN", "cls": "CLS", "lasttoken": "LAST"}
 _FEW_CORES = 4
@@ -37,7 +39,13 @@ _GPU_STEP_TOKENS = 16_384
 
 def check_supported(spec: ModelSpec) -> None:
     """Raise ``UnsupportedModelError`` for a model that vLLM can't run."""
-    if spec.chain:
+    if spec.adapter is not None:
+        raise UnsupportedModelError(f"{spec.name}: its --adapter is merged by the torch engine only")
+    if spec.library_model:
+        raise UnsupportedModelError(f"{spec.name}: sentence-transformers runs it, in the torch engine")
+    if spec.answers is not None and spec.architecture not in _ANSWERING:
+        raise UnsupportedModelError(f"{spec.name}: vLLM reads no answers of {spec.architecture}; use the torch engine")
+    if spec.chain and spec.answers is None:
         # vLLM would take the transformer without its chain for an embedding model.
         names = ", ".join(name for name, _ in spec.chain)
         raise UnsupportedModelError(f"{spec.name}: vLLM has no chain of {names}; use the torch engine for this model")
@@ -79,14 +87,18 @@ def engine_arguments(spec: ModelSpec, dtype: str, on_cpu: bool) -> dict[str, Any
     # Otherwise vLLM takes sentence-transformers' length limit for the most that the model can take.
     overrides: dict[str, Any] = {"model_max_length": spec.max_length}
     if spec.answers is not None:
+        tokens = _answer_tokens(spec)
         overrides |= {
-            "architectures": ["Qwen3ForSequenceClassification"],
-            "classifier_from_token": ["no", "yes"],
-            "is_original_qwen3_reranker": True,
+            "architectures": [spec.architecture.replace("ForCausalLM", "ForSequenceClassification")],
+            "classifier_from_token": tokens,
         }
+        if spec.model_type == "qwen3" and len(tokens) == 2:
+            overrides["is_original_qwen3_reranker"] = True
+        else:
+            overrides |= {"method": "from_2_way_softmax" if len(tokens) == 2 else "no_post_processing", "num_labels": 1}
     arguments: dict[str, Any] = {
         "model": str(spec.path),
-        "trust_remote_code": False,
+        "trust_remote_code": spec.trust_remote_code,
         "served_model_name": spec.name,
         "runner": "pooling",
         "convert": "embed" if spec.kind == "bi-encoder" else "classify",
@@ -117,20 +129,36 @@ def engine_arguments(spec: ModelSpec, dtype: str, on_cpu: bool) -> dict[str, Any
     return arguments
 
 
+def _answer_tokens(spec: ModelSpec) -> list[str]:
+    """The answers as tokens in vLLM's order: "not relevant", if there is one, and "relevant"."""
+    from transformers import AutoTokenizer
+
+    assert spec.answers is not None
+    tokenizer: Any = AutoTokenizer.from_pretrained(
+        spec.path, local_files_only=True, trust_remote_code=spec.trust_remote_code
+    )
+    relevant, other = spec.answers
+    return [str(tokenizer.convert_ids_to_tokens(one)) for one in (other, relevant) if one is not None]
+
+
 def _weights(spec: ModelSpec) -> int:
     """Approximate number of weights in the layers of an encoder, embeddings excluded."""
-    config = AutoConfig.from_pretrained(spec.path, local_files_only=True, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(spec.path, local_files_only=True, trust_remote_code=spec.trust_remote_code)
     layers: int = 12 * config.num_hidden_layers * config.hidden_size**2
     return layers
 
 
 def _kv_cache_bytes(spec: ModelSpec) -> int:
     """Bytes of two sequences of the greatest length in float32, at least 1 GiB; unused bytes take up no memory."""
-    if spec.model_type != "qwen3":
+    if spec.kind != "causal-reranker" and spec.model_type != "qwen3":
         return _GIB
-    config = AutoConfig.from_pretrained(spec.path, local_files_only=True, trust_remote_code=False)
-    token: int = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    config = AutoConfig.from_pretrained(spec.path, local_files_only=True, trust_remote_code=spec.trust_remote_code)
+    token: int = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * _head_size(config)
     return max(_GIB, 2 * token * spec.max_length)
+
+
+def _head_size(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def library_versions() -> dict[str, str]:

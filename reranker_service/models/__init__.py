@@ -2,7 +2,8 @@
 
 This room knows no other room of the server. `spec` and `reading` describe a model, `hub` finds its files, and
 `fingerprint` hashes everything that its scores depend on. `tokens` and `tokenizer` turn texts into token ids; each kind
-of model has a layout that makes inputs of them.
+of model has a layout that makes inputs of them. `families` has the templates of models whose files lack them, and
+`library` asks sentence-transformers for the input of all models that the other files do not know.
 """
 
 from .fingerprint import fingerprint

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class BiEncoderLayout:
     """Implements ``TextLayout``."""
 
-    default_instruction = None
-    template = None
+    default_instruction: str | None = None
+    template: str | None = None
 
     def __init__(self, spec: ModelSpec, hub: PreTrainedTokenizerBase, tokenizer: Tokenizer) -> None:
         """Find out which special tokens the tokenizer puts around a text.

@@ -21,16 +21,20 @@ if TYPE_CHECKING:
 
 
 class CrossEncoderLayout:
-    """Implements ``PairLayout``. The longer text is truncated first: the strategy "longest_first" of tokenizers."""
+    """Implements ``PairLayout``. The longer text is truncated first: the strategy "longest_first" of tokenizers.
 
-    default_instruction = None
-    template = None
+    Attributes:
+        has_separator: Whether there is a special token between the texts.
+    """
+
+    default_instruction: str | None = None
+    template: str | None = None
 
     def __init__(self, spec: ModelSpec, hub: PreTrainedTokenizerBase, tokenizer: Tokenizer) -> None:
         """Find out which special tokens the tokenizer puts around and between two texts.
 
         Raises:
-            UnsupportedModelError: There is none between the texts, or the token types are not zeros followed by ones.
+            UnsupportedModelError: The token types are not zeros followed by ones.
         """
         probe = tokenizer.encode("a", "b")
         owner = probe.sequence_ids
@@ -41,8 +45,7 @@ class CrossEncoderLayout:
             ids[first.stop : second.start],
             ids[second.stop :],
         )
-        if not len(self._between):
-            raise UnsupportedModelError(f"{spec.name}: its tokenizer puts no special token between query and document")
+        self.has_separator = len(self._between) > 0
         types = probe.type_ids if "token_type_ids" in hub.model_input_names else [0] * len(ids)
         if types != sorted(types) or set(types) - {0, 1}:
             raise UnsupportedModelError(

@@ -14,13 +14,13 @@ import itertools
 import json
 import zipfile
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO
 
+from .families import FAMILIES
 from .spec import ModelSpec
-from .templates import DEFAULT_INSTRUCTION, DOCUMENT_MARK, PREFIX, SUFFIX, query_head
 
 _BLOCK = 4096
 _BLOCKS = 1024  # of a file; more where it has many tensors
@@ -31,6 +31,8 @@ _Span = tuple[int, int]
 _WEIGHTS = (".safetensors", ".bin")
 # Fields of the description that change no score, or that the hashed configuration has as well.
 _WITHOUT_INFLUENCE = {"chain", "hidden_size", "name", "path", "root", "saved"}
+# Fields that count only where they are set.
+_SELDOM = {"adapter", "family", "library_input", "library_model", "trust_remote_code"}
 # Files without influence on scores, and files that change each time a model is saved.
 _IGNORED = {"config_sentence_transformers.json", "generation_config.json", "modules.json", "training_args.bin"}
 _VOLATILE = {"_name_or_path", "transformers_version", "is_local", "local_files_only", "name_or_path", "use_cache"}
@@ -49,7 +51,8 @@ def fingerprint(spec: ModelSpec, engine: Mapping[str, object], arguments: Mappin
         64 hexadecimal digits.
     """
     digest = hashlib.sha256()
-    facts = {field.name: getattr(spec, field.name) for field in fields(spec) if field.name not in _WITHOUT_INFLUENCE}
+    without = _WITHOUT_INFLUENCE | _SELDOM
+    facts = {field.name: getattr(spec, field.name) for field in fields(spec) if field.name not in without}
     # The default length is a default of requests: with the length given, it changes no score.
     del facts["default_length"]
     _add(digest, "model", facts)
@@ -57,17 +60,19 @@ def fingerprint(spec: ModelSpec, engine: Mapping[str, object], arguments: Mappin
     if arguments:
         _add(digest, "arguments", dict(arguments))
     _add(digest, "tokenizers", version("tokenizers"))
-    if spec.kind == "causal-reranker":
-        _add(digest, "template", [PREFIX, query_head(DEFAULT_INSTRUCTION), DOCUMENT_MARK, SUFFIX])
-    for path in _files(spec.path):
-        _add(digest, "file", path.name)
-        digest.update(_file(path))
+    if spec.family is not None:
+        _add(digest, "template", asdict(FAMILIES[spec.family].template))
+    if spec.library_input:
+        _add(digest, "sentence-transformers", version("sentence-transformers"))
+    _add_files(digest, spec.path, spec.trust_remote_code)
     for name, folder in spec.chain:
         _add(digest, "module", name)
         assert spec.root is not None
-        for path in _files(spec.root / folder):
-            _add(digest, "file", path.name)
-            digest.update(_file(path))
+        if (spec.root / folder).is_dir():  # a module without settings has no directory in a download
+            _add_files(digest, spec.root / folder, spec.trust_remote_code)
+    if spec.adapter is not None:
+        _add(digest, "adapter", None)
+        _add_files(digest, spec.adapter, code=False)
     return digest.hexdigest()
 
 
@@ -76,8 +81,14 @@ def _add(digest: hashlib._Hash, label: str, value: object) -> None:
     digest.update(f"{len(text)}:{text}".encode())
 
 
-def _files(directory: Path) -> list[Path]:
-    """Files that scores depend on, by name."""
+def _add_files(digest: hashlib._Hash, directory: Path, code: bool) -> None:
+    for path in _files(directory, code):
+        _add(digest, "file", path.name)
+        digest.update(_file(path))
+
+
+def _files(directory: Path, code: bool) -> list[Path]:
+    """Files that scores depend on, by name; with Python code if that may run."""
     weights = [path for path in directory.iterdir() if path.suffix in _WEIGHTS and path.name not in _IGNORED]
     if any(path.suffix == ".safetensors" for path in weights):
         # A second copy in the older format is not read.
@@ -85,7 +96,7 @@ def _files(directory: Path) -> list[Path]:
     small = [
         path
         for path in directory.iterdir()
-        if path.suffix in {".json", ".txt", ".model"}
+        if path.suffix in {".json", ".txt", ".model", ".jinja"} | ({".py"} if code else set())
         and path.name not in _IGNORED
         and path.stat().st_size < _WHOLE_LIMIT
     ]

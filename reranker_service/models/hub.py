@@ -1,12 +1,14 @@
 """Files of a model: finds them in a directory or downloads them from the hub, and reads their settings.
 
-No weights are loaded here.
+No weights are loaded here. From the hub the settings come first, and the weights after the model was judged by them.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,7 +20,8 @@ from .tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "pytorch_model*.bin"]
+_SETTINGS = ["*.json", "*.txt", "*.model", "*.jinja"]
+_OTHER_FORMATS = ["onnx/*", "openvino/*", "original/*", "consolidated*"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class ModelFiles:
         config: The configuration of the transformers model.
         architecture: The class that the weights were saved from.
         tokenizer: The model's fast tokenizer.
+        trust_remote_code: Whether Python code in the model's directory may run.
+        revision: Branch, tag or commit of a model on the hub; ``None`` for the main branch.
     """
 
     model: str
@@ -45,20 +50,44 @@ class ModelFiles:
     architecture: str
     tokenizer: PreTrainedTokenizerBase
 
+    trust_remote_code: bool = False
+    revision: str | None = None
+
     @classmethod
-    def read(cls, model: str) -> ModelFiles:
-        """Read a directory, or a model that is downloaded from the hub.
+    def read(cls, model: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelFiles:
+        """Read a directory, or the settings of a model that are downloaded from the hub.
 
         Raises:
             UnsupportedModelError: There is no such model, or one of its files can't be used.
         """
-        root = _directory(model)
+        root = _directory(model, revision, _SETTINGS + ["*.py"] * trust_remote_code)
         modules = _modules(root)
         path = root / modules[0][1] if modules else root
-        config = _config(path)
+        config = _config(path, trust_remote_code)
         family = read_json(root / "config_sentence_transformers.json")
         architecture = (config.architectures or ["a model of unknown architecture"])[0]
-        return cls(model, root, path, modules, family, config, architecture, load_tokenizer(path))
+        if reason := _unsupported(config, architecture, bool(modules)):
+            raise UnsupportedModelError(f"{model}: {reason}")
+        tokenizer = load_tokenizer(path, trust_remote_code)
+        return cls(model, root, path, modules, family, config, architecture, tokenizer, trust_remote_code, revision)
+
+    def fetch_weights(self) -> None:
+        """Download the weights of a model on the hub, each file once: no ``.bin`` beside a ``.safetensors``.
+
+        Raises:
+            UnsupportedModelError: The hub cannot be reached.
+        """
+        if Path(self.model).expanduser().is_dir():
+            return
+        from huggingface_hub import list_repo_files
+        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+        try:
+            names = list_repo_files(self.model, revision=self.revision)
+        except (OSError, HfHubHTTPError, OfflineModeIsEnabled):
+            # Without the hub, the files that an earlier download left are all that there is.
+            names = [str(path.relative_to(self.root)) for path in self.root.rglob("*")]
+        _directory(self.model, self.revision, weights_of(names))
 
     def refuse(self, reason: str) -> UnsupportedModelError:
         """Make the error that refuses this model."""
@@ -77,9 +106,30 @@ class ModelFiles:
             raise self.refuse(f"a classifier with {self.config.num_labels} labels; a reranker has one (num_labels = 1)")
 
 
-def _directory(model: str) -> Path:
+def weights_of(names: Iterable[str]) -> list[str]:
+    """Files of weights to download: in each folder those in safetensors, or without any those of torch.
+
+    Args:
+        names: Files of a repository, with their folders.
+    """
+    folders: dict[str, list[str]] = {}
+    for name in names:
+        if not any(fnmatch(name, pattern) for pattern in _OTHER_FORMATS):
+            folders.setdefault(name.rpartition("/")[0], []).append(name)
+    found = []
+    for files in folders.values():
+        safe = [name for name in files if name.endswith(".safetensors")]
+        found += safe or [name for name in files if fnmatch(name.rpartition("/")[2], "pytorch_model*.bin")]
+    return sorted(found)
+
+
+def _directory(model: str, revision: str | None, patterns: list[str]) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
+        if revision is not None:
+            raise UnsupportedModelError(
+                f"--revision {revision} is for a model on the hub, and {model!r} is a directory"
+            )
         return path
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise UnsupportedModelError(f"{model!r} is neither a directory nor a hub name of the form 'owner/model'")
@@ -87,12 +137,28 @@ def _directory(model: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise UnsupportedModelError(
             f"{model!r} is no directory, and its download from the hub failed ({type(error).__name__}: {error}); if "
             "the hub cannot be reached, give the directory of a downloaded model"
         ) from error
+
+
+def _unsupported(config: PreTrainedConfig, architecture: str, has_modules: bool) -> str | None:
+    """The reason for which a model is refused before its tokenizer is loaded; ``None`` if there is none."""
+    if any(hasattr(config, name) for name in ("vision_config", "audio_config")):
+        return (
+            f"{architecture} reads images or sound beside texts, which is not supported; a reranker that reads texts "
+            "only is needed"
+        )
+    classifies = architecture.endswith("ForSequenceClassification")
+    if getattr(config, "is_encoder_decoder", False) and not classifies and not has_modules:
+        return (
+            f"{architecture} is a model of encoder and decoder, such as T5, which is not supported; needed is an "
+            "encoder or a decoder whose files say how it scores a pair"
+        )
+    return None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -124,15 +190,22 @@ def _modules(root: Path) -> list[tuple[str, str]]:
     return modules
 
 
-def _config(path: Path) -> PreTrainedConfig:
+def _config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
     if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise UnsupportedModelError(
+                f"{path.name} is a PEFT adapter; serve its base model, with this directory as --adapter"
+            )
         raise UnsupportedModelError(
             f"{path.name} holds no config.json; give the directory of a model that transformers saved"
         )
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UnsupportedModelError(f"{path.name}: its config.json can't be used: {error}") from error
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        hint = ""
+        if not trust_remote_code and '"auto_map"' in (path / "config.json").read_text(encoding="utf-8"):
+            hint = "; it needs Python code of its own directory, which runs only with --trust-remote-code"
+        raise UnsupportedModelError(f"{path.name}: its config.json can't be used: {error}{hint}") from error
     return cast("PreTrainedConfig", config)

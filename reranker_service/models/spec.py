@@ -45,10 +45,12 @@ class ModelSpec:
         max_length: Longest input that the model can take, in tokens, special and template tokens included.
         default_length: The length limit that the model's own files or model card set, in tokens; at most
             ``max_length``.
-        answers: Token ids of "yes" and "no" for a causal reranker in its original layout, whose score is
-            ``logit(yes) - logit(no)``; ``None`` for all others, whose score comes from a head of one label.
+        answers: Token ids of the answers "relevant" and "not relevant" of a causal language model, whose score is the
+            first one's logit minus the second one's, or the first one's alone if the second is ``None``. ``None`` for
+            all other models, whose score comes from a head of one label or from ``chain``.
         pooling: The way in which a bi-encoder makes one vector of its token vectors; ``None`` for all others.
-        query_prompt: Text that the model was trained to see before every query; empty for causal rerankers.
+        query_prompt: Text that the model was trained to see before every query. For a model with a template: the
+            instruction of requests that set none; empty if the template's own holds.
         document_prompt: The same for documents of a bi-encoder.
         dimensions: Leading dimensions of the embedding that are used, or ``None`` for all.
         normalized: Whether a bi-encoder's embeddings get norm 1, so that the score is a cosine; if false, the score is
@@ -59,6 +61,12 @@ class ModelSpec:
         root: The directory of the whole model: ``path``, or the directory that has it as a folder.
         chain: Class name and folder below ``root`` of each sentence-transformers module that makes the score from the
             transformer's token vectors; empty if the transformer's own head or the pooling does.
+        family: Name of the model's entry in the registry of families; ``None`` if the model's files say everything.
+        library_input: Whether the model's input is the one that sentence-transformers makes. It is joined from the
+            texts' token ids if that is proved to give the same.
+        library_model: Whether sentence-transformers runs the whole model.
+        trust_remote_code: Whether Python code in the model's directory may run.
+        adapter: Directory of a PEFT adapter that is merged into the weights; ``None`` for none.
     """
 
     name: str
@@ -68,7 +76,7 @@ class ModelSpec:
     architecture: str
     max_length: int
     default_length: int
-    answers: tuple[int, int] | None = None
+    answers: tuple[int, int | None] | None = None
     pooling: Pooling | None = None
     query_prompt: str = ""
     document_prompt: str = ""
@@ -79,3 +87,8 @@ class ModelSpec:
     saved: SavedSettings = field(default_factory=SavedSettings)
     root: Path | None = field(default=None, compare=False)
     chain: tuple[tuple[str, str], ...] = ()
+    family: str | None = None
+    library_input: bool = False
+    library_model: bool = False
+    trust_remote_code: bool = False
+    adapter: Path | None = None

@@ -17,8 +17,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer.
+
+    Args:
+        path: The model's directory.
+        trust_remote_code: Whether Python code in the directory may run.
 
     Raises:
         UnsupportedModelError: The directory holds no tokenizer, or none of the fast kind.
@@ -26,7 +30,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
         raise UnsupportedModelError(f"{path.name}: its tokenizer can't be loaded: {error}") from error
     if not tokenizer.is_fast:
