@@ -27,7 +27,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--stages",
         nargs="+",
-        choices=tuple(dict.fromkeys(stage.name for stage in FULL.stages)),
+        choices=("screening", "final", "related", "cross-encoder", "large", "candidates"),
         help="the parts of the study to run; without it, all",
     )
     parser.add_argument(

@@ -519,3 +519,8 @@ def test_the_command_line_names_the_argument_that_is_wrong(capsys: pytest.Captur
     assert "--stages" in capsys.readouterr().err
     named = list(dict.fromkeys(stage.name for stage in FULL.stages))
     assert parse(["--stages", *named]).stages == named
+
+
+def test_every_stage_of_the_plan_can_be_chosen_on_the_command_line() -> None:
+    names = list(dict.fromkeys(stage.name for stage in FULL.stages))
+    assert parse(["--stages", *names]).stages == names
