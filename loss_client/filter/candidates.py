@@ -1,27 +1,28 @@
 """CandidateStep: a batch with scores only for the candidates that hold nearly all of the softmax's mass.
 
 ``mass`` tells which candidates these are and bounds the error of the loss. Masking shrinks the denominator, so that
-candidates that sufficed before their scores arrived may not suffice afterwards. The first round assumes that none of
-its candidates will be masked. The second assumes that all of its candidates will be, so that no third is needed.
+candidates that sufficed before their scores arrived may not suffice afterwards. Each round assumes that none of its
+candidates will be masked, and rounds follow until every row's share without a score is at most epsilon. From the third
+round on, a row has at least as many candidates scored as in all rounds before, so that the rounds come to an end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain
+from itertools import chain, count
 from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from loss_client.client.errors import RerankerError, ScoreError
 from loss_client.filter.interning import intern
 from loss_client.filter.jobs import AskForPairs
-from loss_client.filter.masking import same_id, thresholds
-from loss_client.filter.mass import choose, unscored_share
-from loss_client.filter.pair_scores import PairScores
+from loss_client.filter.layout import Block, Layout, Thresholds
+from loss_client.filter.masking import thresholds
+from loss_client.filter.mass import Shortlist, split
+from loss_client.filter.pair_scores import PairScores, QuerySums
 from loss_client.filter.statistics import LossStatistics
 from loss_client.filter.step import FilterStep
 from loss_client.filter.targets import Places, Targets
@@ -29,8 +30,10 @@ from loss_client.filter.targets import Places, Targets
 Candidates = Literal["all", "mass"]
 """Rule for the pairs of a batch that are scored; see ``RerankerCachedGISTEmbedLoss``."""
 
-# Logits that are computed twice, to choose candidates and for the loss, may differ by rounding.
+# The mass of the many candidates that hold least of it is summed up in float32.
 _ROUNDING = 1 + 1e-6
+# Rounds in which a row has no more candidates scored than it needs if none of them is masked.
+_EXACT_ROUNDS = 2
 
 
 class CandidateStep(FilterStep):
@@ -79,6 +82,8 @@ class CandidateStep(FilterStep):
         self._own = np.arange(len(self._columns[0])) + self.rows.offset
         self._own_documents = self._document_ids[0][self._own]
         self._own_arrived = False
+        self._shares = np.zeros(len(self._columns[0]))  # of each row, what has no score
+        self._layout: Layout | None = None
         self._all_pairs = len(np.unique(self._anchor_queries)) * len(documents.texts)
         if by_scores and settings.contrast_positives:
             distinct = len(np.unique(self._document_ids[0]))
@@ -88,20 +93,9 @@ class CandidateStep(FilterStep):
         """See :meth:`FilterStep.select`."""
         if self.error is not None:
             return
-        scored = self._chosen
         try:
-            for assume_masked in (False, True):
-                wanted = [] if self._own_arrived else self._first_wanted()
-                for begin in range(0, len(scored), size):
-                    end = min(begin + size, len(scored))
-                    similar = logits(begin, end)
-                    decided, masked = (torch.from_numpy(flags).to(similar.device) for flags in self._state(begin, end))
-                    most = None if self._most is None else np.maximum(self._most - scored[begin:end], 0)
-                    chosen = choose(similar, decided, masked, self._epsilon, assume_masked=assume_masked, most=most)
-                    found = chosen.cpu().numpy()
-                    scored[begin:end] += found.sum(axis=1)
-                    wanted.append(self._codes(begin, end, found))
-                self._fetch(np.unique(np.concatenate(wanted)))
+            wanted = [] if self._own_arrived else self._first_wanted()
+            self._shares = self._choose(self._epsilon, size, logits, wanted)
         except RerankerError as error:
             self._failed(error)
             self._clear()
@@ -109,6 +103,8 @@ class CandidateStep(FilterStep):
     def _clear(self) -> None:
         """Begin without scores: those in the margin's units, and with distillation the raw ones."""
         shape = len(self._query_texts), len(self._document_texts)
+        self._masked_codes: NDArray[np.int64] | None = None
+        self._query_sums: QuerySums | None = None
         self._scores = self._raw = PairScores(*shape)
         if self._settings.convert is not None:
             self._raw = PairScores(*shape)
@@ -156,84 +152,101 @@ class CandidateStep(FilterStep):
             self._raw.add(codes, scores)
             scores = self._settings.convert(scores)
         self._scores.add(codes, scores)
+        self._masked_codes = self._query_sums = None  # of fewer scores
 
-    def _limits(self, codes: NDArray[np.int64]) -> NDArray[np.float32]:
-        scores = self._scores.pairs(codes)
-        return thresholds(scores, self._settings.margin, self._settings.margin_strategy)
+    def _choose(
+        self, epsilon: float, size: int, logits: Callable[[int, int], Tensor], wanted: list[NDArray[np.int64]]
+    ) -> NDArray[np.float64]:
+        """Have candidates scored until those without a score hold at most epsilon of each row's denominator.
 
-    def _state(self, begin: int, end: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Return (decided, masked) for the candidates of some rows, each of shape ``(end - begin, candidates)``."""
-        settings, documents, lines = self._settings, len(self._document_texts), np.arange(end - begin)
-        own, own_documents = self._own[begin:end], self._own_documents[begin:end]
-        queries = self._anchor_queries[begin:end]
-        limits = self._limits(queries * documents + own_documents)[:, None]
-        scores = self._scores.rows(queries)  # (end - begin, distinct documents)
-        known, relevant = ~np.isnan(scores), scores > limits  # a comparison with NaN is false
-        known[lines, own_documents] = relevant[lines, own_documents] = True
-        for flags in (known, relevant):
-            self._equal_anchors.mark(flags, own)
+        Args:
+            epsilon: The largest share.
+            size: See ``select``.
+            logits: See ``select``.
+            wanted: Codes of further pairs that the first round has to score.
 
-        decided = [known[:, ids] for ids in self._document_ids]
-        masked = [relevant[:, ids] for ids in self._document_ids]
-        masked[0][lines, own] = False
-        between: list[tuple[NDArray[np.bool_], NDArray[np.bool_]]] = []
-        if self._by_known:
-            same = same_id(self._anchor_ids[own], self._anchor_ids)
-            found = self._known_between(begin, end, known, relevant)
-            repeats = settings.contrast_anchors + settings.contrast_positives
-            between = [(found[0] | same, found[1] | same)] * repeats
-        else:
+        Returns:
+            The share of each row, shape ``(rows,)``.
+        """
+        layout, rows = self._candidates, len(self._chosen)
+        masked, kept = self._masked, layout.kept(self._scores, self._thresholds, self._masked)
+        splits = []
+        for begin in range(0, rows, size):
+            bounds = np.array([begin, min(begin + size, rows)]) * layout.columns
+            known, dropped = (
+                codes[slice(*np.searchsorted(codes, bounds).tolist())] - bounds[0] for codes in (kept, masked)
+            )
+            splits.append(split(logits(begin, min(begin + size, rows)), known, dropped, epsilon))
+        shortlist = Shortlist(splits, layout.columns)
+        before = np.zeros(rows, dtype=np.int64)
+        for number in count():
+            most = None if self._most is None else np.maximum(self._most - self._chosen, 0)
+            least = before if number >= _EXACT_ROUNDS else np.zeros_like(before)
+            chosen = shortlist.choose(epsilon, least, most)
+            if not len(chosen) and not wanted:
+                return shortlist.shares()
+            lines, columns = shortlist.rows[chosen], shortlist.codes[chosen] % layout.columns
+            found = np.bincount(lines, minlength=rows)
+            self._chosen += found
+            before += found
+            codes = [layout.pairs(lines, columns), layout.back_pairs(lines, columns)[2], *wanted]
+            self._fetch(np.concatenate(codes))
+            wanted = []
+            shortlist.settle(chosen, *layout.look_up(lines, columns, self._scores, self._thresholds))
+        raise AssertionError("the rounds end, because each of them chooses a candidate for the first time")
+
+    @property
+    def _candidates(self) -> Layout:
+        """Layout of the candidates. Made at first use, because equal anchors are known once the texts are laid out."""
+        if self._layout is None:
+            settings, anchors = self._settings, self._anchor_queries
+            positives, *negatives = self._document_ids
+            blocks = [Block(positives, anchors)]
             if settings.contrast_anchors:
-                same = same_id(self._anchor_ids[own], self._anchor_ids)
-                ids = self._anchor_documents
-                between.append((known[:, ids] | same, relevant[:, ids] | same))
+                known = Block(positives, None, anchors=True)
+                blocks.append(known if self._by_known else Block(self._anchor_documents, anchors, anchors=True))
             if settings.contrast_positives:
-                ids = self._document_ids[0]
-                others = self._scores.rows(self._positive_queries[begin:end])[:, ids]
-                same = same_id(ids[own], ids)
-                between.append((~np.isnan(others) | same, (others > limits) | same))
-        return (
-            np.concatenate([decided[0], *(one for one, _ in between), *decided[1:]], axis=1),
-            np.concatenate([masked[0], *(one for _, one in between), *masked[1:]], axis=1),
-        )
+                blocks.append(Block(positives, None if self._by_known else self._positive_queries))
+            self._layout = Layout(
+                [*blocks, *(Block(ids, anchors) for ids in negatives)],
+                self._all_anchor_queries if self._by_known else None,
+                self._anchor_ids,
+                self._equal_anchors,
+                self._own,
+                (len(self._query_texts), len(self._document_texts)),
+            )
+        return self._layout
 
-    def _known_between(
-        self, begin: int, end: int, known: NDArray[np.bool_], relevant: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Return (relation is known, rows are related), each of shape ``(end - begin, rows of all ranks)``."""
-        documents, positives = len(self._document_texts), self._document_ids[0]
-        own_documents = self._own_documents[begin:end]
-        # Scores of these rows' positives with the other rows' anchors, compared with the other rows' thresholds.
-        back = self._scores.columns(own_documents)[self._all_anchor_queries].T  # (end - begin, rows of all ranks)
-        limits = self._limits(self._all_anchor_queries * documents + positives)
-        same = same_id(own_documents, positives) | self._equal_anchors.holders(own_documents)
-        back_known = (~np.isnan(back) & ~np.isnan(limits)) | same
-        related = relevant[:, positives] | (back > limits) | same
-        return related | (known[:, positives] & back_known), related
+    @property
+    def _thresholds(self) -> Thresholds:
+        """The rows' thresholds, as far as their positives have scores."""
+        documents, settings = len(self._document_texts), self._settings
 
-    def _codes(self, begin: int, end: int, chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """Return the codes of the pairs whose scores decide the chosen candidates, distinct, shape ``(pairs,)``."""
-        settings, documents = self._settings, len(self._document_texts)
-        queries, positives = self._anchor_queries[begin:end], self._document_ids[0]
-        blocks = [(queries, positives)]
-        if settings.contrast_anchors:
-            blocks.append((queries, positives if self._by_known else self._anchor_documents))
-        if settings.contrast_positives:
-            blocks.append((queries if self._by_known else self._positive_queries[begin:end], positives))
-        blocks += [(queries, ids) for ids in self._document_ids[1:]]
-        codes, column = [], 0
-        contrast = settings.contrast_anchors + settings.contrast_positives
-        for number, (asking, ids) in enumerate(blocks):
-            lines, places = np.nonzero(chosen[:, column : column + len(ids)])
-            column += len(ids)
-            codes.append(asking[lines] * documents + ids[places])
-            if self._by_known and 0 < number <= contrast:
-                codes.append(self._all_anchor_queries[places] * documents + self._own_documents[begin:end][lines])
-        return np.unique(np.concatenate(codes))
+        def limits(queries: NDArray[np.intp], positives: NDArray[np.intp]) -> NDArray[np.float32]:
+            scores = self._scores.pairs(queries * documents + positives)
+            return thresholds(scores, settings.margin, settings.margin_strategy)
+
+        every = limits(self._all_anchor_queries, self._document_ids[0]) if self._by_known else None
+        return Thresholds(limits(self._anchor_queries, self._own_documents), every)
+
+    @property
+    def _masked(self) -> NDArray[np.int64]:
+        """Codes of all masked candidates, sorted and distinct; see ``Layout``."""
+        if self._masked_codes is None:
+            self._masked_codes = self._candidates.masked(self._scores, self._thresholds)
+        return self._masked_codes
 
     def mask(self, begin: int, end: int) -> NDArray[np.bool_]:
         """See :meth:`FilterStep.mask`."""
-        return self._state(begin, end)[1]
+        columns = self._candidates.columns
+        found = np.zeros((end - begin, columns), dtype=np.bool_)
+        found.reshape(-1)[self._masked_between(begin, end) - begin * columns] = True
+        return found
+
+    def _masked_between(self, begin: int, end: int) -> NDArray[np.int64]:
+        """Return the codes of the masked candidates of the local rows from begin to end."""
+        bounds = np.array([begin, end]) * self._candidates.columns
+        return self._masked[slice(*np.searchsorted(self._masked, bounds).tolist())]
 
     def targets(self, begin: int, end: int) -> Targets:
         """See :meth:`FilterStep.targets`."""
@@ -246,28 +259,28 @@ class CandidateStep(FilterStep):
         if begin < self._rows_counted:
             return
         self._rows_counted = end
-        decided, masked = self._state(begin, end)
-        counts, rows = self._counts, end - begin
-        if self.error is None:
-            shares = unscored_share(
-                logits, torch.from_numpy(decided).to(logits.device), torch.from_numpy(masked).to(logits.device)
-            )
-            counts.unscored_share += float(shares.sum())
-            counts.capped_anchors += int((shares > self._epsilon * _ROUNDING).sum())
-        scores = self._scores.rows(self._anchor_queries[begin:end])
-        own_scores = scores[np.arange(rows), self._own_documents[begin:end]]
-        contrast = len(self._anchor_ids) * self._settings.contrast_blocks
-        every, others = len(self._anchor_ids), masked[:, len(self._anchor_ids) + contrast :]
+        counts, rows, every = self._counts, end - begin, len(self._anchor_ids)
+        blocks = self._masked_between(begin, end) % self._candidates.columns // every
         counts.negatives += rows * (int(self._repeats.sum()) - 1)
-        counts.masked_negatives += int(masked[:, :every].sum() + others.sum())
-        if self.error is None:
-            known = ~np.isnan(scores)
-            counts.scored_anchors += rows
-            counts.scored_negatives += int((known @ self._repeats).sum()) - rows
-            above_own = (scores > own_scores[:, None]) & (self._repeats > 0)  # 0 repeats: an anchor
-            counts.outscored_positives += int(above_own.any(axis=1).sum())
-            counts.positive_scores += float(own_scores.sum(dtype=np.float64))
-            counts.negative_scores += float((np.nan_to_num(scores) @ self._repeats).sum() - own_scores.sum())
+        counts.masked_negatives += int(((blocks < 1) | (blocks > self._settings.contrast_blocks)).sum())
+        if self.error is not None:
+            return
+        shares, sums, queries = self._shares[begin:end], self._sums, self._anchor_queries[begin:end]
+        own_scores = self._scores.pairs(queries * len(self._document_texts) + self._own_documents[begin:end])
+        counts.unscored_share += float(shares.sum())
+        counts.capped_anchors += int((shares > self._epsilon * _ROUNDING).sum())
+        counts.scored_anchors += rows
+        counts.scored_negatives += int(sums.documents[queries].sum()) - rows
+        counts.outscored_positives += int((sums.highest[queries] > own_scores).sum())
+        counts.positive_scores += float(own_scores.sum(dtype=np.float64))
+        counts.negative_scores += float(sums.scores[queries].sum() - own_scores.sum())
+
+    @property
+    def _sums(self) -> QuerySums:
+        """Sums over the documents of the batch, each as often as it occurs."""
+        if self._query_sums is None:
+            self._query_sums = self._scores.sums(self._repeats)
+        return self._query_sums
 
     def statistics(self) -> LossStatistics:
         """See :meth:`FilterStep.statistics`."""
