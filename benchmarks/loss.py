@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from benchmarks.bench import Bench
     from benchmarks.report import Figure
 
-PARTS = ("prefetch", "candidates", "mining")
+PARTS = ("prefetch", "candidates", "cost", "mining")
 """Parts that can be measured alone."""
 
 
@@ -39,7 +39,7 @@ def run(
     # Imported late: libraries read the variables that prepare_process sets when they are imported.
     from transformers.utils import logging
 
-    from benchmarks import loss_candidates, loss_prefetch, mining, report
+    from benchmarks import loss_candidates, loss_cost, loss_prefetch, mining, report
     from benchmarks.bench import Bench
     from benchmarks.launch import Launcher, Machine
     from benchmarks.service import build_models
@@ -48,6 +48,7 @@ def run(
     parts: dict[str, Callable[[Bench], list[Figure]]] = {
         "prefetch": lambda bench: loss_prefetch.prefetch_figures(bench, output / "loss-prefetch.svg"),
         "candidates": lambda bench: loss_candidates.candidates_figures(bench, output / "loss-candidates.svg"),
+        "cost": loss_cost.cost_figures,
         "mining": mining.mining_figures,
     }
     console = console or Console()

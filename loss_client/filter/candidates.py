@@ -2,8 +2,8 @@
 
 ``mass`` tells which candidates these are and bounds the error of the loss. Masking shrinks the denominator, so that
 candidates that sufficed before their scores arrived may not suffice afterwards. Each round assumes that none of its
-candidates will be masked, and rounds follow until every row's share without a score is at most epsilon. From the third
-round on, a row has at least as many candidates scored as in all rounds before, so that the rounds come to an end.
+candidates will be masked, and rounds follow until every row's share without a score is at most epsilon. After a few of
+them, a row has at least as many candidates scored as in all rounds before, so that the rounds come to an end soon.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ Candidates = Literal["all", "mass"]
 
 # The mass of the many candidates that hold least of it is summed up in float32.
 _ROUNDING = 1 + 1e-6
-# Rounds in which a row has no more candidates scored than it needs if none of them is masked.
-_EXACT_ROUNDS = 2
+# Rounds in which a row has no more candidates scored than it needs if none of them is masked. A pair saved is worth
+# more than a round: of 1,024 docstrings at temperature 0.01, two such rounds and then doubling score 4.5% of the
+# pairs, and rounds without doubling 3.3%.
+_EXACT_ROUNDS = 5
 
 
 class CandidateStep(FilterStep):
@@ -128,13 +130,13 @@ class CandidateStep(FilterStep):
             return
         documents = len(self._document_texts)
         # The job gets only the texts of missing pairs.
-        queries, query_ids = np.unique(missing // documents, return_inverse=True)
-        named, document_ids = np.unique(missing % documents, return_inverse=True)
+        queries, query_ids = _compact(missing // documents, len(self._query_texts))
+        named, document_ids = _compact(missing % documents, documents)
         job = self._ask(
             [self._query_texts[query] for query in queries],
             [self._document_texts[document] for document in named],
-            query_ids.reshape(-1),
-            document_ids.reshape(-1),
+            query_ids,
+            document_ids,
             recurring=False,
         )
         self._jobs.append(job)
@@ -184,13 +186,16 @@ class CandidateStep(FilterStep):
             least = before if number >= _EXACT_ROUNDS else np.zeros_like(before)
             chosen = shortlist.choose(epsilon, least, most)
             if not len(chosen) and not wanted:
-                return shortlist.shares()
+                return shortlist.shares
+            # In the order of the pairs, in which their scores are found fastest.
+            asked = layout.pairs(shortlist.rows[chosen], shortlist.codes[chosen] % layout.columns)
+            order = np.argsort(asked)
+            chosen = chosen[order]
             lines, columns = shortlist.rows[chosen], shortlist.codes[chosen] % layout.columns
             found = np.bincount(lines, minlength=rows)
             self._chosen += found
             before += found
-            codes = [layout.pairs(lines, columns), layout.back_pairs(lines, columns)[2], *wanted]
-            self._fetch(np.concatenate(codes))
+            self._fetch(np.concatenate([asked[order], layout.back_pairs(lines, columns)[2], *wanted]))
             wanted = []
             shortlist.settle(chosen, *layout.look_up(lines, columns, self._scores, self._thresholds))
         raise AssertionError("the rounds end, because each of them chooses a candidate for the first time")
@@ -288,3 +293,10 @@ class CandidateStep(FilterStep):
         counts.pairs = len(self._scores)
         counts.skipped_pairs = max(0, self._all_pairs - counts.pairs)
         return counts
+
+
+def _compact(ids: NDArray[np.int64], count: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return (the distinct ids in order, the position of each of ``ids`` among them); all ids are below ``count``."""
+    used = np.zeros(count, dtype=np.bool_)
+    used[ids] = True
+    return np.flatnonzero(used), (np.cumsum(used) - 1)[ids]

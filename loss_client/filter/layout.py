@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_client.filter.equal_anchors import EqualAnchors
-from loss_client.filter.pair_scores import PairScores
+from loss_client.filter.pair_scores import PairScores, distinct_codes
 from loss_client.filter.positions import Positions
 
 
@@ -179,7 +179,7 @@ class Layout:
         found = [self._given]
         for codes, above in self._candidates(scores, limits, kept=False):
             found.append(codes[above])
-        codes = np.unique(np.concatenate(found))
+        codes = distinct_codes(np.concatenate(found))
         return codes[~_among(codes, self._own_codes)]
 
     def kept(self, scores: PairScores, limits: Thresholds, masked: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -193,7 +193,7 @@ class Layout:
         found = [self._own_codes]
         for codes, above in self._candidates(scores, limits, kept=True):
             found.append(codes[~above])
-        codes = np.unique(np.concatenate(found))
+        codes = distinct_codes(np.concatenate(found))
         return codes[~_among(codes, masked)]
 
     def _candidates(

