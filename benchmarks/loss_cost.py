@@ -22,10 +22,19 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from benchmarks.bench import Bench
 from benchmarks.launch import address_of
+from benchmarks.loss_prefetch import one_core_left
 from benchmarks.report import Figure
 from benchmarks.rounds import Spread
 from examples.student import load_student
@@ -38,8 +47,8 @@ _BATCH = 1024
 _QUICK_BATCH = 32
 _SKIPPED_STEPS = 1  # the first step has no batch ahead
 _STEPS = 2
-_LAYERS = 1
 _TOKENS = 16
+_DIMENSIONS = 64
 _MINI_BATCH = 64
 _TEMPERATURE = 0.01
 _MOST_MICROSECONDS = 1.0
@@ -79,10 +88,10 @@ def cost_figures(bench: Bench) -> list[Figure]:
     """Measure steps of each mode with two and with five columns."""
     quick = bench.scale < 1
     batch, every = (_QUICK_BATCH, COLUMNS[:1]) if quick else (_BATCH, COLUMNS)
-    model = load_student(_LAYERS)
-    model.max_seq_length = _TOKENS
+    model = _tiny_student()
     found: dict[tuple[int, Mode], list[Cost]] = {}
     with (
+        one_core_left(bench),
         tempfile.TemporaryDirectory(prefix="reranker-bench-") as directory,
         bench.launcher.replies() as server,
         RerankerClient(address_of(server)) as client,
@@ -114,15 +123,36 @@ def figures(found: Mapping[tuple[int, Mode], Sequence[Cost]], batch: int) -> Ite
         yield Figure(f"{columns} columns, {mode}: processor time a pair", Spread.of(own), "us", target, False)
 
 
+def _tiny_student() -> SentenceTransformer:
+    """Make a model so small that the loss's own part of a step shows: one layer, random weights, a fixed embedding."""
+    model = load_student(1)
+    model.max_seq_length = _TOKENS
+    first: Any = model[0]
+    config = BertConfig(
+        vocab_size=len(first.tokenizer),
+        hidden_size=_DIMENSIONS,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=_DIMENSIONS,
+    )
+    first.model = BertModel(config, add_pooling_layer=False)  # type: ignore[no-untyped-call]
+    # Each mini-batch would make a gradient of the whole table, which takes longer than all other work of the model.
+    first.model.embeddings.requires_grad_(False)
+    return model
+
+
 def _texts(bench: Bench, columns: int, rows: int) -> Dataset:
     """Make rows of distinct texts, each with its row and column in front; bodies repeat after a while."""
     bodies = bench.corpus.texts()
     names = ["anchor", "positive", *(f"negative_{number}" for number in range(1, columns - 1))]
+
+    def body(row: int, column: int) -> str:
+        # A positive has words of its anchor, so that a model without training finds it.
+        found = bodies[(row * columns + max(column - 1, 0)) % len(bodies)]
+        return found[30:100] if column == 1 else found[:70]
+
     return Dataset.from_dict(
-        {
-            name: [f"{row}.{column} {bodies[(row * columns + column) % len(bodies)][:100]}" for row in range(rows)]
-            for column, name in enumerate(names)
-        }
+        {name: [f"{row}.{column} {body(row, column)}" for row in range(rows)] for column, name in enumerate(names)}
     )
 
 

@@ -201,7 +201,7 @@ def prefetch_figures(bench: Bench, plot: Path) -> list[Figure]:
     model.max_seq_length = _TOKENS
     found: dict[float, list[Round]] = {ratio: [] for ratio in ratios}
     accuracy: list[float] = []
-    with _one_core_left(bench), tempfile.TemporaryDirectory(prefix="reranker-bench-") as directory:
+    with one_core_left(bench), tempfile.TemporaryDirectory(prefix="reranker-bench-") as directory:
         rate = Path(directory) / "rate"
         write_rate(rate, _FASTEST)
         with (
@@ -266,7 +266,7 @@ def _score_seconds(client: RerankerClient, queries: Sequence[str], documents: Se
 
 
 @contextmanager
-def _one_core_left(bench: Bench) -> Iterator[None]:
+def one_core_left(bench: Bench) -> Iterator[None]:
     """Leave one core to client and server, because a reranker on another machine would take none from training."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, min(before, len(bench.launcher.machine.cores) - 1)))

@@ -54,6 +54,12 @@ class _Servicer(rpc.RerankerServiceServicer):
             contract=pb.ContractVersion(major=1, minor=1),
         )
 
+    async def Rerank(self, request: Any, context: Any) -> Any:
+        raise NotImplementedError
+
+    async def RerankBatch(self, request: Any, context: Any) -> Any:
+        raise NotImplementedError
+
     async def RerankStream(self, request_iterator: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
         rows, columns = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
         async for request in request_iterator:

@@ -143,7 +143,8 @@ class Layout:
         for number, family in enumerate(self._families[1:], 1):
             asked = self._family_of[columns // self._every] == number
             queries = np.where(asked, family.queries[lines], queries)
-        return queries * self._documents + self._column_documents[columns]
+        codes: NDArray[np.int64] = queries * self._documents + self._column_documents[columns]
+        return codes
 
     def back_pairs(
         self, lines: NDArray[np.int64], columns: NDArray[np.int64]
@@ -254,4 +255,5 @@ def _among(codes: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.bo
     """Return which of ``codes`` are among ``others``, which are sorted and distinct."""
     if not len(others):
         return np.zeros(len(codes), dtype=np.bool_)
-    return others[np.minimum(np.searchsorted(others, codes), len(others) - 1)] == codes
+    found: NDArray[np.bool_] = others[np.minimum(np.searchsorted(others, codes), len(others) - 1)] == codes
+    return found

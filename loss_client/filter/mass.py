@@ -129,8 +129,8 @@ class Shortlist:
         active = some & (rest > limits)
         chosen = open_ & (sums - weights < np.where(active, room, -np.inf)[self.rows])
         if most is not None or least.any():
-            rank = np.cumsum(open_)
-            rank -= np.append(0, rank)[self._begins][self.rows] + 1
+            opened = np.cumsum(open_.astype(np.int64))
+            rank = opened - np.append(0, opened)[self._begins][self.rows] - 1
             chosen |= open_ & (rank < np.where(active, least, 0)[self.rows])
             if most is not None:
                 chosen &= rank < most[self.rows]

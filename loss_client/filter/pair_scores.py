@@ -54,7 +54,8 @@ class PairScores:
     def missing(self, codes: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the codes without a score, sorted and distinct."""
         codes = distinct_codes(codes)
-        return codes[np.isnan(self.pairs(codes))]
+        found: NDArray[np.int64] = codes[np.isnan(self.pairs(codes))]
+        return found
 
     def entries(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Return (codes, scores) of all pairs with a score, sorted by code."""
@@ -75,8 +76,8 @@ class PairScores:
         highest = np.full(self.queries, -np.inf, dtype=np.float32)
         np.maximum.at(highest, queries[times > 0], self._scores[times > 0])
         return QuerySums(
-            np.bincount(queries, times, self.queries),
-            np.bincount(queries, times * self._scores.astype(np.float64), self.queries),
+            np.bincount(queries, times.astype(np.float64), self.queries).astype(np.float64),
+            np.bincount(queries, times * self._scores.astype(np.float64), self.queries).astype(np.float64),
             highest,
         )
 
