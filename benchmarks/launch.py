@@ -89,6 +89,10 @@ class Launcher:
         """The plain HTTP service of ``benchmarks.baseline``."""
         return self._start([sys.executable, "-m", "benchmarks.baseline", "--model", str(model)])
 
+    def replies(self) -> AbstractContextManager[Child]:
+        """A server of ``benchmarks.loss_replies``, which answers at once and has no model."""
+        return self._start([sys.executable, "-m", "benchmarks.loss_replies"])
+
     def vllm_http(self, model: Path) -> AbstractContextManager[Child]:
         """Start vLLM's HTTP server with the settings that our vLLM engine passes to vLLM."""
         flags = ["--enforce-eager", "--kv-cache-memory-bytes", str(1 << 30)]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from benchmarks.bench import Bench
     from benchmarks.report import Figure
 
-PARTS = ("prefetch", "accumulation", "candidates", "curve", "mining")
+PARTS = ("prefetch", "accumulation", "candidates", "curve", "cost", "mining")
 """Parts that can be measured alone."""
 
 
@@ -39,7 +39,7 @@ def run(
     # Imported late: libraries read the variables that prepare_process sets when they are imported.
     from transformers.utils import logging
 
-    from benchmarks import loss_accumulation, loss_candidates, loss_curve, loss_prefetch, mining, report
+    from benchmarks import loss_accumulation, loss_candidates, loss_cost, loss_curve, loss_prefetch, mining, report
     from benchmarks.bench import Bench
     from benchmarks.launch import Launcher, Machine
     from benchmarks.service import build_models
@@ -50,6 +50,7 @@ def run(
         "accumulation": loss_accumulation.accumulation_figures,
         "candidates": lambda bench: loss_candidates.candidates_figures(bench, output / "loss-candidates.svg"),
         "curve": lambda bench: loss_curve.curve_figures(bench, output / "loss-curve.svg"),
+        "cost": loss_cost.cost_figures,
         "mining": mining.mining_figures,
     }
     console = console or Console()

@@ -236,7 +236,7 @@ def training_beside_server(bench: Bench, batch: int, batches: int) -> Iterator[T
     texts = bench.corpus.grid(batch * batches, batch * batches)
     model = load_student(_LAYERS)
     model.max_seq_length = _TOKENS
-    with _one_core_left(bench), tempfile.TemporaryDirectory(prefix="reranker-bench-") as directory:
+    with one_core_left(bench), tempfile.TemporaryDirectory(prefix="reranker-bench-") as directory:
         rate = Path(directory) / _RATE
         write_rate(rate, _FASTEST)
         with (
@@ -309,7 +309,7 @@ def figures(found: Mapping[float, Sequence[Round]], accuracy: Sequence[float]) -
 
 
 @contextmanager
-def _one_core_left(bench: Bench) -> Iterator[None]:
+def one_core_left(bench: Bench) -> Iterator[None]:
     """Leave one core to client and server, because a reranker on another machine would take none from training."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, min(before, len(bench.launcher.machine.cores) - 1)))

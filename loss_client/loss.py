@@ -84,7 +84,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             margin drops more negatives.
         chunk_pairs: Most pairs of one message to the reranker. With fewer the first scores arrive sooner; with
             more there is less overhead. The result does not depend on it. Default: the number that the server prefers,
-            or 128.
+            or 128 for the first and the last rows and up to 4,096 between them.
         instruction: The task in words, for rerankers that take an instruction. Default: the served model's own.
         max_length: Longest input of the reranker, in its tokens. Default: the server's.
         score_type: ``"probability"``: scores in [0, 1]. ``"raw"``: the reranker's own number, a logit or, from a

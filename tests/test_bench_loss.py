@@ -165,7 +165,7 @@ def test_candidates_are_compared_with_all_pairs(model: SentenceTransformer) -> N
     assert (same.share, same.rounds, same.loss, same.gradient, same.seconds) == (1.0, 1, 0.0, 0.0, 1.0)
     some = Comparison.of(calculation(model, "mass", epsilon=0.2)[0], full)
     assert 24 / 24**2 < some.share < 1
-    assert some.rounds <= 3
+    assert some.rounds <= 10
     assert 0 < some.loss <= -math.log(1 - 0.2)
     assert 0 < some.gradient < 1
 
@@ -175,7 +175,8 @@ def test_targets_that_are_bounds_are_compared_with_the_worst_batch() -> None:
     bad = Comparison(share=0.02, rounds=4, loss=0.5, gradient=0.2, seconds=2.0)
     found = {("minilm", 1024, 0.01): [good, good, bad]}
     by_name = {figure.name.partition(": ")[2]: figure for figure in loss_candidates.figures(found)}
-    assert by_name["rounds"].reached is False
+    assert by_name["rounds"].spread.high == 4
+    assert (by_name["time / with all pairs"].target, by_name["time / with all pairs"].reached) == (2.0, True)
     assert by_name["loss - full loss"].reached is False
     assert by_name["pairs scored"].reached is True
     assert by_name["pairs scored"].spread.high == 0.02
@@ -183,9 +184,8 @@ def test_targets_that_are_bounds_are_compared_with_the_worst_batch() -> None:
 
 @pytest.mark.usefixtures("forked_children")
 def test_a_small_run_measures_draws_and_writes(tmp_path: Path) -> None:
-    figures = run(
-        ["prefetch", "candidates", "curve"], output=tmp_path, rounds=1, scale=0.1, console=Console(quiet=True)
-    )
+    parts = ["prefetch", "candidates", "curve", "cost"]
+    figures = run(parts, output=tmp_path, rounds=1, scale=0.1, console=Console(quiet=True))
     by_name = {figure.name: figure for figure in figures}
     for ratio in ("0.5", "2"):
         assert by_name[f"prefetch, score/train {ratio}: step / max(train, score)"].spread.value > 0
@@ -193,7 +193,9 @@ def test_a_small_run_measures_draws_and_writes(tmp_path: Path) -> None:
     # The engine sleeps until pairs are finished, so it is never early.
     assert by_name["score alone: measured / intended"].spread.low > 0.9
     assert by_name["minilm, batch 64, T 0.05: loss - full loss"].reached
-    assert by_name["student, batch 64, T 0.01: rounds"].reached
+    assert by_name["student, batch 64, T 0.01: rounds"].spread.value <= 10
+    assert by_name["2 columns, all: processor time a pair"].target == 1.0
+    assert by_name["2 columns, mass: step / without a reranker"].spread.value > 0
     assert len(json.loads((tmp_path / "loss.json").read_text())) == len(figures)
     share = by_name["random, margin 0.05, nearest by minilm: masks found with 2 pairs a mask"].spread.value
     assert 0.5 < share <= 1

@@ -54,6 +54,40 @@ def test_a_list_is_covered_in_order(count: int, pairs: int) -> None:
     assert all(chunk.pairs <= pairs for chunk in chunks)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [*GRIDS, (1024, 1024), (200, 6000)])
+@pytest.mark.parametrize("panel", [None, (100, 300)])
+def test_chunks_that_may_grow_cover_a_grid_once_and_grow_with_it(
+    rows: int, columns: int, panel: tuple[int, int] | None
+) -> None:
+    covered = np.zeros((rows, columns), dtype=np.int8)
+    before = 0
+    for chunk in grid_chunks(rows, columns, 128, panel, most=4096):
+        covered[chunk.row_begin : chunk.row_end, chunk.column_begin : chunk.column_end] += 1
+        # A band of rows is not cut finer at its end.
+        after = rows * columns - before + 8 * columns
+        assert 1 <= chunk.pairs <= max(128, min(4096, before // 32, after // 32))
+        before += chunk.pairs
+    assert (covered == 1).all()
+
+
+def test_chunks_of_a_large_grid_are_small_at_its_ends_and_large_between() -> None:
+    pairs = [chunk.pairs for chunk in grid_chunks(1024, 1024, 128, most=4096)]
+    assert pairs[:32] == [128] * 32
+    assert max(pairs[-32:]) <= 512
+    assert max(pairs) == 4096
+    assert len(pairs) < 500
+
+
+@pytest.mark.parametrize("count", [1, 128, 10_000, 1_000_000])
+def test_chunks_that_may_grow_cover_a_list_once_and_grow_with_it(count: int) -> None:
+    chunks = list(list_chunks(count, 128, most=4096))
+    assert [chunk.row_begin for chunk in chunks] == [0, *(chunk.row_end for chunk in chunks)][:-1]
+    assert chunks[-1].row_end == count
+    for chunk in chunks:
+        share = min(chunk.row_begin, count - chunk.row_begin) // 32
+        assert 1 <= chunk.pairs <= max(128, min(4096, share))
+
+
 def test_halves_are_the_whole() -> None:
     assert Chunk(0, 3, 4, 9).halves() == (Chunk(0, 3, 4, 6), Chunk(0, 3, 6, 9))
     assert Chunk(0, 3, 4, 6).halves() == (Chunk(0, 1, 4, 6), Chunk(1, 3, 4, 6))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from loss_client import (
     IncompatibleServerError,
@@ -313,7 +315,7 @@ def test_waiting_for_a_server_ends_in_time_or_at_once_where_it_is_of_no_use() ->
             client.wait_until_ready(WAIT_SECONDS)
 
 
-# Chunks of the size that the server prefers
+# Chunk sizes
 
 
 @pytest.mark.parametrize(("chosen", "sizes"), [(None, [40, 24]), (16, [16] * 4)])
@@ -327,3 +329,27 @@ def test_chunks_have_the_size_that_the_server_prefers_unless_the_caller_chooses(
         client.score_pairs([(queries[0], document) for document in documents], chunk_pairs=chosen)
         found = [[len(chunk.pairs()) for chunk in stream.chunks] for stream in server.streams]
     assert found == [[32, 32] if chosen is None else sizes] * 2 + [sizes]
+
+
+@pytest.mark.parametrize(
+    ("contract", "preferred", "chosen", "largest"),
+    [((1, 1), 0, None, 1024), ((1, 1), 200, None, 200), ((1, 1), 0, 150, 150), ((1, 0), 0, None, 128)],
+)
+def test_chunks_grow_unless_a_number_is_named_or_an_answer_is_the_only_sign_of_work(
+    contract: tuple[int, int], preferred: int, chosen: int | None, largest: int
+) -> None:
+    queries, documents = numbered_texts("query", 256), numbered_texts("document", 256)
+
+    def score(queries: Sequence[str], documents: Sequence[str], options: pb.RerankOptions) -> NDArray[np.float32]:
+        return np.zeros((len(queries), len(documents)), dtype=np.float32)
+
+    with (
+        StubServer(score, contract=contract, preferred_pairs=preferred) as server,
+        RerankerClient(server.target) as client,
+    ):
+        assert client.stream_grid(queries, documents, chunk_pairs=chosen).result().shape == (256, 256)
+        sizes = [len(chunk.queries) * len(chunk.documents) for chunk in server.streams[0].chunks]
+    assert sum(sizes) == 256 * 256
+    assert max(sizes) <= largest
+    assert max(sizes) > largest // 2
+    assert sizes[0] <= (chosen or preferred or 128)

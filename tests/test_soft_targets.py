@@ -40,7 +40,10 @@ def test_rows_with_equal_anchors_share_their_positives() -> None:
     flags = np.zeros((3, 4), np.bool_)
     same.mark(flags, np.array([5, 3, 1]))
     assert flags.tolist() == [[True, False, True, False], [False] * 4, [False, True, False, False]]
-    assert same.holders(np.array([2, 3])).tolist() == [[True, False, True, False, False, True], [False] * 6]
+    held = np.zeros((2, 6), dtype=np.bool_)
+    held[same.holders(np.array([2, 3]))] = True
+    assert held.tolist() == [[True, False, True, False, False, True], [False] * 6]
+    assert [found.tolist() for found in same.positives(np.array([1, 5]))] == [[0, 1, 1], [1, 0, 2]]
 
 
 @pytest.mark.parametrize("kind", ["all", "mass"])

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 # Rows of a chunk. More rows would need fewer ids on the wire, but the first row would be complete later.
 _BAND_ROWS = 8
+# A chunk that may grow has at most this share of the pairs before it, and of those after it: the first rows arrive as
+# early as with small chunks, and the last chunks of a job that several servers share end at about the same time.
+_GROWTH = 32
 
 
 class Chunk(NamedTuple):
@@ -36,8 +39,30 @@ class Chunk(NamedTuple):
         return Chunk(row_begin, middle, column_begin, column_end), Chunk(middle, row_end, column_begin, column_end)
 
 
-def grid_chunks(rows: int, columns: int, pairs: int, panel: tuple[int, int] | None = None) -> Iterator[Chunk]:
-    """Cut a grid into blocks of at most ``pairs`` pairs, in an order that completes the first rows first.
+class _Sizes:
+    """Most pairs of each block of a job: ``pairs`` for the first and the last blocks, up to ``most`` between them."""
+
+    def __init__(self, total: int, pairs: int, most: int | None) -> None:
+        self._pairs = pairs
+        self._most = max(pairs, most or 0)
+        self._total = total
+
+    def of(self, before: int, begin: int | None = None) -> int:
+        """Return the most pairs of the next block.
+
+        Args:
+            before: Pairs of the job that come before the block.
+            begin: Pairs of the job before the band of rows that the block is in; a band is not cut finer at its end.
+                Default: ``before``.
+        """
+        after = self._total - (before if begin is None else begin)
+        return max(self._pairs, min(self._most, before // _GROWTH, after // _GROWTH))
+
+
+def grid_chunks(
+    rows: int, columns: int, pairs: int, panel: tuple[int, int] | None = None, *, most: int | None = None
+) -> Iterator[Chunk]:
+    """Cut a grid into blocks, in an order that completes the first rows first.
 
     A block has several rows, because r rows and c columns name r + c texts for r * c pairs.
 
@@ -47,28 +72,41 @@ def grid_chunks(rows: int, columns: int, pairs: int, panel: tuple[int, int] | No
         pairs: Most pairs of a block, 1 or more.
         panel: Numbers of rows and columns of a panel: the grid is cut into panels first, and all blocks of one panel
             come before those of the next. Default: the whole grid is one panel.
+        most: Most pairs of the blocks in the middle of a large grid: the first and the last blocks have at most
+            ``pairs``, and those between them a limited share of the pairs before and after them. Default: ``pairs``.
     """
     panel_rows, panel_columns = panel or (rows, columns)
+    sizes, before = _Sizes(rows * columns, pairs, most), 0
     for top in range(0, rows, panel_rows):
         bottom = min(top + panel_rows, rows)
         for left in range(0, columns, panel_columns):
-            yield from _panel_chunks(top, bottom, left, min(left + panel_columns, columns), pairs)
+            right = min(left + panel_columns, columns)
+            yield from _panel_chunks(top, bottom, left, right, sizes, before)
+            before += (bottom - top) * (right - left)
 
 
-def _panel_chunks(top: int, bottom: int, left: int, right: int, pairs: int) -> Iterator[Chunk]:
-    width = right - left
-    height = max(min(_BAND_ROWS, math.isqrt(pairs)), pairs // width)
-    for row in range(top, bottom, height):
-        row_end = min(row + height, bottom)
-        parts = math.ceil(width / (pairs // (row_end - row)))
-        for part in range(parts):
-            yield Chunk(row, row_end, left + width * part // parts, left + width * (part + 1) // parts)
+def _panel_chunks(top: int, bottom: int, left: int, right: int, sizes: _Sizes, before: int) -> Iterator[Chunk]:
+    width, row = right - left, top
+    while row < bottom:
+        pairs = sizes.of(before)
+        height = min(max(min(_BAND_ROWS, math.isqrt(pairs)), pairs // width), bottom - row)
+        begin, column = before, left
+        while column < right:
+            parts = math.ceil((right - column) / (sizes.of(before, begin) // height))
+            column_end = column + (right - column) // parts
+            yield Chunk(row, row + height, column, column_end)
+            before += height * (column_end - column)
+            column = column_end
+        row += height
 
 
-def list_chunks(count: int, pairs: int) -> Iterator[Chunk]:
-    """Cut a list of ``count`` pairs, each a row of one column, into pieces of at most ``pairs``."""
-    for begin in range(0, count, pairs):
-        yield Chunk(begin, min(begin + pairs, count), 0, 1)
+def list_chunks(count: int, pairs: int, *, most: int | None = None) -> Iterator[Chunk]:
+    """Cut a list of ``count`` pairs, each a row of one column, into pieces; for ``most`` see :func:`grid_chunks`."""
+    sizes, begin = _Sizes(count, pairs, most), 0
+    while begin < count:
+        end = min(begin + sizes.of(begin), count)
+        yield Chunk(begin, end, 0, 1)
+        begin = end
 
 
 def panel_shape(

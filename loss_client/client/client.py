@@ -52,8 +52,9 @@ class RerankerClient:
     - ``timeout``: seconds, in place of the client's ``timeout``.
 
     Methods that score many pairs also take ``priority``, ``"bulk"`` (the default) or ``"interactive"``, and
-    ``chunk_pairs``, the most pairs of one message. Default: the number that the server prefers, or 1,024 in methods
-    that return all scores at once and 128 in methods that return them as they arrive.
+    ``chunk_pairs``, the most pairs of one message. Default: the number that the server prefers. If it names none: 1,024
+    in methods that return all scores at once and 128 in methods that return them as they arrive, and up to 4,096 in the
+    middle of a large job for a server that sends progress messages.
 
     Args:
         target: ``"host:port"``, gRPC's own forms (``"dns:///..."``, ``"unix:..."``), ``"grpc://host:port"``,

@@ -52,24 +52,25 @@ class Progress:
         """Note that the stream ended without an error: the next one does not count as a reconnect."""
         self._stream_broke = False
 
-    def plan(self, pairs: int, limits: pb.Limits | None = None) -> None:
+    def plan(self, pairs: int, limits: pb.Limits | None = None, *, most: int | None = None) -> None:
         """Cut the job into chunks, unless an earlier call did.
 
         Args:
             pairs: Most pairs of a chunk.
             limits: Limits of the stream that carries the chunks. Default: no stream does.
+            most: Most pairs of the chunks in the middle of a large job; see ``grid_chunks``. Default: ``pairs``.
         """
         if self._plan is not None:
             return
         if not self._job.pairs.grid:
-            self._plan = list_chunks(len(self._queries), pairs)
+            self._plan = list_chunks(len(self._queries), pairs, most=most)
             return
         panel = None
         if limits is not None:
             sizes = np.asarray(self._job.pairs.table.sizes, dtype=np.int64)
             most_texts, most_bytes = limits.max_texts_per_stream, limits.max_text_bytes_per_stream
             panel = panel_shape(sizes[self._queries], sizes[self._documents], most_texts, most_bytes)
-        self._plan = grid_chunks(len(self._queries), len(self._documents), pairs, panel)
+        self._plan = grid_chunks(len(self._queries), len(self._documents), pairs, panel, most=most)
 
     def next_chunk(self, pairs: int) -> Chunk | None:
         """Return the next chunk to send, of at most ``pairs`` pairs; None if there is none. ``plan`` comes first."""

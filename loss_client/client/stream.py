@@ -58,7 +58,7 @@ async def score_on_stream(
         progress.begin_stream(opened.fingerprint)
         if endpoint.reports:
             patience.expect_reports()
-        async with _alongside(stream.send(opened), call):
+        async with _alongside(stream.send(opened, endpoint.reports), call):
             await stream.receive(patience)
         progress.end_stream()
     finally:
@@ -100,12 +100,19 @@ class _Stream:
             raise IncompatibleServerError(f"{server} opened a stream without naming its limits")
         return opened
 
-    async def send(self, opened: pb.StreamOpened) -> None:
-        """Send chunks, each after those of its texts that are not on this stream yet, and half-close the stream."""
+    async def send(self, opened: pb.StreamOpened, reports: bool) -> None:
+        """Send chunks, each after those of its texts that are not on this stream yet, and half-close the stream.
+
+        Args:
+            opened: The server's reply to the opening of the stream.
+            reports: Whether the server sends progress messages. Without them an answer is the only sign of work, so
+                that large chunks of a slow server would look like a stall.
+        """
         job, progress, call, limits = self._job, self._progress, self._call, opened.limits
-        table, pairs = job.pairs.table, job.pairs_per_chunk(opened.preferred_pairs_per_chunk)
-        pairs = min(pairs, limits.max_pairs_per_chunk)
-        progress.plan(pairs, limits)
+        table, preferred = job.pairs.table, opened.preferred_pairs_per_chunk
+        first = min(job.pairs_per_chunk(preferred), limits.max_pairs_per_chunk)
+        pairs = min(job.most_pairs_per_chunk(preferred), limits.max_pairs_per_chunk) if reports else first
+        progress.plan(first, limits, most=pairs)
         sent_ids = np.full(len(table.texts), -1, dtype=np.int64)  # a text's id on this stream, -1: not sent
         texts_sent = bytes_sent = chunks_sent = chunk_id = 0
         most_chunks = limits.max_chunks_per_stream or sys.maxsize  # unset by servers of contract 1.0

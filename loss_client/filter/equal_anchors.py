@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+_NONE = np.empty(0, dtype=np.intp)
+
 
 class EqualAnchors:
     """Positives of rows whose anchor occurs more than once.
@@ -31,16 +33,24 @@ class EqualAnchors:
         for line in np.flatnonzero(groups >= 0).tolist():
             flags[line, self._positives[groups[line]]] = True
 
-    def holders(self, documents: NDArray[np.intp]) -> NDArray[np.bool_]:
-        """Return where a document is the positive of a row with the same anchor as a row.
+    def positives(self, rows: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Return (position in ``rows``, document) for every positive of the rows with the same anchor as one of them.
 
-        Args:
-            documents: Ids of documents, shape ``(documents,)``.
-
-        Returns:
-            Shape ``(documents, rows)``; false for rows whose anchor occurs once.
+        Rows whose anchor occurs once are left out.
         """
-        found = np.zeros((len(documents), len(self._group_of)), dtype=np.bool_)
+        groups = self._group_of[rows]
+        at = np.flatnonzero(groups >= 0)
+        found = [self._positives[group] for group in groups[at].tolist()]
+        return np.repeat(at, [len(documents) for documents in found]), np.concatenate([_NONE, *found])
+
+    def holders(self, documents: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Return (position in ``documents``, row) where a row has the same anchor as another row with this positive.
+
+        Rows whose anchor occurs once are left out; of the others the row itself counts too.
+        """
+        positions, rows = [_NONE], [_NONE]
         for members, positives in zip(self._members, self._positives, strict=True):
-            found[np.ix_(np.isin(documents, positives), members)] = True
-        return found
+            at = np.flatnonzero(np.isin(documents, positives))
+            positions.append(np.repeat(at, len(members)))
+            rows.append(np.tile(members, len(at)))
+        return np.concatenate(positions), np.concatenate(rows)
