@@ -168,7 +168,7 @@ def test_targets_that_are_bounds_are_compared_with_the_worst_batch() -> None:
 @pytest.mark.usefixtures("forked_children")
 def test_a_small_run_measures_draws_and_writes(tmp_path: Path) -> None:
     figures = run(
-        ["prefetch", "candidates", "curve"], output=tmp_path, rounds=1, scale=0.1, console=Console(quiet=True)
+        ["prefetch", "auto", "candidates", "curve"], output=tmp_path, rounds=1, scale=0.1, console=Console(quiet=True)
     )
     by_name = {figure.name: figure for figure in figures}
     for ratio in ("0.5", "2"):
@@ -179,6 +179,7 @@ def test_a_small_run_measures_draws_and_writes(tmp_path: Path) -> None:
     assert by_name["minilm, batch 64, T 0.05: loss - full loss"].reached
     assert by_name["student, batch 64, T 0.01: rounds"].reached
     assert len(json.loads((tmp_path / "loss.json").read_text())) == len(figures)
+    assert by_name["auto, score all/train 64: step / max(train, own documents)"].spread.value > 0.9
     share = by_name["random, margin 0.05, nearest by minilm: masks found with 2 pairs a mask"].spread.value
     assert 0.5 < share <= 1
     for plot in ("loss-prefetch.svg", "loss-candidates.svg", "loss-curve.svg"):
