@@ -184,7 +184,7 @@ def test_targets_that_are_bounds_are_compared_with_the_worst_batch() -> None:
 
 @pytest.mark.usefixtures("forked_children")
 def test_a_small_run_measures_draws_and_writes(tmp_path: Path) -> None:
-    parts = ["prefetch", "candidates", "curve", "cost"]
+    parts = ["prefetch", "auto", "candidates", "curve", "cost"]
     figures = run(parts, output=tmp_path, rounds=1, scale=0.1, console=Console(quiet=True))
     by_name = {figure.name: figure for figure in figures}
     for ratio in ("0.5", "2"):
@@ -197,6 +197,7 @@ def test_a_small_run_measures_draws_and_writes(tmp_path: Path) -> None:
     assert by_name["2 columns, all: processor time a pair"].target == 1.0
     assert by_name["2 columns, mass: step / without a reranker"].spread.value > 0
     assert len(json.loads((tmp_path / "loss.json").read_text())) == len(figures)
+    assert by_name["auto, score all/train 64: step / max(train, own documents)"].spread.value > 0.9
     share = by_name["random, margin 0.05, nearest by minilm: masks found with 2 pairs a mask"].spread.value
     assert 0.5 < share <= 1
     for plot in ("loss-prefetch.svg", "loss-candidates.svg", "loss-curve.svg"):

@@ -391,7 +391,7 @@ def test_a_server_that_stops_in_the_middle_holds_a_step_no_longer_than_max_wait(
         assert counts.scored_anchors == 4
         assert counts.late_pairs == 32
         assert 0.9 <= counts.seconds_waited < 5
-        scores = hash_scores(*columns)[:4]
+        scores = hash_scores(columns[0], columns[1])[:4]
         above = (scores > scores.diagonal()[:, None]).sum()
         assert counts.masked_negatives == above > 0
         assert counts.unfiltered_steps == 0
