@@ -71,6 +71,7 @@ class Endpoint:
         fingerprint: The model that the server named last; None before the first answer.
         reports: Whether the server sends progress on streams: it speaks contract 1.1 or newer.
         attempts: Number of attempts that are being made now.
+        leaving: Whether the endpoint is out of use: attempts that are being made take no more work.
     """
 
     def __init__(self, target: Target, settings: ChannelSettings) -> None:
@@ -79,7 +80,7 @@ class Endpoint:
         self.failures = self.stalls = self.attempts = 0
         self.ready_at = self.rests_until = 0.0
         self.fingerprint: str | None = None
-        self.reports = False
+        self.reports = self.leaving = False
         self._seen_at = 0.0  # loop time of ``fingerprint``
         self._metadata = settings.metadata
         self._channel: aio.Channel | None = None
