@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import grpc
-from grpc import aio
 
 from loss_client.client.attempts import Attempt, Attempts, StalledError, SuspendedError
 from loss_client.client.endpoints import ChannelSettings, Endpoint
@@ -24,6 +23,7 @@ from loss_client.client.errors import (
     RerankerTimeoutError,
     RerankerUnavailableError,
 )
+from loss_client.client.names import Names
 from loss_client.client.patience import Patience
 from loss_client.client.turns import ModelPin, Turns
 
@@ -41,17 +41,18 @@ _LOOK_SECONDS = 0.1
 
 
 class Channels:
-    """All endpoints of a client, used in turn.
+    """All endpoints of a client. Calls and jobs use them in turn, and a large job uses them at the same time.
 
     Attributes:
         turns: Chooses the endpoints, and knows their models.
     """
 
     def __init__(self, settings: ChannelSettings) -> None:
-        self._endpoints = [Endpoint(target, settings) for target in settings.targets]
+        self._names = Names(settings)
+        self._endpoints = self._names.endpoints
         self.turns = Turns(self._endpoints)
         self._surveying = asyncio.Lock()
-        self._surveyed = len(self._endpoints) == 1
+        self._surveyed = False
         self._attempts = Attempts()
         self._warned = False
 
@@ -86,6 +87,7 @@ class Channels:
         busy = set() if busy is None else busy
         tried, last, lost = 0, "none was made", False
         others: Counter[Endpoint] = Counter()
+        await self._names.ready()
         await self._survey(patience)
         while True:
             await self._attempts.wait_open()
@@ -134,13 +136,15 @@ class Channels:
             elif patience.remaining() <= 0:
                 raise self._exhausted(tried, lost, patience, last, left())
 
-    def several(self) -> bool:
-        """Whether the client has several servers."""
+    def look(self) -> bool:
+        """Follow host names whose addresses change; returns whether the client has several servers."""
+        self._names.look()
         return len(self._endpoints) > 1
 
-    def look_seconds(self) -> float | None:
-        """Seconds after which the servers may be others; None if they stay the same."""
-        return None
+    @property
+    def may_change(self) -> bool:
+        """Whether servers may come and go."""
+        return self._names.any
 
     async def help(self, attempt: Attempt[None], endpoint: Endpoint, patience: Patience) -> None:
         """Make one attempt at an endpoint beside those of ``run``; the endpoint rests if the attempt fails.
@@ -219,8 +223,7 @@ class Channels:
 
     async def close(self) -> None:
         """Close all channels."""
-        for endpoint in self._endpoints:
-            await endpoint.close()
+        await self._names.close()
 
     async def _survey(self, patience: Patience) -> None:
         """At the first use of several targets, ask all of them at once for contract and model."""
@@ -229,17 +232,21 @@ class Channels:
         async with self._surveying:
             if self._surveyed:
                 return
+            if len(self._endpoints) == 1:
+                self._surveyed = True
+                return
             await self._attempts.wait_open()
             seconds = min(_SURVEY_SECONDS, patience.seconds / 4)
+            endpoints = list(self._endpoints)
             answers = await asyncio.gather(
-                *(self._attempts.make(_introduce, endpoint, _one_attempt(seconds)) for endpoint in self._endpoints),
+                *(self._attempts.make(_introduce, endpoint, _one_attempt(seconds)) for endpoint in endpoints),
                 return_exceptions=True,
             )
             failures = [answer[1] if isinstance(answer, tuple) else None for answer in answers]
             if any(isinstance(failure, SuspendedError) for failure in failures):
                 return
             now = asyncio.get_running_loop().time()
-            for endpoint, failure in zip(self._endpoints, failures, strict=True):
+            for endpoint, failure in zip(endpoints, failures, strict=True):
                 if isinstance(failure, StalledError):
                     await endpoint.stalled(now, patience.stall_seconds)
                 elif failure is not None:

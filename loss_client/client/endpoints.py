@@ -106,11 +106,14 @@ class Endpoint:
             grpc.aio.AioRpcError: The server did not answer.
         """
         if self._channel is None:
+            address, authority, options = self.target.address, self.target.authority, _CHANNEL_OPTIONS
+            if authority is not None:  # proxies route by the name, and the certificate is for the name
+                host = authority.rpartition(":")[0]
+                options += (("grpc.default_authority", authority), ("grpc.ssl_target_name_override", host))
             if self.target.secure:
-                credentials = self.credentials.channel()
-                self._channel = aio.secure_channel(self.target.address, credentials, options=_CHANNEL_OPTIONS)
+                self._channel = aio.secure_channel(address, self.credentials.channel(), options=options)
             else:
-                self._channel = aio.insecure_channel(self.target.address, options=_CHANNEL_OPTIONS)
+                self._channel = aio.insecure_channel(address, options=options)
             self._stub = reranker_pb2_grpc.RerankerServiceStub(self._channel)
         stub = self._stub
         assert stub is not None  # made together with the channel

@@ -19,13 +19,14 @@ from loss_client.client.patience import Patience
 from loss_client.client.progress import Progress
 from loss_client.client.stream import score_on_stream
 from loss_client.client.streams import Streams
+from loss_client.client.window import CHUNKS_AHEAD
 
-# Chunks that are worth a further stream.
-_CHUNKS_PER_STREAM = 2
 # Time after which a job with free chunks looks again for servers, such as one that has rested.
 _LOOK_SECONDS = 0.1
+# Time after which a job looks for new addresses of host names.
+_LOOK_FOR_NAMES_SECONDS = 0.5
 # Time that streams have to end in order once the job has all scores.
-_END_SECONDS = 1.0
+_END_SECONDS = 0.5
 
 
 class Spread:
@@ -68,18 +69,18 @@ class Spread:
             while self._progress.pairs_left and not first.done():
                 self._changed.clear()
                 self._end_helpers()
-                self._streams.parallel = self._channels.several()
+                self._streams.parallel = self._channels.look()
                 if self._streams.parallel:
                     self._begin_helpers()
                 await self._wait_for_change()
-            await asyncio.wait({first}, timeout=_END_SECONDS)
             if first.done():
                 first.result()
+            await asyncio.wait({first, *self._helpers}, timeout=_END_SECONDS)
         finally:
             tasks = {first, *self._helpers}
             for task in tasks:
                 task.cancel()
-            await asyncio.wait(tasks)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _first(self) -> None:
         while self._progress.pairs_left:
@@ -88,11 +89,15 @@ class Spread:
             )
 
     def _begin_helpers(self) -> None:
-        progress, opening = self._progress, sum(1 for one in self._streams.members if not one.window)
+        progress = self._progress
         if not progress.pairs_free:
             return
-        chunks = math.ceil(progress.pairs_free / progress.chunk_pairs)
-        wanted = math.ceil(chunks / _CHUNKS_PER_STREAM) - opening
+        # Streams that still open will take as many chunks as any stream begins with.
+        windows = [one.window for one in self._streams.members if one.window is not None]
+        usual = CHUNKS_AHEAD * progress.chunk_pairs
+        room = sum(max(window.pairs - window.in_flight, 0) for window in windows)
+        room += usual * (len(self._busy) - len(windows))
+        wanted = math.ceil((progress.pairs_free - room) / usual)
         now = asyncio.get_running_loop().time()
         spare = self._channels.turns.spare(self._job.pin, self._busy | self._without_streams, now)
         for endpoint in spare[: max(wanted, 0)]:
@@ -115,7 +120,7 @@ class Spread:
                 self._without_streams.add(endpoint)
 
     async def _wait_for_change(self) -> None:
-        seconds = self._channels.look_seconds()
+        seconds = _LOOK_FOR_NAMES_SECONDS if self._channels.may_change else None
         if self._streams.parallel and self._progress.pairs_free:
             seconds = _LOOK_SECONDS
         try:

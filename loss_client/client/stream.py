@@ -163,7 +163,7 @@ class _Stream:
                         self._streams.give_back(self, chunk.halves())
                         continue
             self.unanswered[chunk_id] = chunk
-            self.window.sent(chunk_id, chunk.pairs)
+            self.window.sent(chunk_id, chunk.pairs, _now())
             if new:
                 for message in _text_messages(table, new, limits.max_message_bytes):
                     await call.write(message)
@@ -185,12 +185,14 @@ class _Stream:
         """
         progress, streams = self._progress, self._streams
         if not streams.parallel:
-            return progress.next_chunk(pairs)
+            return None if self._endpoint.leaving else progress.next_chunk(pairs)
         try:
-            while progress.pairs_left and not self._endpoint.leaving:
+            while True:
                 if self._to_cancel:
                     ids, self._to_cancel = self._to_cancel, []
                     await self._call.write(pb.RerankStreamRequest(cancel=pb.StreamCancel(chunk_ids=ids)))
+                if not progress.pairs_left or self._endpoint.leaving:
+                    return None
                 if window.open and (room := streams.room(self, window)) > 0:
                     chunk = progress.next_chunk(min(window.chunk_pairs(pairs), room), self._columns)
                     if chunk is not None:
@@ -205,7 +207,6 @@ class _Stream:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_LOOK_SECONDS if idle else None):
                         await self._woken.wait()
-            return None
         finally:
             patience.idle(False)
 
@@ -249,7 +250,7 @@ class _Stream:
         del self.unanswered[result.id]
         self._progress.take(chunk, scores, [result.usage])
         assert self.window is not None  # made before the first chunk was sent
-        self.window.answered(result.id)
+        self.window.answered(result.id, _now())
         self._streams.answered(self, chunk)
         self.wake()
 
@@ -257,8 +258,12 @@ class _Stream:
         """Count the answer to a chunk that another stream has answered before."""
         self._given_up.remove(result.id)
         assert self.window is not None  # made before the first chunk was sent
-        self.window.answered(result.id, scored=result.HasField("scores"))
+        self.window.answered(result.id, _now(), scored=result.HasField("scores"))
         self.wake()
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def _text_messages(table: TextTable, new: list[int], most_bytes: int) -> Iterator[pb.RerankStreamRequest]:

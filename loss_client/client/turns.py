@@ -30,10 +30,10 @@ Condition = Literal["unused", "working", "failing", "stalled", "other model"]
 
 @dataclass(frozen=True, slots=True)
 class ServerState:
-    """One target of a client and the client's last experience with it.
+    """One target of a client, or one address of a target that is a host name, and the client's last experience with it.
 
     Attributes:
-        target: The address.
+        target: The address, with the host name that it was found for.
         condition: ``"unused"``: not asked yet. ``"working"``: the last attempt got an answer. ``"failing"``: the last
             attempts failed. ``"stalled"``: the last attempts ended without a sign of life. ``"other model"``: left out,
             because its model is not the client's.
@@ -60,13 +60,13 @@ class Turns:
     """Chooses the endpoint of each attempt. Everything here runs on the client's event loop.
 
     Args:
-        endpoints: All endpoints, at least one.
+        endpoints: All endpoints; the list may change, and has at least one when it is used.
     """
 
     def __init__(self, endpoints: Sequence[Endpoint]) -> None:
         self.model: str | None = None
         self._endpoints = endpoints
-        self._next = first_turn(len(endpoints), os.environ)
+        self._next: int | None = None  # position of the next endpoint; None: none was chosen yet
         self._reported: set[tuple[Endpoint, str]] = set()
 
     def vote(self) -> None:
@@ -158,7 +158,8 @@ class Turns:
 
     def states(self) -> tuple[ServerState, ...]:
         """Return the state of each endpoint; may be called from any thread."""
-        return tuple(ServerState(str(one.target), self._condition(one), one.fingerprint) for one in self._endpoints)
+        endpoints = list(self._endpoints)
+        return tuple(ServerState(str(one.target), self._condition(one), one.fingerprint) for one in endpoints)
 
     def left_out(self) -> str:
         """Name the endpoints of other models, as the end of an error message; empty if there are none."""
@@ -166,6 +167,8 @@ class Turns:
         return f"; left out: {', '.join(found)}" if found else ""
 
     def _in_turn(self) -> list[Endpoint]:
+        count = len(self._endpoints)
+        self._next = first_turn(count, os.environ) if self._next is None else self._next % count
         return [*self._endpoints[self._next :], *self._endpoints[: self._next]]
 
     def _most_served(self) -> str | None:

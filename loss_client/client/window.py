@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-
-# The server computes one chunk while the next one waits in it.
-_LEAST_CHUNKS = 2
+CHUNKS_AHEAD = 2
+"""Chunks that a stream sends before it knows its server: one is computed while the next one waits."""
 # Work in the server for this long covers a client whose event loop waits for the trainer's own Python code.
 _SLACK_SECONDS = 0.1
 # A chunk of a slow server takes no longer, so that its rows do not come long after those of fast servers.
@@ -36,7 +34,7 @@ class Window:
     """
 
     def __init__(self, chunk_pairs: int, most: int) -> None:
-        self.pairs = self._least = _LEAST_CHUNKS * chunk_pairs
+        self.pairs = self._least = CHUNKS_AHEAD * chunk_pairs
         self.rate = self.round_trip = self.answered_at = 0.0
         self._most = max(most, 1)
         self.in_flight = self._answered = 0
@@ -51,24 +49,24 @@ class Window:
         """Return the most pairs of the next chunk: ``pairs``, or fewer if the server is slow."""
         return min(pairs, max(int(self.rate * _CHUNK_SECONDS), LEAST_CHUNK_PAIRS)) if self.rate else pairs
 
-    def sent(self, chunk_id: int, pairs: int) -> None:
-        """Count a chunk as unanswered."""
-        now = asyncio.get_running_loop().time()
+    def sent(self, chunk_id: int, pairs: int, now: float) -> None:
+        """Count a chunk as unanswered from ``now`` on, the loop's time."""
         if not self._sent:
             self.answered_at = now
         self._sent[chunk_id] = (pairs, now, self._answered)
         self.in_flight += pairs
 
-    def answered(self, chunk_id: int, scored: bool = True) -> None:
+    def answered(self, chunk_id: int, now: float, scored: bool = True) -> None:
         """Adapt the limit to an answer.
 
         Args:
             chunk_id: The chunk.
+            now: The loop's time.
             scored: Whether the answer has scores; an answer without them says nothing about the rate.
         """
         pairs, sent_at, before = self._sent.pop(chunk_id)
         self.in_flight -= pairs
-        now = self.answered_at = asyncio.get_running_loop().time()
+        self.answered_at = now
         if not scored:
             return
         self._answered += pairs
