@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from benchmarks.bench import Bench
     from benchmarks.report import Figure
 
-PARTS = ("prefetch", "candidates", "mining")
+PARTS = ("prefetch", "candidates", "mining", "servers")
 """Parts that can be measured alone."""
 
 
@@ -33,13 +33,13 @@ def run(
         names: Names from ``PARTS``.
         output: Directory for results and logs; created if it is missing.
         rounds: Number of rounds behind every figure.
-        scale: 1 for a full run (ten to twelve minutes on two cores); anything below 1 for a quick run at small sizes.
+        scale: 1 for a full run (some 17 minutes on two cores); anything below 1 for a quick run at small sizes.
         console: Console for progress and the table.
     """
     # Imported late: libraries read the variables that prepare_process sets when they are imported.
     from transformers.utils import logging
 
-    from benchmarks import loss_candidates, loss_prefetch, mining, report
+    from benchmarks import loss_candidates, loss_prefetch, mining, report, servers
     from benchmarks.bench import Bench
     from benchmarks.launch import Launcher, Machine
     from benchmarks.service import build_models
@@ -49,6 +49,7 @@ def run(
         "prefetch": lambda bench: loss_prefetch.prefetch_figures(bench, output / "loss-prefetch.svg"),
         "candidates": lambda bench: loss_candidates.candidates_figures(bench, output / "loss-candidates.svg"),
         "mining": mining.mining_figures,
+        "servers": lambda bench: servers.servers_figures(bench, output / "servers.svg"),
     }
     console = console or Console()
     logs = output / "logs"

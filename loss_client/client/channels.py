@@ -137,9 +137,9 @@ class Channels:
                 raise self._exhausted(tried, lost, patience, last, left())
 
     def look(self) -> bool:
-        """Follow host names whose addresses change; returns whether the client has several servers."""
+        """Follow host names whose addresses change; returns whether there are several servers, or may be soon."""
         self._names.look()
-        return len(self._endpoints) > 1
+        return len(self._endpoints) > 1 or self._names.any
 
     @property
     def may_change(self) -> bool:

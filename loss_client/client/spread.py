@@ -19,7 +19,7 @@ from loss_client.client.patience import Patience
 from loss_client.client.progress import Progress
 from loss_client.client.stream import score_on_stream
 from loss_client.client.streams import Streams
-from loss_client.client.window import CHUNKS_AHEAD
+from loss_client.client.window import first_pairs
 
 # Time after which a job with free chunks looks again for servers, such as one that has rested.
 _LOOK_SECONDS = 0.1
@@ -94,7 +94,7 @@ class Spread:
             return
         # Streams that still open will take as many chunks as any stream begins with.
         windows = [one.window for one in self._streams.members if one.window is not None]
-        usual = CHUNKS_AHEAD * progress.chunk_pairs
+        usual = first_pairs(progress.chunk_pairs)
         room = sum(max(window.pairs - window.in_flight, 0) for window in windows)
         room += usual * (len(self._busy) - len(windows))
         wanted = math.ceil((progress.pairs_free - room) / usual)

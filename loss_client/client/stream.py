@@ -4,7 +4,8 @@ A stream ends when every chunk is answered, when it has carried as much as the s
 job's ``Progress`` holds what the next stream has to carry: only chunks without an answer, and their texts again.
 
 A job of a client with one server sends all chunks ahead, and the server's backpressure limits what is in flight. With
-several servers, each has a stream of its own, which takes a chunk only while its ``Window`` is open.
+several servers, each has a stream of its own, which takes a chunk only while its ``Window`` is open. So does the stream
+of the one server behind a host name, because the name may get further addresses.
 """
 
 from __future__ import annotations
@@ -194,7 +195,7 @@ class _Stream:
                 if not progress.pairs_left or self._endpoint.leaving:
                     return None
                 if window.open and (room := streams.room(self, window)) > 0:
-                    chunk = progress.next_chunk(min(window.chunk_pairs(pairs), room), self._columns)
+                    chunk = progress.next_chunk(min(window.chunk_pairs, room), self._columns)
                     if chunk is not None:
                         return chunk
                     if streams.alone():

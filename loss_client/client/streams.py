@@ -46,7 +46,7 @@ class Streams:
         progress: The part of the job without scores.
         changed: Called when further streams may be of use or the job has all scores.
 
-        parallel: Whether the client has several servers.
+        parallel: Whether the client has several servers, or a host name that may get further ones.
 
     Attributes:
         progress: See above.

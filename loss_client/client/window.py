@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-CHUNKS_AHEAD = 2
-"""Chunks that a stream sends before it knows its server: one is computed while the next one waits."""
+# The server computes one chunk while the next one waits.
+_CHUNKS = 2
+# Most pairs of a chunk for a server whose speed is not known yet, which may be a slow one.
+_FIRST_CHUNK_PAIRS = 256
 # Work in the server for this long covers a client whose event loop waits for the trainer's own Python code.
 _SLACK_SECONDS = 0.1
 # A chunk of a slow server takes no longer, so that its rows do not come long after those of fast servers.
@@ -22,7 +24,7 @@ class Window:
     that is twice as fast gets twice as many pairs.
 
     Args:
-        chunk_pairs: Pairs of a usual chunk.
+        chunk_pairs: Most pairs of a chunk.
         most: Greatest limit, in pairs.
 
     Attributes:
@@ -34,8 +36,9 @@ class Window:
     """
 
     def __init__(self, chunk_pairs: int, most: int) -> None:
-        self.pairs = self._least = CHUNKS_AHEAD * chunk_pairs
+        self.pairs = first_pairs(chunk_pairs)
         self.rate = self.round_trip = self.answered_at = 0.0
+        self._chunk_pairs = chunk_pairs
         self._most = max(most, 1)
         self.in_flight = self._answered = 0
         self._sent: dict[int, tuple[int, float, int]] = {}  # pairs, loop time, pairs answered before, by chunk id
@@ -45,9 +48,11 @@ class Window:
         """Whether another chunk may be sent. The last one may exceed the limit."""
         return self.in_flight < min(self.pairs, self._most)
 
-    def chunk_pairs(self, pairs: int) -> int:
-        """Return the most pairs of the next chunk: ``pairs``, or fewer if the server is slow."""
-        return min(pairs, max(int(self.rate * _CHUNK_SECONDS), LEAST_CHUNK_PAIRS)) if self.rate else pairs
+    @property
+    def chunk_pairs(self) -> int:
+        """Most pairs of the next chunk; fewer for a slow server, and for one whose speed is not known yet."""
+        pairs = max(int(self.rate * _CHUNK_SECONDS), LEAST_CHUNK_PAIRS) if self.rate else _FIRST_CHUNK_PAIRS
+        return min(pairs, self._chunk_pairs)
 
     def sent(self, chunk_id: int, pairs: int, now: float) -> None:
         """Count a chunk as unanswered from ``now`` on, the loop's time."""
@@ -74,8 +79,17 @@ class Window:
         self.round_trip = min(self.round_trip or seconds, seconds)
         rate = (self._answered - before) / seconds
         self.rate = max(rate, self.rate + _DECAY * (rate - self.rate))
-        self.pairs = max(round(self.rate * (2 * self.round_trip + _SLACK_SECONDS)), self._least)
+        self.pairs = max(round(self.rate * (2 * self.round_trip + _SLACK_SECONDS)), _CHUNKS * self.chunk_pairs)
 
     def seconds(self, pairs: int) -> float:
         """Estimate the seconds from sending ``pairs`` to an idle server to their answer; infinite before any answer."""
         return max(self.round_trip, pairs / self.rate) if self.rate else float("inf")
+
+
+def first_pairs(chunk_pairs: int) -> int:
+    """Return the pairs that a stream sends before it knows its server.
+
+    Args:
+        chunk_pairs: Most pairs of a chunk.
+    """
+    return _CHUNKS * min(chunk_pairs, _FIRST_CHUNK_PAIRS)
