@@ -66,12 +66,11 @@ class Curve:
         at = np.interp([begin, end], self.times, self.pairs)
         return float(at[1] - at[0]) / (end - begin)
 
-    def seconds_until(self, rate: float, after: float) -> float:
-        """Seconds from ``after`` until the pairs of the next second reach a rate; infinite if they never do."""
-        for begin in np.arange(after, self.times[-1] - _WINDOW_SECONDS, _TICK_SECONDS):
-            if self.rate(begin, begin + _WINDOW_SECONDS) >= rate:
-                return float(begin - after)
-        return float("inf")
+    def seconds_until(self, rate: float, begin: float, end: float) -> float:
+        """Seconds from ``begin`` until every second up to ``end`` has a rate; all the time if the last one has not."""
+        begins = np.arange(begin, end - _WINDOW_SECONDS, _TICK_SECONDS)
+        slow = [one for one in begins if self.rate(one, one + _WINDOW_SECONDS) < rate]
+        return float(slow[-1] - begin) + _TICK_SECONDS if slow else 0.0
 
 
 def servers_figures(bench: Bench, plot: Path) -> list[Figure]:
@@ -122,9 +121,9 @@ class Changes:
 
     @property
     def followed(self) -> tuple[float, float]:
-        """Seconds until the rate of the servers that are left, and of those and the added one, was reached."""
-        after_kill = self.curve.seconds_until(_REACHED * 2 * RATE, self.killed)
-        return after_kill, self.curve.seconds_until(_REACHED * 3 * RATE, self.added)
+        """Seconds until the rate of the servers that are left, and of those and the added one, was reached for good."""
+        after_kill = self.curve.seconds_until(_REACHED * 2 * RATE, self.killed, self.added)
+        return after_kill, self.curve.seconds_until(_REACHED * 3 * RATE, self.added, float(self.curve.times[-1]))
 
 
 def figures(

@@ -190,9 +190,9 @@ def test_the_speed_of_a_job_is_reached_when_the_pairs_of_the_next_second_say_so(
     pairs = np.where(times < 5, 100 * times, 500 + 200 * (times - 5))  # twice as fast after 5 s
     curve = Curve(times, pairs)
     assert curve.rate(1.0, 2.0) == pytest.approx(100)
-    assert curve.seconds_until(90, 1.0) == 0
-    assert curve.seconds_until(180, 4.0) == pytest.approx(0.8, abs=0.06)
-    assert curve.seconds_until(500, 4.0) == math.inf
+    assert curve.seconds_until(90, 1.0, 9.0) == 0
+    assert curve.seconds_until(180, 4.0, 9.0) == pytest.approx(0.8, abs=0.06)
+    assert curve.seconds_until(500, 4.0, 9.0) == pytest.approx(4.0, abs=0.06)
 
 
 def test_figures_of_servers_name_their_targets(tmp_path: Path) -> None:
