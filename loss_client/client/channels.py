@@ -137,7 +137,7 @@ class Channels:
                 raise self._exhausted(tried, lost, patience, last, left())
 
     def look(self) -> bool:
-        """Follow host names whose addresses change; returns whether there are several servers, or may be soon."""
+        """Follow host names whose addresses change; returns whether there are, or may be, several servers."""
         self._names.look()
         return len(self._endpoints) > 1 or self._names.any
 

@@ -42,7 +42,7 @@ class Spread:
         self._channels = channels
         self._changed = asyncio.Event()
         self._progress = Progress(job)
-        self._streams = Streams(self._progress, self._changed.set)
+        self._streams = Streams(self._progress, self._changed.set, parallel=channels.look())
         self._patience = Patience(job.timeout, job.stall_timeout)
         self._attempt = partial(score_on_stream, job, self._streams, partial(channels.turns.agree, job.pin))
         self._busy: set[Endpoint] = set()
@@ -69,7 +69,7 @@ class Spread:
             while self._progress.pairs_left and not first.done():
                 self._changed.clear()
                 self._end_helpers()
-                self._streams.parallel = self._channels.look()
+                self._channels.look()
                 if self._streams.parallel:
                     self._begin_helpers()
                 await self._wait_for_change()

@@ -164,7 +164,8 @@ class _Stream:
                         self._streams.give_back(self, chunk.halves())
                         continue
             self.unanswered[chunk_id] = chunk
-            self.window.sent(chunk_id, chunk.pairs, _now())
+            if self._streams.parallel:
+                self.window.sent(chunk_id, chunk.pairs, _now())
             if new:
                 for message in _text_messages(table, new, limits.max_message_bytes):
                     await call.write(message)
@@ -250,10 +251,11 @@ class _Stream:
             raise ScoreError("the server sent a score that is not finite")
         del self.unanswered[result.id]
         self._progress.take(chunk, scores, [result.usage])
-        assert self.window is not None  # made before the first chunk was sent
-        self.window.answered(result.id, _now())
         self._streams.answered(self, chunk)
-        self.wake()
+        if self._streams.parallel:
+            assert self.window is not None  # made before the first chunk was sent
+            self.window.answered(result.id, _now())
+            self.wake()
 
     def _drop(self, result: pb.ChunkResult) -> None:
         """Count the answer to a chunk that another stream has answered before."""

@@ -54,9 +54,9 @@ class Streams:
         members: All streams, also those that still open.
     """
 
-    def __init__(self, progress: Progress, changed: Callable[[], object]) -> None:
+    def __init__(self, progress: Progress, changed: Callable[[], object], *, parallel: bool) -> None:
         self.progress = progress
-        self.parallel = False
+        self.parallel = parallel
         self.members: list[Member] = []
         self._changed = changed
         self._twice: dict[Chunk, list[Member]] = {}
