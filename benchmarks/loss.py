@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from benchmarks.bench import Bench
     from benchmarks.report import Figure
 
-PARTS = ("prefetch", "auto", "accumulation", "candidates", "curve", "cost", "mining")
+PARTS = ("prefetch", "auto", "accumulation", "candidates", "curve", "cost", "mining", "servers")
 """Parts that can be measured alone."""
 
 
@@ -33,7 +33,7 @@ def run(
         names: Names from ``PARTS``.
         output: Directory for results and logs; created if it is missing.
         rounds: Number of rounds behind every figure.
-        scale: 1 for a full run (ten to twelve minutes on two cores); anything below 1 for a quick run at small sizes.
+        scale: 1 for a full run (some 17 minutes on two cores); anything below 1 for a quick run at small sizes.
         console: Console for progress and the table.
     """
     # Imported late: libraries read the variables that prepare_process sets when they are imported.
@@ -48,6 +48,7 @@ def run(
         loss_prefetch,
         mining,
         report,
+        servers,
     )
     from benchmarks.bench import Bench
     from benchmarks.launch import Launcher, Machine
@@ -62,6 +63,7 @@ def run(
         "curve": lambda bench: loss_curve.curve_figures(bench, output / "loss-curve.svg"),
         "cost": loss_cost.cost_figures,
         "mining": mining.mining_figures,
+        "servers": lambda bench: servers.servers_figures(bench, output / "servers.svg"),
     }
     console = console or Console()
     logs = output / "logs"

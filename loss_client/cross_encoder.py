@@ -20,9 +20,9 @@ from tqdm.autonotebook import tqdm  # type: ignore[import-untyped]
 
 from loss_client.client.client import RerankerClient
 from loss_client.client.errors import RerankerRequestError, ScoreError
+from loss_client.client.kinds import ModelInfo, kind_name
 from loss_client.client.options import Priority
 from loss_client.client.scores import ScoreType
-from reranker.v1 import reranker_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class RemoteCrossEncoder:
         self._max_length = max_length
         self._priority = priority
         self._timeout = timeout
-        self._info: pb.GetModelInfoResponse | None = None  # asked for when it first matters
+        self._info: ModelInfo | None = None  # asked for when it first matters
         self._owns_client = not isinstance(target, RerankerClient)
         self._client = target if isinstance(target, RerankerClient) else RerankerClient(target)
 
@@ -285,7 +285,7 @@ class RemoteCrossEncoder:
         raise ValueError(f"prompt_name is {name!r}; it has to be one of {known}.")
 
     @property
-    def _served(self) -> pb.GetModelInfoResponse:
+    def _served(self) -> ModelInfo:
         """What the service says of its model; asked for once."""
         if self._info is None:
             self._info = self._client.model_info(self._timeout)
@@ -298,7 +298,7 @@ class RemoteCrossEncoder:
             ValueError: The service puts another prompt there by itself.
         """
         served = str(self._served.prompts.get(self._served.default_prompt_name, ""))
-        if self._served.kind != pb.MODEL_KIND_CROSS_ENCODER or not served:
+        if kind_name(self._served) != "cross-encoder" or not served:
             return prompt
         if prompt == served:
             return ""

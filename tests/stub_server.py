@@ -143,6 +143,7 @@ class ReceivedStream:
     cancelled: bool = False  # by the client, while it waited for replies
     ended: bool = False
     answered: list[int] = field(default_factory=list)  # numbers of chunks, in order of reply
+    given_up: list[int] = field(default_factory=list)  # ids of chunks that the client cancelled
 
     def pairs(self) -> list[tuple[str, str]]:
         return [pair for chunk in self.chunks for pair in chunk.pairs()]
@@ -182,6 +183,7 @@ class StubServer:
         preferred_pairs: Pairs of a chunk that the server prefers, 0 for no preference.
         without: Names of RPCs that answer UNIMPLEMENTED.
         port: The port; 0 for a free one. ``start`` after ``stop`` uses the same port again.
+        host: The address to listen on.
         credentials: Credentials for TLS.
     """
 
@@ -197,6 +199,7 @@ class StubServer:
         preferred_pairs: int = 0,
         without: frozenset[str] | set[str] = frozenset(),
         port: int = 0,
+        host: str = "127.0.0.1",
         credentials: grpc.ServerCredentials | None = None,
     ) -> None:
         self.score = score
@@ -213,6 +216,7 @@ class StubServer:
         self.next_fingerprints: list[str] = []  # in place of ``fingerprint``, for the next streams
         self.without = without
         self.port = port
+        self.host = host
         self.streams: list[ReceivedStream] = []
         self.requests: list[Any] = []  # unary requests but GetModelInfo
         self._credentials = credentials
@@ -223,7 +227,7 @@ class StubServer:
 
     @property
     def target(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -265,7 +269,7 @@ class StubServer:
     async def _start(self) -> None:
         server = aio.server(options=[("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0)])
         reranker_pb2_grpc.add_RerankerServiceServicer_to_server(_Servicer(self), server)
-        address = f"127.0.0.1:{self.port}"
+        address = f"{self.host}:{self.port}"
         secret = self._credentials
         self.port = server.add_secure_port(address, secret) if secret else server.add_insecure_port(address)
         await server.start()
@@ -363,6 +367,7 @@ class _Servicer(reranker_pb2_grpc.RerankerServiceServicer):
 
     async def _read(self, stream: ReceivedStream, requests: AsyncIterator[Any], replies: asyncio.Queue[Any]) -> None:
         stub, tasks = self._stub, set()
+        by_id: dict[int, asyncio.Task[None]] = {}
         try:
             async for request in requests:
                 kind = request.WhichOneof("message")
@@ -372,8 +377,19 @@ class _Servicer(reranker_pb2_grpc.RerankerServiceServicer):
                     if stub.on_chunk is None:
                         replies.put_nowait(self._result(stream, chunk, None))
                     else:
-                        tasks.add(asyncio.create_task(self._scripted(stream, chunk, replies)))
+                        by_id[request.chunk.id] = asyncio.create_task(self._scripted(stream, chunk, replies))
+                        tasks.add(by_id[request.chunk.id])
                         stub.note()
+                elif kind == "cancel":
+                    for chunk_id in request.cancel.chunk_ids:
+                        stream.given_up.append(chunk_id)
+                        if not by_id[chunk_id].done():
+                            tasks.remove(by_id[chunk_id])
+                            by_id[chunk_id].cancel()
+                            error = status_of(grpc.StatusCode.CANCELLED, "cancelled")
+                            result = pb.ChunkResult(id=chunk_id, error=error)
+                            replies.put_nowait(pb.RerankStreamResponse(result=result))
+                    stub.note()
                 elif kind == "texts":
                     stream.texts.extend(request.texts.texts)
                     stream.text_messages.append(request.ByteSize())

@@ -22,6 +22,10 @@ from benchmarks.loss import run
 from benchmarks.loss_candidates import Calculation, Comparison, Guide, calculate
 from benchmarks.loss_pace import FixedSpeedEngine, write_rate
 from benchmarks.loss_prefetch import Round, StepClock, Steps, figures
+from benchmarks.servers import RATE, Changes, Curve
+from benchmarks.servers import draw as draw_servers
+from benchmarks.servers import figures as server_figures
+from chaos.ledger import Ledger
 from loss_client import RerankerCachedGISTEmbedLoss, RerankerClient
 from loss_client.filter.jobs import OneModelClient, ScoringClient
 
@@ -202,3 +206,24 @@ def test_a_small_run_measures_draws_and_writes(tmp_path: Path) -> None:
     assert 0.5 < share <= 1
     for plot in ("loss-prefetch.svg", "loss-candidates.svg", "loss-curve.svg"):
         assert "</svg>" in (tmp_path / plot).read_text()
+
+
+def test_the_speed_of_a_job_is_reached_when_the_pairs_of_the_next_second_say_so() -> None:
+    times = np.arange(0.0, 10.0, 0.05)
+    pairs = np.where(times < 5, 100 * times, 500 + 200 * (times - 5))  # twice as fast after 5 s
+    curve = Curve(times, pairs)
+    assert curve.rate(1.0, 2.0) == pytest.approx(100)
+    assert curve.seconds_until(90, 1.0, 9.0) == 0
+    assert curve.seconds_until(180, 4.0, 9.0) == pytest.approx(0.8, abs=0.06)
+    assert curve.seconds_until(500, 4.0, 9.0) == pytest.approx(4.0, abs=0.06)
+
+
+def test_figures_of_servers_name_their_targets(tmp_path: Path) -> None:
+    curve = Curve(np.arange(0.0, 12.0, 0.05), 3 * RATE * np.arange(0.0, 12.0, 0.05))
+    changes = [Changes(curve, killed=4.0, added=8.0)]
+    shares = {1: [1.0, 1.0], 2: [0.97, 0.99]}
+    found = list(server_figures(shares, [0.9], changes, Ledger(asked=10, missing=1)))
+    assert [figure.reached for figure in found] == [True, False, True, True, None]
+    assert found[-1].spread.value == 1
+    draw_servers(tmp_path / "servers.svg", shares, changes[0])
+    assert "<svg" in (tmp_path / "servers.svg").read_text()

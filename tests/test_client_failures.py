@@ -388,23 +388,26 @@ def test_without_streams_errors_arrive_too() -> None:
 
 
 def test_a_job_goes_on_at_another_server() -> None:
-    never = Gate()
+    never, gate = Gate(), Gate()
     queries, documents = numbered_texts("query", 16), numbered_texts("document", 16)
-    with StubServer() as first, StubServer() as second, RerankerClient([first.target, second.target]) as client:
+    with StubServer() as dying, StubServer() as living:
 
-        async def answer_first_band(stream: ReceivedStream, chunk: ReceivedChunk) -> None:
-            if queries[0] not in chunk.queries:
-                await never.wait()
+        async def answer_nothing(stream: ReceivedStream, chunk: ReceivedChunk) -> None:
+            await never.wait()
 
-        first.on_chunk = second.on_chunk = answer_first_band
-        matrix = client.stream_grid(queries, documents, chunk_pairs=16)
-        matrix.rows(0, 4, WAIT_SECONDS)
-        dying = first if first.streams else second
-        living = second if dying is first else first
-        living.on_chunk = None
-        dying.stop()
-        np.testing.assert_array_equal(matrix.result(WAIT_SECONDS), hash_scores(queries, documents))
-        assert sorted(living.streams[0].pairs()) == sorted((q, d) for q in queries[4:] for d in documents)
-        for _ in range(6):
-            client.score_grid(["q"], ["d"])
-        assert (len(dying.streams), len(living.streams)) == (1, 7)
+        async def answer_late(stream: ReceivedStream, chunk: ReceivedChunk) -> None:
+            await gate.wait()
+
+        dying.on_chunk, living.on_chunk = answer_nothing, answer_late
+        with RerankerClient([dying.target, living.target]) as client:
+            matrix = client.stream_grid(queries, documents, chunk_pairs=16)
+            dying.wait_for(lambda: dying.streams and dying.streams[0].chunks)
+            living.wait_for(lambda: living.streams and living.streams[0].chunks)
+            dying.stop()
+            gate.open()
+            np.testing.assert_array_equal(matrix.result(WAIT_SECONDS), hash_scores(queries, documents))
+            assert sorted(living.streams[0].pairs()) == sorted((q, d) for q in queries for d in documents)
+            assert (len(dying.streams), len(living.streams)) == (1, 1)
+            for _ in range(6):
+                client.score_grid(["q"], ["d"])
+            assert (len(dying.streams), len(living.streams)) == (1, 7)

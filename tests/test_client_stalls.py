@@ -65,22 +65,27 @@ def test_another_server_takes_over_from_one_that_hangs(hangs: str) -> None:
 
 def test_a_job_of_a_stalled_server_goes_on_elsewhere_with_the_chunks_that_are_left() -> None:
     queries, documents = numbered_texts("query", 16), numbered_texts("document", 16)
-    never = Gate()
+    never, gate = Gate(), Gate()
 
     async def answer_first_band(stream: ReceivedStream, chunk: ReceivedChunk) -> None:
         if queries[0] not in chunk.queries:
             await never.wait()
 
-    with StubServer() as first, StubServer() as second:
-        first.on_chunk = second.on_chunk = answer_first_band
-        with RerankerClient([first.target, second.target], timeout=WAIT_SECONDS, stall_timeout=0.5) as client:
+    async def answer_late(stream: ReceivedStream, chunk: ReceivedChunk) -> None:
+        await gate.wait()
+
+    with StubServer() as stalled, StubServer() as other:
+        stalled.on_chunk, other.on_chunk = answer_first_band, answer_late
+        with RerankerClient([stalled.target, other.target], timeout=WAIT_SECONDS, stall_timeout=0.5) as client:
             matrix = client.stream_grid(queries, documents, chunk_pairs=16)
-            matrix.rows(0, 4, WAIT_SECONDS)
-            stalled = first if first.streams else second
-            other = second if stalled is first else first
-            other.on_chunk = None
+            stalled.wait_for(lambda: stalled.streams and len(stalled.streams[0].chunks) > 2)
+            other.wait_for(lambda: other.streams and other.streams[0].chunks)
+            gate.open()
             np.testing.assert_array_equal(matrix.result(WAIT_SECONDS), hash_scores(queries, documents))
-            assert sorted(other.streams[0].pairs()) == sorted((q, d) for q in queries[4:] for d in documents)
+            streams = [stalled.streams[0], *other.streams]
+            answered = [stream.chunks[number] for stream in streams for number in stream.answered]
+            pairs = [pair for chunk in answered for pair in chunk.pairs()]
+            assert sorted(pairs) == sorted((q, d) for q in queries for d in documents)
             stalled.wait_for(lambda: stalled.streams[0].cancelled)
 
 

@@ -65,11 +65,10 @@ class Background:
             return asyncio.run_coroutine_threadsafe(work(channels), loop)
 
     def states(self) -> tuple[ServerState, ...]:
-        """Return the state of each target."""
+        """Return the state of each server."""
         channels = self._channels
-        if channels is None:
-            return tuple(ServerState(str(target), "unused", None) for target in self._settings.targets)
-        return channels.turns.states()
+        states = () if channels is None else channels.turns.states()
+        return states or tuple(ServerState(str(target), "unused", None) for target in self._settings.targets)
 
     def model(self) -> str | None:
         """Return the fingerprint of the client's model; None before the first answer of a server."""

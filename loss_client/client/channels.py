@@ -8,13 +8,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import grpc
-from grpc import aio
 
-from loss_client.client.credentials import TLS_CA
+from loss_client.client.attempts import Attempt, Attempts, StalledError, SuspendedError
 from loss_client.client.endpoints import ChannelSettings, Endpoint
 from loss_client.client.errors import (
     ConnectionLostError,
@@ -23,8 +22,8 @@ from loss_client.client.errors import (
     RerankerRequestError,
     RerankerTimeoutError,
     RerankerUnavailableError,
-    from_rpc_error,
 )
+from loss_client.client.names import Names
 from loss_client.client.patience import Patience
 from loss_client.client.queue import JobQueue
 from loss_client.client.turns import ModelPin, Turns
@@ -38,23 +37,12 @@ _logger = logging.getLogger(__name__)
 
 # Longest time that the first job of a client with several targets waits until all of them have named their models.
 _SURVEY_SECONDS = 2.0
-# A limit that is noticed so late passed while this process itself stood still: what has arrived by then is read first.
-_LATE_SECONDS = 0.5
-
-
-class _SuspendedError(Exception):
-    """The attempt was ended for a fork and has to be repeated."""
-
-
-class _StalledError(Exception):
-    """The attempt was ended at one of its limits."""
-
-
-Attempt = Callable[[Endpoint, Patience], Coroutine[Any, Any, T]]
+# Time after which a job looks again for an endpoint that none of its streams uses.
+_LOOK_SECONDS = 0.1
 
 
 class Channels:
-    """All endpoints of a client, used in turn.
+    """All endpoints of a client. Calls and jobs use them in turn, and a large job uses them at the same time.
 
     Attributes:
         turns: Chooses the endpoints, and knows their models.
@@ -62,15 +50,13 @@ class Channels:
     """
 
     def __init__(self, settings: ChannelSettings) -> None:
-        self._endpoints = [Endpoint(target, settings) for target in settings.targets]
+        self._names = Names(settings)
+        self._endpoints = self._names.endpoints
         self.turns = Turns(self._endpoints)
         self.queue = JobQueue()
         self._surveying = asyncio.Lock()
-        self._surveyed = len(self._endpoints) == 1
-        self._attempts: set[asyncio.Task[Any]] = set()
-        self._open = asyncio.Event()
-        self._open.set()
-        self._idle = asyncio.Event()
+        self._surveyed = False
+        self._attempts = Attempts()
         self._warned = False
 
     async def run(
@@ -80,6 +66,7 @@ class Channels:
         left: Callable[[], str] = lambda: "",
         pin: ModelPin | None = None,
         on_failure: Callable[[str], None] = lambda failure: None,
+        busy: set[Endpoint] | None = None,
     ) -> T:
         """Make attempts, each at one endpoint, until one succeeds or fails for good.
 
@@ -90,6 +77,8 @@ class Channels:
             left: Returns the end of the error message, such as the number of pairs that are left.
             pin: The model that is needed. Default: the client's.
             on_failure: Called with the error of each attempt that another one follows.
+            busy: Endpoints of attempts that are made beside these ones, and are left to them; has the endpoint of the
+                present attempt as well. Default: there are none.
 
         Raises:
             RerankerUnavailableError: All attempts failed until the deadline.
@@ -98,13 +87,19 @@ class Channels:
             RerankerError: An attempt failed with an error that another attempt would meet again.
         """
         pin = ModelPin() if pin is None else pin
+        busy = set() if busy is None else busy
         tried, last, lost = 0, "none was made", False
         others: Counter[Endpoint] = Counter()
+        await self._names.ready()
         await self._survey(patience)
         while True:
-            await self._open.wait()
+            await self._attempts.wait_open()
             now = asyncio.get_running_loop().time()
-            endpoint, delay = self.turns.choose(pin, others, now)
+            endpoint, delay = self.turns.choose(pin, others, now, busy)
+            if busy and (endpoint is None or delay > 0):  # the attempts beside this one go on, and may end meanwhile
+                await asyncio.sleep(min(delay, _LOOK_SECONDS) or _LOOK_SECONDS)
+                continue
+            assert endpoint is not None  # as none is busy
             if tried == 0 and delay > patience.remaining() / 2:
                 delay = 0.0  # earlier failures were other calls': this one makes at least one attempt
             if delay > patience.remaining():
@@ -115,27 +110,21 @@ class Channels:
             tried += 1
             begun = patience.last_progress
             patience.begin_attempt(takeover=any(one is not endpoint for one in self.turns.usable(pin, others, now)))
-            failure: RerankerError | None = None  # None: the attempt ended at a limit
-            # No variable or exception may keep a reference to the attempt: gRPC would still be running at a fork.
+            busy.add(endpoint)
             try:
-                result = await self._make(attempt, endpoint, patience)
-            except _SuspendedError:
-                continue
-            except _StalledError:
-                pass
-            except aio.AioRpcError as error:
-                if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
-                    failure = _with_advice(from_rpc_error(error, str(endpoint.target)), endpoint)
-            except OtherModelError as error:
-                others[endpoint] += 1
-                last = str(error)
-                continue
-            except ConnectionLostError as error:
-                failure = ConnectionLostError(str(error), error.retry_seconds)
-            else:
-                endpoint.succeeded()
-                return result
+                result, failure = await self._attempts.make(attempt, endpoint, patience)
+            finally:
+                busy.discard(endpoint)
             if failure is None:
+                endpoint.succeeded()
+                return cast("T", result)
+            if isinstance(failure, SuspendedError):
+                continue
+            if isinstance(failure, OtherModelError):
+                others[endpoint] += 1
+                last = str(failure)
+                continue
+            if isinstance(failure, StalledError):
                 failure = await self._stalled(endpoint, patience, begun, tried, left)
             if not isinstance(failure, ConnectionLostError):
                 raise failure
@@ -145,15 +134,45 @@ class Channels:
             lost = lost or not isinstance(failure, _StallError)
             last = str(failure)
             on_failure(last)
-            now = asyncio.get_running_loop().time()
-            if failure.retry_seconds is not None:
-                endpoint.full(now, failure.retry_seconds)
-            elif not isinstance(failure, _StallError):
-                if patience.last_progress > begun:
-                    endpoint.succeeded()
-                endpoint.failed(now)
+            if not isinstance(failure, _StallError):
+                _rest(endpoint, failure, patience)
             elif patience.remaining() <= 0:
                 raise self._exhausted(tried, lost, patience, last, left())
+
+    def look(self) -> bool:
+        """Follow host names whose addresses change; returns whether there are, or may be, several servers."""
+        self._names.look()
+        return len(self._endpoints) > 1 or self._names.any
+
+    @property
+    def may_change(self) -> bool:
+        """Whether servers may come and go."""
+        return self._names.any
+
+    async def help(self, attempt: Attempt[None], endpoint: Endpoint, patience: Patience) -> None:
+        """Make one attempt at an endpoint beside those of ``run``; the endpoint rests if the attempt fails.
+
+        Args:
+            attempt: See ``run``.
+            endpoint: The endpoint.
+            patience: Limits of this attempt, from ``Patience.branch``.
+
+        Raises:
+            RerankerError: The attempt failed with an error that another attempt would meet again.
+        """
+        await self._attempts.wait_open()
+        patience.begin_attempt(takeover=True)
+        _, failure = await self._attempts.make(attempt, endpoint, patience)
+        if failure is None:
+            endpoint.succeeded()
+        elif isinstance(failure, StalledError):
+            await self._rest_after_stall(endpoint, patience)
+        elif isinstance(failure, SuspendedError | OtherModelError):
+            return
+        elif isinstance(failure, ConnectionLostError):
+            _rest(endpoint, failure, patience)
+        else:
+            raise failure
 
     async def call(
         self,
@@ -198,22 +217,16 @@ class Channels:
 
     async def suspend(self) -> None:
         """End all attempts and close all channels, so that gRPC stops running; ``resume`` lets attempts be repeated."""
-        self._open.clear()
-        for task in self._attempts:
-            task.cancel()
-        if self._attempts:
-            self._idle.clear()
-            await self._idle.wait()
+        await self._attempts.suspend()
         await self.close()
 
     def resume(self) -> None:
         """Allow attempts again after ``suspend``."""
-        self._open.set()
+        self._attempts.resume()
 
     async def close(self) -> None:
         """Close all channels."""
-        for endpoint in self._endpoints:
-            await endpoint.close()
+        await self._names.close()
 
     async def _survey(self, patience: Patience) -> None:
         """At the first use of several targets, ask all of them at once for contract and model."""
@@ -222,60 +235,27 @@ class Channels:
         async with self._surveying:
             if self._surveyed:
                 return
-            await self._open.wait()
+            if len(self._endpoints) == 1:
+                self._surveyed = True
+                return
+            await self._attempts.wait_open()
             seconds = min(_SURVEY_SECONDS, patience.seconds / 4)
+            endpoints = list(self._endpoints)
             answers = await asyncio.gather(
-                *(self._make(_introduce, endpoint, _one_attempt(seconds)) for endpoint in self._endpoints),
+                *(self._attempts.make(_introduce, endpoint, _one_attempt(seconds)) for endpoint in endpoints),
                 return_exceptions=True,
             )
-            if any(isinstance(answer, _SuspendedError) for answer in answers):
+            failures = [answer[1] if isinstance(answer, tuple) else None for answer in answers]
+            if any(isinstance(failure, SuspendedError) for failure in failures):
                 return
             now = asyncio.get_running_loop().time()
-            for endpoint, answer in zip(self._endpoints, answers, strict=True):
-                stalled = isinstance(answer, _StalledError)
-                if isinstance(answer, aio.AioRpcError):
-                    stalled = answer.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-                    if not stalled:
-                        endpoint.failed(now)
-                if stalled:
+            for endpoint, failure in zip(endpoints, failures, strict=True):
+                if isinstance(failure, StalledError):
                     await endpoint.stalled(now, patience.stall_seconds)
+                elif failure is not None:
+                    endpoint.failed(now)
             self.turns.vote()
             self._surveyed = True
-
-    async def _make(self, attempt: Attempt[T], endpoint: Endpoint, patience: Patience) -> T:
-        """Make one attempt, and end it at its limits.
-
-        Raises:
-            _StalledError: A limit has passed.
-            _SuspendedError: ``suspend`` ended the attempt.
-            Exception: The attempt's own error.
-        """
-        loop = asyncio.get_running_loop()
-        task = loop.create_task(attempt(endpoint, patience))
-        self._attempts.add(task)
-        endpoint.attempts += 1
-        late = False
-        try:
-            while not task.done():
-                remaining = patience.attempt_remaining()
-                if remaining <= 0 and not late:
-                    raise _StalledError
-                # Not longer than the stall limit, which may begin to count once the server is known to send progress.
-                due = loop.time() + (_LATE_SECONDS if late else min(remaining, patience.stall_seconds))
-                await asyncio.wait({task}, timeout=due - loop.time())
-                late = not late and loop.time() - due > _LATE_SECONDS
-            if task.cancelled():
-                raise _SuspendedError
-            return task.result()
-        finally:
-            if not task.done():
-                task.cancel()
-                await asyncio.wait({task})
-            endpoint.attempts -= 1
-            self._attempts.discard(task)
-            if not self._attempts:
-                self._idle.set()
-            del task  # breaks the circle of an exception, its traceback, this frame and the task
 
     async def _stalled(
         self, endpoint: Endpoint, patience: Patience, begun: float, tried: int, left: Callable[[], str]
@@ -289,16 +269,21 @@ class Channels:
             tried: Number of attempts since then.
             left: Returns the end of the error message.
         """
-        now, over = asyncio.get_running_loop().time(), patience.remaining() <= 0
+        over = patience.remaining() <= 0
         only = over and (tried == 1 or patience.last_progress > begun)
         failure: RerankerError
         if only:  # the deadline passed in the first attempt since the last progress
             failure = RerankerTimeoutError(f"{endpoint.target} {patience.describe(patience.seconds)}{left()}")
         else:
             failure = _StallError(f"{endpoint.target} {patience.describe()}")
-        # So that the next job or call tries another endpoint first.
-        await endpoint.stalled(now, min(patience.stall_seconds, patience.seconds))
+        await self._rest_after_stall(endpoint, patience)
         return failure
+
+    @staticmethod
+    async def _rest_after_stall(endpoint: Endpoint, patience: Patience) -> None:
+        """Let the next job or call try another endpoint first."""
+        now = asyncio.get_running_loop().time()
+        await endpoint.stalled(now, min(patience.stall_seconds, patience.seconds))
 
     def _exhausted(self, tried: int, lost: bool, patience: Patience, last: str, left: str) -> RerankerError:
         """Return the error for a deadline that passed after several attempts.
@@ -318,18 +303,15 @@ class Channels:
         )
 
 
-def _with_advice(failure: RerankerError, endpoint: Endpoint) -> RerankerError:
-    """The same error; what to do is added to errors of tokens and certificates."""
-    if isinstance(failure, RerankerRequestError) and failure.code is grpc.StatusCode.UNAUTHENTICATED:
-        token = endpoint.credentials.token
-        sent = "this client has no token" if token is None else f"this client sent {token.origin}"
-        return RerankerRequestError(failure.code, f"{endpoint.target}: {failure.message} ({sent})", failure.violations)
-    if isinstance(failure, ConnectionLostError) and "CERTIFICATE_VERIFY_FAILED" in str(failure):
-        return ConnectionLostError(
-            f"{failure} (the server's certificate is not signed by an authority that this client trusts, or is for "
-            f"another name: give the authority's certificate as root_certificates or in {TLS_CA})"
-        )
-    return failure
+def _rest(endpoint: Endpoint, failure: ConnectionLostError, patience: Patience) -> None:
+    """Let an endpoint rest after a failed attempt, as long as its server asks for or its failures make it."""
+    now = asyncio.get_running_loop().time()
+    if failure.retry_seconds is not None:
+        endpoint.full(now, failure.retry_seconds)
+        return
+    if patience.finished:
+        endpoint.succeeded()
+    endpoint.failed(now)
 
 
 class _StallError(ConnectionLostError):

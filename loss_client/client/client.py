@@ -38,7 +38,8 @@ class RerankerClient:
     with the last reference to the client, or with the interpreter. Any thread may use the client, and so may a forked
     child, which makes its own thread and connections. Equal texts are sent once. After a lost connection the client
     connects again, after a backoff, and sends only chunks without an answer. It does the same at another server if a
-    server stalls. Errors that another attempt would meet again are raised at once.
+    server stalls. Errors that another attempt would meet again are raised at once. With several servers, each takes
+    chunks of a job as fast as it answers; calls, and jobs of one or two chunks, go to the servers in turn.
 
     All scores of one job come from one model, told by its fingerprint. The client's model is the one that most targets
     serve at first. A server of another model is left out, with one warning, as long as a server of the client's model
@@ -58,8 +59,8 @@ class RerankerClient:
 
     Args:
         target: ``"host:port"``, gRPC's own forms (``"dns:///..."``, ``"unix:..."``), ``"grpc://host:port"``,
-            ``"grpcs://host:port"`` (TLS), or a list of these. Jobs and calls go to each target of a list in turn, and
-            skip targets that have just failed.
+            ``"grpcs://host:port"`` (TLS), or a list of these. A host name stands for the servers at all of its
+            addresses, which the client follows. Servers that have just failed are skipped.
         timeout: Most seconds of a call, and most seconds that a job may go without finished work, reconnecting
             included. Finished work is a score of the job or, at a server of contract 1.1, of any other call.
         stall_timeout: Most seconds that a server may send nothing before another attempt is made, at another server if
@@ -309,7 +310,7 @@ class RerankerClient:
 
     @property
     def servers(self) -> tuple[ServerState, ...]:
-        """The state of each target, as the client last saw it; ``"unused"`` before the first use."""
+        """The state of each server, as the client last saw it; ``"unused"`` before the first use."""
         return self._calls.background.states()
 
     @property

@@ -71,6 +71,7 @@ class Endpoint:
         fingerprint: The model that the server named last; None before the first answer.
         reports: Whether the server sends progress on streams: it speaks contract 1.1 or newer.
         attempts: Number of attempts that are being made now.
+        leaving: Whether the endpoint is out of use: attempts that are being made take no more work.
     """
 
     def __init__(self, target: Target, settings: ChannelSettings) -> None:
@@ -79,7 +80,7 @@ class Endpoint:
         self.failures = self.stalls = self.attempts = 0
         self.ready_at = self.rests_until = 0.0
         self.fingerprint: str | None = None
-        self.reports = False
+        self.reports = self.leaving = False
         self._seen_at = 0.0  # loop time of ``fingerprint``
         self._metadata = settings.metadata
         self._channel: aio.Channel | None = None
@@ -105,11 +106,14 @@ class Endpoint:
             grpc.aio.AioRpcError: The server did not answer.
         """
         if self._channel is None:
+            address, authority, options = self.target.address, self.target.authority, _CHANNEL_OPTIONS
+            if authority is not None:  # proxies route by the name, and the certificate is for the name
+                host = authority.rpartition(":")[0]
+                options += (("grpc.default_authority", authority), ("grpc.ssl_target_name_override", host))
             if self.target.secure:
-                credentials = self.credentials.channel()
-                self._channel = aio.secure_channel(self.target.address, credentials, options=_CHANNEL_OPTIONS)
+                self._channel = aio.secure_channel(address, self.credentials.channel(), options=options)
             else:
-                self._channel = aio.insecure_channel(self.target.address, options=_CHANNEL_OPTIONS)
+                self._channel = aio.insecure_channel(address, options=options)
             self._stub = reranker_pb2_grpc.RerankerServiceStub(self._channel)
         stub = self._stub
         assert stub is not None  # made together with the channel

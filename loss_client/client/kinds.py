@@ -6,6 +6,9 @@ from loss_client.client.errors import IncompatibleServerError
 from loss_client.client.scores import RawScale
 from reranker.v1 import reranker_pb2 as pb
 
+ModelInfo = pb.GetModelInfoResponse
+"""A server's description of its model."""
+
 _RAW_SCALES: dict[int, RawScale] = {
     pb.MODEL_KIND_CROSS_ENCODER: "logit",
     pb.MODEL_KIND_CAUSAL_RERANKER: "logit",
@@ -13,7 +16,7 @@ _RAW_SCALES: dict[int, RawScale] = {
 }
 
 
-def raw_scale(info: pb.GetModelInfoResponse) -> RawScale:
+def raw_scale(info: ModelInfo) -> RawScale:
     """Return whether the raw scores of a model are logits or cosines.
 
     Raises:
@@ -28,7 +31,7 @@ def raw_scale(info: pb.GetModelInfoResponse) -> RawScale:
     return scale
 
 
-def kind_name(info: pb.GetModelInfoResponse) -> str:
+def kind_name(info: ModelInfo) -> str:
     """Return the kind of a model as users write it: ``"cross-encoder"``, ``"causal-reranker"`` or ``"bi-encoder"``.
 
     Raises:

@@ -31,6 +31,7 @@ class Patience:
       server sends progress messages; a silent server of contract 1.0 that is the only one may be busy.
     - An attempt also ends if another server can take over and this one sends progress, but has finished nothing for
       twice the stall limit.
+    - While an attempt waits for nothing from its server (``idle``), only the deadline counts.
 
     Args:
         seconds: See above.
@@ -47,7 +48,10 @@ class Patience:
         self.begin_attempt(takeover=False)
 
     def branch(self) -> Patience:
-        """Return limits for attempts that run beside those of this object, up to the same deadline."""
+        """Return limits for attempts that run beside those of this object, up to the same deadline.
+
+        Finished work of one attempt moves the deadline of all. The other limits are those of each attempt alone.
+        """
         branch = copy(self)
         branch.begin_attempt(takeover=False)
         return branch
@@ -56,6 +60,11 @@ class Patience:
     def last_progress(self) -> float:
         """Loop time of the last finished work; of the beginning, if there was none."""
         return self._deadline.last_progress
+
+    @property
+    def finished(self) -> bool:
+        """Whether the server of the present attempt has finished work."""
+        return self._finished is not None
 
     @property
     def progress_seconds(self) -> float:
@@ -68,18 +77,25 @@ class Patience:
         Args:
             takeover: Whether another server can take over if this attempt stalls.
         """
-        self._begun = self._heard = self._now()
+        self._waits_since = self._heard = self._now()
+        self._finished: float | None = None  # loop time of the last finished work of this attempt
         self._takeover = takeover
-        self._reports = False
+        self._reports = self._idle = False
         self._work: pb.StreamProgress | None = None
 
     def expect_reports(self) -> None:
         """Note that the server of this attempt sends progress messages."""
         self._reports = True
 
+    def idle(self, idle: bool) -> None:
+        """Note whether the attempt waits for nothing from its server, for example because all chunks are taken."""
+        if self._idle and not idle:
+            self._heard = self._waits_since = self._now()
+        self._idle = idle
+
     def progress(self) -> None:
         """Extend the deadline and the stall limit: an answer arrived."""
-        self._deadline.last_progress = self._heard = self._now()
+        self._deadline.last_progress = self._heard = self._finished = self._now()
 
     def heard(self, work: pb.StreamProgress | None = None) -> None:
         """Extend the stall limit after a sign of life, and the deadline too if the server has finished more pairs.
@@ -91,7 +107,7 @@ class Patience:
         if work is None:
             return
         if self._work is not None and work.pairs_finished > self._work.pairs_finished:
-            self._deadline.last_progress = self._heard
+            self._deadline.last_progress = self._finished = self._heard
         self._work = work
 
     def remaining(self) -> float:
@@ -101,11 +117,13 @@ class Patience:
     def attempt_remaining(self) -> float:
         """Seconds until the present attempt ends; 0 or less once it has passed a limit."""
         ends = [self.remaining()]
+        if self._idle:
+            return ends[0]
         now = self._now()
         if self._always_stalls or self._takeover or self._reports:
             ends.append(self._heard + self.stall_seconds - now)
         if self._takeover and self._work is not None:
-            ends.append(max(self._begun, self.last_progress) + _IDLE_LIMITS * self.stall_seconds - now)
+            ends.append(self._idle_since() + _IDLE_LIMITS * self.stall_seconds - now)
         return min(ends)
 
     def describe(self, seconds: float | None = None) -> str:
@@ -118,11 +136,15 @@ class Patience:
         if self._work is None or now - self._heard >= self.stall_seconds:
             return f"sent nothing for {f'{now - self._heard:.3g}' if seconds is None else f'{seconds:g}'} s"
         ahead = max(self._work.pairs_in_server - self._work.pairs_waiting, 0)
-        idle = now - max(self._begun, self.last_progress)
+        idle = now - self._idle_since()
         return (
             f"is alive and busy: {ahead} pairs ahead of {self._work.pairs_waiting} of this job, but none finished for "
             f"{f'{idle:.3g}' if seconds is None else f'{seconds:g}'} s"
         )
+
+    def _idle_since(self) -> float:
+        """Loop time since which the server of this attempt has finished nothing that the attempt waits for."""
+        return self._waits_since if self._finished is None else max(self._waits_since, self._finished)
 
     @staticmethod
     def _now() -> float:

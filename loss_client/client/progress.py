@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_client.client.chunks import Chunk, grid_chunks, list_chunks, panel_shape
+from loss_client.client.columns import Band, Columns
 from loss_client.client.job import Job
 from loss_client.client.memory import PairKeys
 from reranker.v1 import reranker_pb2 as pb
@@ -22,6 +23,8 @@ class Progress:
     Attributes:
         pairs: Number of pairs that servers are asked for: all of the job's, less those that the client remembers.
         pairs_left: Of these, how many have no score yet.
+        pairs_free: Of these, how many no stream has taken; 0 before ``plan``.
+        chunk_pairs: Most pairs of the first planned chunks; 0 before ``plan``.
     """
 
     def __init__(self, job: Job) -> None:
@@ -29,10 +32,13 @@ class Progress:
         self._queries, self._documents = job.pairs.queries, job.pairs.documents
         self._rows: NDArray[np.intp] | None = None  # the matrix's row of each pair of a list; None: in order
         self._keys: PairKeys | None = None
-        self._plan: Iterator[Chunk] | None = None  # chunks that have never been sent
+        self._plan: Iterator[Chunk] | None = None  # chunks that have never been sent, but for those of ``_band``
+        self._band: Band = {}  # chunks of the first rows that have never been sent
+        self._ahead: Chunk | None = None  # the first chunk behind the band
         self._returned: deque[Chunk] = deque()  # chunks that have to be sent again
         self._fingerprint: str | None = None
-        self._stream_broke = False
+        self._broken = 0  # streams that broke and have no successor yet
+        self.pairs_free = self.chunk_pairs = 0
         self.pairs = self.pairs_left = self._count()
 
     def begin_stream(self, fingerprint: str) -> None:
@@ -45,12 +51,12 @@ class Progress:
         if self._fingerprint is None and job.memory.keeps and not job.pairs.grid:
             self._recall(fingerprint)
         self._fingerprint = fingerprint
-        job.matrix.usage.reconnects += self._stream_broke
-        self._stream_broke = True  # until ``end_stream``
+        job.matrix.usage.reconnects += self._broken
+        self._broken = 0
 
-    def end_stream(self) -> None:
-        """Note that the stream ended without an error: the next one does not count as a reconnect."""
-        self._stream_broke = False
+    def stream_broke(self) -> None:
+        """Note that a stream ended with an error after ``begin_stream``: the next one counts as a reconnect."""
+        self._broken += 1
 
     def plan(self, pairs: int, limits: pb.Limits | None = None, *, most: int | None = None) -> None:
         """Cut the job into chunks, unless an earlier call did.
@@ -62,6 +68,7 @@ class Progress:
         """
         if self._plan is not None:
             return
+        self.chunk_pairs, self.pairs_free = pairs, self.pairs_left
         if not self._job.pairs.grid:
             self._plan = list_chunks(len(self._queries), pairs, most=most)
             return
@@ -72,24 +79,30 @@ class Progress:
             panel = panel_shape(sizes[self._queries], sizes[self._documents], most_texts, most_bytes)
         self._plan = grid_chunks(len(self._queries), len(self._documents), pairs, panel, most=most)
 
-    def next_chunk(self, pairs: int) -> Chunk | None:
-        """Return the next chunk to send, of at most ``pairs`` pairs; None if there is none. ``plan`` comes first."""
+    def next_chunk(self, pairs: int, columns: Columns | None = None) -> Chunk | None:
+        """Return the next chunk to send; None if there is none. ``plan`` comes first.
+
+        Args:
+            pairs: Most pairs of the chunk.
+            columns: Columns to prefer among the chunks of the next rows. Default: from left to right.
+        """
         if self._returned:
             chunk = self._returned.popleft()
+        elif self._band or self._fill_band():
+            chunk = self._band.popitem()[1] if columns is None else columns.take(self._band)
         else:
-            assert self._plan is not None
-            planned = next(self._plan, None)
-            if planned is None:
-                return None
-            chunk = planned
+            return None
         while chunk.pairs > pairs:  # this server's limits may be lower than those that the plan was made for
             chunk, rest = chunk.halves()
             self._returned.appendleft(rest)
+        self.pairs_free -= chunk.pairs
         return chunk
 
     def give_back(self, chunks: Iterable[Chunk]) -> None:
         """Put chunks without an answer in front of those that are still to be sent."""
-        self._returned.extendleft(reversed(list(chunks)))
+        returned = list(chunks)
+        self._returned.extendleft(reversed(returned))
+        self.pairs_free += sum(chunk.pairs for chunk in returned)
 
     def ids(self, chunk: Chunk) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the text ids of a chunk's queries and documents."""
@@ -121,6 +134,21 @@ class Progress:
     def describe(self) -> str:
         """Describe the numbers of pairs with and without a score, as the end of an error message."""
         return f"; {self.pairs - self.pairs_left} of {self.pairs} pairs are scored, {self.pairs_left} are left"
+
+    def _fill_band(self) -> bool:
+        """Take the chunks of the next rows from the plan; returns whether there are any."""
+        assert self._plan is not None
+        first = self._ahead or next(self._plan, None)
+        if first is None:
+            return False
+        band, self._ahead = [first], None
+        for chunk in self._plan:
+            if chunk.row_begin != first.row_begin:
+                self._ahead = chunk
+                break
+            band.append(chunk)
+        self._band = {chunk.column_begin: chunk for chunk in reversed(band)}
+        return True
 
     def _recall(self, fingerprint: str) -> None:
         """Take a list's remembered scores, and leave only the other pairs to ask for."""

@@ -2,6 +2,10 @@
 
 A stream ends when every chunk is answered, when it has carried as much as the server allows, or when it breaks. The
 job's ``Progress`` holds what the next stream has to carry: only chunks without an answer, and their texts again.
+
+A job of a client with one server sends all chunks ahead, and the server's backpressure limits what is in flight. With
+several servers, each has a stream of its own, which takes a chunk only while its ``Window`` is open. So does the stream
+of the one server behind a host name, because the name may get further addresses.
 """
 
 from __future__ import annotations
@@ -17,27 +21,31 @@ from grpc import aio
 from numpy.typing import NDArray
 
 from loss_client.client.chunks import Chunk
+from loss_client.client.columns import Columns
 from loss_client.client.endpoints import Endpoint
 from loss_client.client.errors import ConnectionLostError, IncompatibleServerError, ScoreError, from_status
 from loss_client.client.job import Job
 from loss_client.client.patience import Patience
-from loss_client.client.progress import Progress
+from loss_client.client.streams import Streams
 from loss_client.client.texts import TextTable
+from loss_client.client.window import Window
 from reranker.v1 import reranker_pb2 as pb
 
 _TEXTS_MESSAGE_BYTES = 1 << 20
 _MESSAGE_OVERHEAD_BYTES = 1 << 10
 _TEXT_OVERHEAD_BYTES = 8
+# Time after which a stream without work looks again for late chunks of other streams.
+_LOOK_SECONDS = 0.05
 
 
 async def score_on_stream(
-    job: Job, progress: Progress, agree: Callable[[Endpoint, str], None], endpoint: Endpoint, patience: Patience
+    job: Job, streams: Streams, agree: Callable[[Endpoint, str], None], endpoint: Endpoint, patience: Patience
 ) -> None:
     """Score over one stream until every chunk is answered, or the stream may carry no more.
 
     Args:
         job: The job.
-        progress: The part of the job without scores.
+        streams: The job's open streams and its part without scores.
         agree: Called with the endpoint and the model that it opened the stream with; raises ``OtherModelError`` if the
             job's scores may not come from that model.
         endpoint: The server.
@@ -45,39 +53,67 @@ async def score_on_stream(
 
     Raises:
         OtherModelError: See ``agree``.
-        ConnectionLostError, grpc.aio.AioRpcError: The stream broke; ``progress`` has what was not answered.
+        ConnectionLostError, grpc.aio.AioRpcError: The stream broke; others get what was not answered.
         RerankerError: The server refused the stream or a chunk, or its answer is wrong.
     """
     stub = await endpoint.stub(patience.remaining())
+    progress = streams.progress
     call = stub.RerankStream(metadata=endpoint.metadata)
-    stream = _Stream(job, progress, call)
+    stream = _Stream(job, streams, endpoint, call)
+    streams.add(stream)
+    broke = False
     try:
         opened = await stream.open(str(endpoint.target), patience.progress_seconds)
         patience.heard()
         agree(endpoint, opened.fingerprint)
         progress.begin_stream(opened.fingerprint)
+        broke = True
         if endpoint.reports:
             patience.expect_reports()
-        async with _alongside(stream.send(opened, endpoint.reports), call):
+        async with _alongside(stream.send(opened, patience), call):
             await stream.receive(patience)
-        progress.end_stream()
+        broke = False
     finally:
         call.cancel()  # no effect on a call that has ended
-        progress.give_back(stream.unanswered.values())
+        if broke:
+            progress.stream_broke()
+        streams.remove(stream)
 
 
 class _Stream:
-    """The sending and the receiving side of one call.
+    """The sending and the receiving side of one call. Implements ``Member``.
 
     Attributes:
         unanswered: Chunks that were taken from the job's progress and have no answer yet, by their ids on this stream.
+        window: Limit of the pairs of these chunks, which counts only if the client has several servers; None before the
+            server has opened the stream.
     """
 
-    def __init__(self, job: Job, progress: Progress, call: Any) -> None:
+    def __init__(self, job: Job, streams: Streams, endpoint: Endpoint, call: Any) -> None:
         self.unanswered: dict[int, Chunk] = {}
+        self.window: Window | None = None
         self._job = job
-        self._progress = progress
+        self._streams = streams
+        self._progress = streams.progress
+        self._endpoint = endpoint
         self._call = call
+        self._columns = Columns() if job.pairs.grid else None
+        self._woken = asyncio.Event()
+        self._given_up: set[int] = set()  # ids of chunks whose answer is to be dropped
+        self._to_cancel: list[int] = []  # of these, chunks that the server does not know of
+
+    def wake(self) -> None:
+        """Let the sending side look for chunks again."""
+        self._woken.set()
+
+    def give_up(self, chunk: Chunk) -> None:
+        """Drop an unanswered chunk and its later answer; cancel it if the server can do that."""
+        chunk_id = next(one for one, mine in self.unanswered.items() if mine == chunk)
+        del self.unanswered[chunk_id]
+        self._given_up.add(chunk_id)
+        if self._endpoint.reports:
+            self._to_cancel.append(chunk_id)
+        self.wake()
 
     async def open(self, server: str, progress_seconds: float) -> pb.StreamOpened:
         """Open the stream and return the server's reply.
@@ -100,38 +136,46 @@ class _Stream:
             raise IncompatibleServerError(f"{server} opened a stream without naming its limits")
         return opened
 
-    async def send(self, opened: pb.StreamOpened, reports: bool) -> None:
+    async def send(self, opened: pb.StreamOpened, patience: Patience) -> None:
         """Send chunks, each after those of its texts that are not on this stream yet, and half-close the stream.
 
         Args:
             opened: The server's reply to the opening of the stream.
-            reports: Whether the server sends progress messages. Without them an answer is the only sign of work, so
-                that large chunks of a slow server would look like a stall.
+            patience: Learns when the stream waits for other streams and not for its server.
         """
         job, progress, call, limits = self._job, self._progress, self._call, opened.limits
         table, preferred = job.pairs.table, opened.preferred_pairs_per_chunk
         first = min(job.pairs_per_chunk(preferred), limits.max_pairs_per_chunk)
-        pairs = min(job.most_pairs_per_chunk(preferred), limits.max_pairs_per_chunk) if reports else first
+        # Without progress messages an answer is the only sign of work: large chunks of a slow server would look like a
+        # stall.
+        grows = self._endpoint.reports
+        pairs = min(job.most_pairs_per_chunk(preferred), limits.max_pairs_per_chunk) if grows else first
+        self.window = Window(first, limits.max_pairs_in_flight or sys.maxsize, grown_pairs=pairs)
         progress.plan(first, limits, most=pairs)
+        self._streams.planned()
         sent_ids = np.full(len(table.texts), -1, dtype=np.int64)  # a text's id on this stream, -1: not sent
-        texts_sent = bytes_sent = chunks_sent = chunk_id = 0
+        texts_sent = bytes_sent = chunk_id = 0
         most_chunks = limits.max_chunks_per_stream or sys.maxsize  # unset by servers of contract 1.0
-        while chunks_sent < most_chunks and (chunk := progress.next_chunk(pairs)) is not None:
-            self.unanswered[chunk_id] = chunk
+        while chunk_id < most_chunks and (chunk := await self._next_chunk(self.window, pairs, patience)) is not None:
             queries, documents = progress.ids(chunk)
             wire_queries, wire_documents = sent_ids[queries], sent_ids[documents]
+            new: list[int] = []
             if wire_queries.min() < 0 or wire_documents.min() < 0:
                 named = np.concatenate((queries[wire_queries < 0], documents[wire_documents < 0]))
                 new = list(dict.fromkeys(named.tolist()))
                 size = sum(table.sizes[text] for text in new)
                 too_many = texts_sent + len(new) > limits.max_texts_per_stream
                 if too_many or bytes_sent + size > limits.max_text_bytes_per_stream:
-                    if texts_sent:
-                        progress.give_back([self.unanswered.pop(chunk_id)])
+                    if texts_sent or self._streams.shared(chunk):
+                        self._streams.give_back(self, [chunk])
                         break
                     if chunk.pairs > 1:
-                        progress.give_back(self.unanswered.pop(chunk_id).halves())
+                        self._streams.give_back(self, chunk.halves())
                         continue
+            self.unanswered[chunk_id] = chunk
+            if self._streams.parallel:
+                self.window.sent(chunk_id, chunk.pairs, _now())
+            if new:
                 for message in _text_messages(table, new, limits.max_message_bytes):
                     await call.write(message)
                 sent_ids[new] = np.arange(texts_sent, texts_sent + len(new))
@@ -140,8 +184,42 @@ class _Stream:
                 wire_queries, wire_documents = sent_ids[queries], sent_ids[documents]
             await call.write(_chunk_message(chunk_id, job.pairs.grid, wire_queries, wire_documents))
             chunk_id += 1
-            chunks_sent += 1
         await call.done_writing()
+
+    async def _next_chunk(self, window: Window, pairs: int, patience: Patience) -> Chunk | None:
+        """Wait for room in the window and for a chunk; return None if there will be none.
+
+        Args:
+            window: The window, which counts only if the client has several servers.
+            pairs: Most pairs of the chunk.
+            patience: Learns when the stream waits for other streams and not for its server.
+        """
+        progress, streams = self._progress, self._streams
+        if not streams.parallel:
+            return None if self._endpoint.leaving else progress.next_chunk(pairs)
+        try:
+            while True:
+                if self._to_cancel:
+                    ids, self._to_cancel = self._to_cancel, []
+                    await self._call.write(pb.RerankStreamRequest(cancel=pb.StreamCancel(chunk_ids=ids)))
+                if not progress.pairs_left or self._endpoint.leaving:
+                    return None
+                if window.open and (room := streams.room(self, window)) > 0:
+                    chunk = progress.next_chunk(min(window.chunk_pairs, room), self._columns)
+                    if chunk is not None:
+                        return chunk
+                    if streams.alone():
+                        return None
+                    if not self.unanswered and (chunk := streams.late_chunk(self, window)) is not None:
+                        return chunk
+                idle = not self.unanswered
+                patience.idle(idle)
+                self._woken.clear()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_LOOK_SECONDS if idle else None):
+                        await self._woken.wait()
+        finally:
+            patience.idle(False)
 
     async def receive(self, patience: Patience) -> None:
         """Read answers until the server ends the stream."""
@@ -155,8 +233,12 @@ class _Stream:
             if message is aio.EOF:
                 break
             if message.WhichOneof("message") == "result":
-                self._accept(message.result)
-                patience.progress()
+                if message.result.id in self._given_up:
+                    self._drop(message.result)
+                    patience.heard()
+                else:
+                    self._accept(message.result)
+                    patience.progress()
             elif message.HasField("progress"):
                 patience.heard(message.progress)
         if self.unanswered:
@@ -178,6 +260,22 @@ class _Stream:
             raise ScoreError("the server sent a score that is not finite")
         del self.unanswered[result.id]
         self._progress.take(chunk, scores, [result.usage])
+        self._streams.answered(self, chunk)
+        if self._streams.parallel:
+            assert self.window is not None  # made before the first chunk was sent
+            self.window.answered(result.id, _now())
+            self.wake()
+
+    def _drop(self, result: pb.ChunkResult) -> None:
+        """Count the answer to a chunk that another stream has answered before."""
+        self._given_up.remove(result.id)
+        assert self.window is not None  # made before the first chunk was sent
+        self.window.answered(result.id, _now(), scored=result.HasField("scores"))
+        self.wake()
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def _text_messages(table: TextTable, new: list[int], most_bytes: int) -> Iterator[pb.RerankStreamRequest]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _FORMS = (
     "right forms are 'host:port', '[IPv6]:port', 'grpc://host:port', 'grpcs://host:port' (TLS), "
@@ -24,10 +24,32 @@ class Target:
     Attributes:
         address: The address in gRPC's form.
         secure: Whether the connection uses TLS.
+        authority: ``host:port`` of the host name that ``address`` was found for; None for an address that a user wrote.
     """
 
     address: str
     secure: bool
+    authority: str | None = None
+
+    @property
+    def name(self) -> tuple[str, int] | None:
+        """Host name and port, if the address names a host that has to be resolved; ``localhost`` has not."""
+        scheme, separator, rest = self.address.partition(":///")
+        address = rest if separator and scheme.lower() == "dns" else self.address
+        if not _is_host_and_port(address) or _is_loopback(address):
+            return None
+        host, _, port = address.rpartition(":")
+        try:
+            ipaddress.ip_address(host.strip("[]"))
+        except ValueError:
+            return None if host.lower() in _NATIVE_SCHEMES or host.startswith("[") else (host, int(port))
+        return None
+
+    def at(self, ip: str) -> Target:
+        """Return the target of one of the IP addresses of this target's host name."""
+        assert self.name is not None
+        host, port = self.name
+        return replace(self, address=f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}", authority=f"{host}:{port}")
 
     @property
     def local(self) -> bool:
@@ -42,7 +64,8 @@ class Target:
         return all(_is_loopback(one) for one in rest.split(","))
 
     def __str__(self) -> str:
-        return f"grpcs://{self.address}" if self.secure else self.address
+        written = f"grpcs://{self.address}" if self.secure else self.address
+        return written if self.authority is None else f"{written} ({self.authority.rpartition(':')[0]})"
 
 
 def parse_targets(target: str | Sequence[str]) -> tuple[Target, ...]:

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from random import SystemRandom
 from typing import Literal
@@ -30,10 +30,10 @@ Condition = Literal["unused", "working", "failing", "stalled", "other model"]
 
 @dataclass(frozen=True, slots=True)
 class ServerState:
-    """One target of a client and the client's last experience with it.
+    """One target of a client, or one address of a target that is a host name, and the client's last experience with it.
 
     Attributes:
-        target: The address.
+        target: The address, with the host name that it was found for.
         condition: ``"unused"``: not asked yet. ``"working"``: the last attempt got an answer. ``"failing"``: the last
             attempts failed. ``"stalled"``: the last attempts ended without a sign of life. ``"other model"``: left out,
             because its model is not the client's.
@@ -60,13 +60,13 @@ class Turns:
     """Chooses the endpoint of each attempt. Everything here runs on the client's event loop.
 
     Args:
-        endpoints: All endpoints, at least one.
+        endpoints: All endpoints; the list may change, and has at least one when it is used.
     """
 
     def __init__(self, endpoints: Sequence[Endpoint]) -> None:
         self.model: str | None = None
         self._endpoints = endpoints
-        self._next = first_turn(len(endpoints), os.environ)
+        self._next: int | None = None  # position of the next endpoint; None: none was chosen yet
         self._reported: set[tuple[Endpoint, str]] = set()
 
     def vote(self) -> None:
@@ -93,13 +93,16 @@ class Turns:
         pin.fingerprint = fingerprint
         self.model = self.model or fingerprint
 
-    def choose(self, pin: ModelPin, others: Mapping[Endpoint, int], now: float) -> tuple[Endpoint, float]:
+    def choose(
+        self, pin: ModelPin, others: Mapping[Endpoint, int], now: float, busy: Collection[Endpoint] = ()
+    ) -> tuple[Endpoint, float] | tuple[None, float]:
         """Return (endpoint, seconds until it is ready): the next in turn that is ready, or the first that will be.
 
         Args:
             pin: The model that is needed.
             others: How often the present call met another model at each endpoint.
             now: The loop's time.
+            busy: Endpoints that other streams of the job use. If there is no other one, the endpoint is None.
 
         Raises:
             ModelChangedError: All endpoints serve another model than the pinned one.
@@ -114,30 +117,59 @@ class Turns:
                 )
             self._adopt()
             usable = [endpoint for endpoint in self._endpoints if endpoint.fingerprint == self.model]
+        if busy:
+            usable = [endpoint for endpoint in usable if endpoint not in busy]
+        if not usable:
+            return None, 0.0
         awake = [endpoint for endpoint in usable if endpoint.rests_until <= now]
         for endpoint in awake:
             if endpoint.ready_at <= now:
                 self._next = (self._endpoints.index(endpoint) + 1) % len(self._endpoints)
                 return endpoint, 0.0
+        if busy and not awake:  # the streams at the busy endpoints go on meanwhile
+            first = min(usable, key=lambda endpoint: endpoint.rests_until)
+            return first, first.rests_until - now
         hopeful = [endpoint for endpoint in awake if endpoint.failures < _HOPELESS_FAILURES] or usable
         first = min(hopeful, key=lambda endpoint: endpoint.ready_at)
         return first, max(first.ready_at - now, 0.0)
 
+    def spare(self, pin: ModelPin, busy: Collection[Endpoint], now: float) -> list[Endpoint]:
+        """Return the endpoints that a further stream of a job may use at once, in turn.
+
+        Args:
+            pin: The model that is needed.
+            busy: Endpoints that the job uses already.
+            now: The loop's time.
+        """
+        wanted = pin.fingerprint or self.model
+        return [
+            endpoint
+            for endpoint in self._in_turn()
+            if endpoint not in busy
+            and max(endpoint.ready_at, endpoint.rests_until) <= now
+            and not endpoint.has_other_model(wanted, now)
+        ]
+
     def usable(self, pin: ModelPin, others: Mapping[Endpoint, int], now: float) -> list[Endpoint]:
         """Return the endpoints that may serve the needed model, in turn; for the arguments see ``choose``."""
-        in_turn = [*self._endpoints[self._next :], *self._endpoints[: self._next]]
-        possible = [endpoint for endpoint in in_turn if others.get(endpoint, 0) < _OTHER_MODEL_ATTEMPTS]
+        possible = [endpoint for endpoint in self._in_turn() if others.get(endpoint, 0) < _OTHER_MODEL_ATTEMPTS]
         wanted = pin.fingerprint or self.model
         return [endpoint for endpoint in possible if not endpoint.has_other_model(wanted, now)] or possible
 
     def states(self) -> tuple[ServerState, ...]:
         """Return the state of each endpoint; may be called from any thread."""
-        return tuple(ServerState(str(one.target), self._condition(one), one.fingerprint) for one in self._endpoints)
+        endpoints = list(self._endpoints)
+        return tuple(ServerState(str(one.target), self._condition(one), one.fingerprint) for one in endpoints)
 
     def left_out(self) -> str:
         """Name the endpoints of other models, as the end of an error message; empty if there are none."""
         found = [f"{one.target} serves another model" for one in self._endpoints if self._is_other(one)]
         return f"; left out: {', '.join(found)}" if found else ""
+
+    def _in_turn(self) -> list[Endpoint]:
+        count = len(self._endpoints)
+        self._next = first_turn(count, os.environ) if self._next is None else self._next % count
+        return [*self._endpoints[self._next :], *self._endpoints[: self._next]]
 
     def _most_served(self) -> str | None:
         votes = Counter(endpoint.fingerprint for endpoint in self._endpoints if endpoint.fingerprint is not None)

@@ -16,15 +16,11 @@ from loss_client.plan.wire import Texts, wire_bytes
 Candidates = Literal["all", "nearest", "mass"]
 """Modes of the loss."""
 
-MASS_SHARES = {
-    256: {0.01: 0.043, 0.02: 0.098, 0.05: 0.663},
-    1024: {0.01: 0.060, 0.02: 0.116, 0.05: 0.737},
-    4096: {0.01: 0.067, 0.02: 0.126, 0.05: 0.790},
-}
-"""Share of all pairs that ``candidates="mass"`` scores, by batch and temperature: an estimate.
+MASS_SHARES = {0.01: 0.040, 0.02: 0.093, 0.05: 0.713}
+"""Share of all pairs that ``candidates="mass"`` scores, by temperature: an estimate.
 
-Measured with docstrings and all-MiniLM-L6-v2 (docs/loss-performance.md, rows "minilm"). Other texts and models need
-other shares; a model at the start of its training needs more.
+Measured with 1,024 docstrings and all-MiniLM-L6-v2 (docs/loss-performance.md, rows "minilm"). Other texts and models
+need other shares; a model at the start of its training needs more.
 """
 MASS_WAIT = 1.05
 """Longest step with ``candidates="mass"`` that counts as one without a wait, in units of T.
@@ -169,9 +165,7 @@ class Plan:
         return Mode("nearest", f"nearest, per_anchor {per_anchor}", pairs, per_anchor=extra)
 
     def mass(self) -> list[Mode]:
-        """Return the mode ``candidates="mass"`` at each temperature of ``MASS_SHARES``, for the closest batch there."""
-        documents = self.batch.documents / (self.batch.columns - 1)
-        closest = min(MASS_SHARES, key=lambda rows: abs(math.log(rows / documents)))
+        """Return the mode ``candidates="mass"`` at each temperature of ``MASS_SHARES``."""
         own = self.batch.own
         return [
             Mode(
@@ -182,7 +176,7 @@ class Plan:
                 None,
                 True,
             )
-            for temperature, share in MASS_SHARES[closest].items()
+            for temperature, share in MASS_SHARES.items()
         ]
 
     def cost(self, mode: Mode) -> Cost:
