@@ -262,7 +262,7 @@ def draw_gains(path: Path, ledger: Ledger) -> None:
                     axes.errorbar(interval.mean, place, xerr=error, fmt="o", color=color, capsize=3)
             axes.axvline(0.0, color="black", linewidth=0.8)
             axes.set_yticks(range(len(listed[regime])), listed[regime] if source == names[0] else [])
-            axes.invert_yaxis()
+            axes.set_ylim(len(listed[regime]) - 0.5, -0.5)
             axes.set_title(f"{source}: {regime}", fontsize="medium")
             axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[-1]:
