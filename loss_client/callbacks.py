@@ -30,6 +30,7 @@ class RerankerMetricsCallback(TrainerCallback):
     - ``pairs``: mean number of scored pairs in a step; ``cached_pairs`` and ``remembered_pairs``: of these, those from
       the server's cache and from the client's memory; ``skipped_pairs``: mean number of pairs that were not scored.
     - ``seconds_waited``: mean seconds that a step waited for scores.
+    - ``servers``: mean number of servers that scored a step's pairs.
     - ``unscored_share``: mean share of an anchor's softmax denominator, after masking, that documents without a score
       hold.
     - ``per_anchor``: with ``candidates="nearest"``, mean number of preselected pairs of an anchor.
@@ -239,7 +240,7 @@ def _metrics(counts: LossStatistics) -> dict[str, float]:
         return {}
     values: dict[str, float] = {
         name: getattr(counts, name) / counts.steps
-        for name in ("pairs", "cached_pairs", "remembered_pairs", "skipped_pairs", "seconds_waited")
+        for name in ("pairs", "cached_pairs", "remembered_pairs", "skipped_pairs", "seconds_waited", "servers")
     }
     values["masked_share"] = counts.masked_negatives / max(counts.negatives, 1)
     if counts.scored_anchors:

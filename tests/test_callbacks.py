@@ -83,7 +83,8 @@ def test_the_logs_hold_what_the_loss_counted(directory: Path, model: SentenceTra
     names = {name.removeprefix("reranker/") for name in training[0] if name.startswith("reranker/")}
     assert names == {
         "masked_share", "outscored_positives", "positive_score", "negative_score", "pairs", "cached_pairs",
-        "remembered_pairs", "skipped_pairs", "seconds_waited", "unscored_share", "reconnects", "unfiltered_steps",
+        "remembered_pairs", "skipped_pairs", "seconds_waited", "servers", "unscored_share", "reconnects",
+        "unfiltered_steps",
     }  # fmt: skip
     assert all(entry["reranker/pairs"] == BATCH * 2 * BATCH for entry in training)
     assert evaluation[0]["eval_reranker/pairs"] == BATCH * 2 * BATCH

@@ -71,6 +71,7 @@ def test_a_job_uses_all_servers_and_fast_ones_get_more(listed: bool) -> None:
                     ids = np.indices((64, 64)).reshape(2, -1)
                     matrix = client.stream_pairs(queries, documents, *ids, chunk_pairs=32)
                     found = matrix.result(WAIT_SECONDS).reshape(64, 64)
+                    assert matrix.usage.servers == 3
                     np.testing.assert_array_equal(found, hash_scores(queries, documents))
                 else:
                     check(client.stream_grid(queries, documents, chunk_pairs=32), queries, documents)
@@ -106,6 +107,7 @@ def test_a_server_that_answers_nothing_holds_a_few_chunks_which_others_answer_be
         assert not hung.streams[0].cancelled
         assert matrix.usage.pairs == 1024
         assert matrix.usage.reconnects == 0
+        assert matrix.usage.servers == 1  # the other one sent no score
 
 
 def test_the_first_of_two_answers_counts_and_the_later_one_is_dropped() -> None:

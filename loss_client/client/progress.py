@@ -38,6 +38,7 @@ class Progress:
         self._returned: deque[Chunk] = deque()  # chunks that have to be sent again
         self._fingerprint: str | None = None
         self._broken = 0  # streams that broke and have no successor yet
+        self._servers: set[str] = set()  # that sent scores
         self.pairs_free = self.chunk_pairs = 0
         self.pairs = self.pairs_left = self._count()
 
@@ -111,13 +112,14 @@ class Progress:
             return queries, self._documents[chunk.column_begin : chunk.column_end]
         return queries, self._documents[chunk.row_begin : chunk.row_end]
 
-    def take(self, chunk: Chunk, scores: NDArray[np.float32], usages: Iterable[pb.Usage]) -> None:
+    def take(self, chunk: Chunk, scores: NDArray[np.float32], usages: Iterable[pb.Usage], server: str = "") -> None:
         """Hand a chunk's scores to the matrix and the memory.
 
         Args:
             chunk: The chunk.
             scores: Its scores, shape ``(chunk.pairs,)``.
             usages: The server's counts for these scores.
+            server: The server's address. Default: it is not known.
         """
         job = self._job
         rows = slice(chunk.row_begin, chunk.row_end)
@@ -125,6 +127,8 @@ class Progress:
         # The matrix comes last: a reader that wakes up may read the counts, or ask for the same pairs again, at once.
         for usage in usages:
             job.matrix.usage.add(usage)
+        self._servers.add(server)
+        job.matrix.usage.servers = len(self._servers)
         if self._keys is not None:
             job.memory.put(self._keys.of(*self.ids(chunk)), scores, job.recurring)
         block = scores.reshape(chunk.row_end - chunk.row_begin, chunk.column_end - chunk.column_begin)

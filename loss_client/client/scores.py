@@ -41,6 +41,7 @@ class ScoreUsage:
         truncated_pairs: Of these, pairs that were truncated to the length limit.
         tokens: Tokens that the model read.
         reconnects: Streams that broke and were replaced by another.
+        servers: Servers from which scores have arrived; 1 for all servers without streams.
     """
 
     pairs: int = 0
@@ -50,6 +51,7 @@ class ScoreUsage:
     truncated_pairs: int = 0
     tokens: int = 0
     reconnects: int = 0
+    servers: int = 0
 
     def add(self, usage: reranker_pb2.Usage) -> None:
         """Add the counts of one reply."""

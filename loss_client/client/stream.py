@@ -259,7 +259,7 @@ class _Stream:
         if not np.isfinite(scores).all():
             raise ScoreError("the server sent a score that is not finite")
         del self.unanswered[result.id]
-        self._progress.take(chunk, scores, [result.usage])
+        self._progress.take(chunk, scores, [result.usage], str(self._endpoint.target))
         self._streams.answered(self, chunk)
         if self._streams.parallel:
             assert self.window is not None  # made before the first chunk was sent

@@ -33,6 +33,7 @@ class LossStatistics:
             ``candidates="nearest"``.
         rounds: Scoring jobs.
         reconnects: Streams that broke and were replaced by another.
+        servers: Sum over the steps of the servers that scored a step's pairs, of the job with most of them.
         seconds_waited: Seconds that the loss waited for scores.
         positive_scores: Sum of the scores of the scored anchors' positives.
         negative_scores: Sum of the scores of the scored negatives.
@@ -63,6 +64,7 @@ class LossStatistics:
     missed_masks: float = 0.0
     rounds: int = 0
     reconnects: int = 0
+    servers: int = 0
     seconds_waited: float = 0.0
     positive_scores: float = 0.0
     negative_scores: float = 0.0
