@@ -18,13 +18,14 @@ from loss_client.trainer import RerankerTrainer
 
 from .models import build_bi_encoder
 from .ranks import WAIT, run_ranks
+from .test_gather import NEAREST
 from .test_prefetch import arguments, batch_of, used
 from .training import MemoryScorer, MemoryScores, assert_same_gradients, dataset, random_scores, texts
 
 RANKS, ROWS, BATCHES = 2, 2, 12
 CONTRAST: dict[str, Any] = {"contrast_anchors": True, "contrast_positives": True, "contrast_filter": "scores"}
-OPTIONS: list[dict[str, Any]] = [{}, CONTRAST, {"candidates": "mass", "epsilon": 0.3}]
-MASS = 2
+OPTIONS: list[dict[str, Any]] = [{}, CONTRAST, {"candidates": "mass", "epsilon": 0.3}, NEAREST]
+MASS, PRESELECTED = 2, 3
 
 Action = tuple[Any, ...]
 
@@ -85,6 +86,7 @@ SCENARIOS: dict[str, list[list[Action]]] = {
 RUNS = [
     *((0, scenario) for scenario in SCENARIOS),
     *((options, scenario) for options in (1, MASS) for scenario in ("one batch ahead", "dropped on one rank")),
+    *((PRESELECTED, scenario) for scenario in SCENARIOS if "other" not in str(SCENARIOS[scenario])),
 ]
 
 

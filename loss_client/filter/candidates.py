@@ -82,6 +82,7 @@ class CandidateStep(FilterStep):
         self._jobs.append(ask(columns[0], documents, every % len(columns[0]), every, recurring=True))
         self._preselect = preselect
         self._preselections: list[Preselection] = []
+        self._foreseen: list[list[str]] = []
         self._drawn: list[Preselected] = []
         self._begin_preselection(columns)
 
@@ -96,6 +97,21 @@ class CandidateStep(FilterStep):
             raise
         self._preselections.append(begun)
         self._jobs.append(begun)
+
+    def _begin_ahead(self, merged: Sequence[Sequence[str]]) -> None:
+        self._foreseen = [list(column) for column in merged]
+        self._begin_preselection(merged)
+
+    def _has_foreseen(self, merged: Sequence[Sequence[str]]) -> bool:
+        """Whether pairs of these texts have been chosen ahead; a choice among other texts is dropped."""
+        if not self._foreseen or self._preselect is None:
+            return False
+        if self._foreseen == [list(column) for column in merged]:
+            return True
+        begun = self._preselections.pop()
+        self._jobs.remove(begun)
+        begun.cancel()
+        return False
 
     def _lay_out(self, merged: Sequence[Sequence[str]]) -> None:
         settings, anchors = self._settings, merged[0]
@@ -126,7 +142,7 @@ class CandidateStep(FilterStep):
         if by_scores and settings.contrast_positives:
             distinct = len(np.unique(self._document_ids[0]))
             self._all_pairs += len(np.unique(self._positive_queries)) * distinct
-        if len(self._anchor_ids) > len(self._columns[0]):
+        if len(self._anchor_ids) > len(self._columns[0]) and not self._has_foreseen(merged):
             self._begin_preselection(merged)
 
     def select(self, size: int, logits: Callable[[int, int], Tensor]) -> None:

@@ -134,11 +134,6 @@ def _notes(plan: Plan, costs: Sequence[Cost], measured: Measurement | None) -> l
         notes.append('The time of the preselector of candidates="nearest" is not included.')
     if plan.speed.by_text:
         notes.append("A bi-encoder embeds each text of a step once, so that all modes take it the same time.")
-    if plan.batch.gather and plan.batch.ranks > 1 and any(cost.mode.candidates == "nearest" for cost in costs):
-        notes.append(
-            'candidates="nearest" chooses pairs with the documents of other ranks when a step begins: with a number as '
-            "per_anchor a step takes up to the sum of both times."
-        )
     if plan.steps is not None:
         notes.append("GPU hours are those of the rerankers: servers times the time of an epoch.")
     if measured is not None and measured.ratio < _UNSTEADY:
