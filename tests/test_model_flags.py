@@ -30,7 +30,7 @@ def write_adapter(model: Path, directory: Path, **more: Any) -> Path:
     torch.manual_seed(1)
     base = AutoModelForSequenceClassification.from_pretrained(model)
     adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["query", "value", "q_proj"], **more))
-    for name, parameter in adapted.named_parameters():
+    for _, parameter in adapted.named_parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.2)  # more would amplify the rounding of weights that are merged
     adapted.save_pretrained(directory)
