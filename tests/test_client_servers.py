@@ -103,8 +103,9 @@ def test_a_server_that_answers_nothing_holds_a_few_chunks_which_others_answer_be
             hung.wait_for(lambda: hung.streams[0].ended)
         asked = [chunk for stream in hung.streams for chunk in stream.chunks]
         assert 1 <= len(asked) <= 2
-        assert sorted(hung.streams[0].given_up) == [chunk.message.id for chunk in asked]
-        assert not hung.streams[0].cancelled
+        # On a busy machine the job's end may come before the last of its cancellations: then the call is cancelled.
+        given_up, all_asked = sorted(hung.streams[0].given_up), [chunk.message.id for chunk in asked]
+        assert given_up == all_asked or (hung.streams[0].cancelled and given_up == all_asked[: len(given_up)])
         assert matrix.usage.pairs == 1024
         assert matrix.usage.reconnects == 0
         assert matrix.usage.servers == 1  # the other one sent no score

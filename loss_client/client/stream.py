@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,7 @@ async def score_on_stream(
         broke = True
         if endpoint.reports:
             patience.expect_reports()
-        async with _alongside(stream.send(opened, patience), call):
+        async with _alongside(partial(stream.send, opened, patience), call):
             await stream.receive(patience)
         broke = False
     finally:
@@ -305,7 +306,7 @@ def _chunk_message(
 
 
 @asynccontextmanager
-async def _alongside(sending: Any, call: Any) -> AsyncIterator[None]:
+async def _alongside(sending: Callable[[], Awaitable[None]], call: Any) -> AsyncIterator[None]:
     """Run the sending side of a call next to the receiving side, and raise the error of the side that failed first.
 
     A call that has ended refuses further writes. The sender ignores that, because the receiver raises the reason.
@@ -313,7 +314,7 @@ async def _alongside(sending: Any, call: Any) -> AsyncIterator[None]:
 
     async def send() -> None:
         try:
-            await sending
+            await sending()
         except (aio.AioRpcError, aio.BaseError, asyncio.InvalidStateError):
             return
         except Exception:
