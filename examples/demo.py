@@ -14,7 +14,7 @@ from pathlib import Path
 
 from examples.program import prepare_process, run_program
 
-DEFAULT_STEPS = 36
+DEFAULT_STEPS = 30
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
