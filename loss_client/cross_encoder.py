@@ -286,7 +286,7 @@ class RemoteCrossEncoder:
 
     @property
     def _served(self) -> ModelInfo:
-        """What the service says of its model; asked for once."""
+        """The service's description of its model; asked for once."""
         if self._info is None:
             self._info = self._client.model_info(self._timeout)
         return self._info

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from contextlib import suppress
 from functools import partial
 
 from loss_client.client.batch import score_in_batches
@@ -123,8 +124,6 @@ class Spread:
         seconds = _LOOK_FOR_NAMES_SECONDS if self._channels.may_change else None
         if self._streams.parallel and self._progress.pairs_free:
             seconds = _LOOK_SECONDS
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._changed.wait()
-        except TimeoutError:
-            pass
