@@ -1,21 +1,26 @@
 """Benchmark of the loss's own cost: a training step with a server that answers at once, over one without a reranker.
 
-The same texts are trained on with ``CachedMultipleNegativesRankingLoss``, with all pairs and with candidates by mass,
-prefetch on. The server runs on the same cores, so that its processor time is a part of the step's time. The processor
-time of the training process alone is the second figure: that of the loss and its client, less that of the training
-without a reranker, by pair of the batch.
+The same texts are trained on with ``CachedMultipleNegativesRankingLoss``, with all pairs, and with 16 preselected pairs
+an anchor, prefetch on. The preselector knows the embeddings of all texts, as from the second epoch on. The server runs
+on the same cores, so that its processor time is a part of the step's time. The processor time of the training process
+alone is the second figure: that of the loss and its client, less that of the training without a reranker, by pair of
+the batch.
 """
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import numpy as np
 from datasets import Dataset  # type: ignore[import-untyped]
+from numpy.typing import NDArray
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -40,18 +45,23 @@ from benchmarks.rounds import Spread
 from examples.student import load_student
 from loss_client import RerankerCachedGISTEmbedLoss, RerankerClient, RerankerDataCollator
 
-Mode = Literal["alone", "all", "mass"]
+Mode = Literal["alone", "all", "nearest"]
 
 COLUMNS = (2, 5)
-_BATCH = 1024
-_QUICK_BATCH = 32
+BATCHES = (1024, 4096)
+_QUICK_BATCHES = (32,)
+# Rounds at the largest batch, whose steps take tens of seconds.
+_LARGEST_ROUNDS = 1
 _SKIPPED_STEPS = 1  # the first step has no batch ahead
 _STEPS = 2
 _TOKENS = 16
 _DIMENSIONS = 64
 _MINI_BATCH = 64
 _TEMPERATURE = 0.01
+_PER_ANCHOR = 16
+_PRESELECTOR_DIMENSIONS = 64
 _MOST_MICROSECONDS = 1.0
+_MOST_STEPS = 1.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,42 +95,60 @@ class _Clock(TrainerCallback):
 
 
 def cost_figures(bench: Bench) -> list[Figure]:
-    """Measure steps of each mode with two and with five columns."""
+    """Measure steps of each mode for each batch size, with two and with five columns."""
     quick = bench.scale < 1
-    batch, every = (_QUICK_BATCH, COLUMNS[:1]) if quick else (_BATCH, COLUMNS)
+    batches, every = (_QUICK_BATCHES, COLUMNS[:1]) if quick else (BATCHES, COLUMNS)
     model = _tiny_student()
-    found: dict[tuple[int, Mode], list[Cost]] = {}
+    found: dict[tuple[int, int, Mode], list[Cost]] = {}
     with (
         one_core_left(bench),
         tempfile.TemporaryDirectory(prefix="reranker-bench-") as directory,
         bench.launcher.replies() as server,
         RerankerClient(address_of(server)) as client,
     ):
-        for columns in every:
+        for batch, columns in itertools.product(batches, every):
             # One batch more than the steps need, so that the last step also has a next batch to prefetch.
             dataset = _texts(bench, columns, batch * (_SKIPPED_STEPS + _STEPS + 1))
-            for number in range(bench.rounds):
-                for mode in ("alone", "all", "mass"):
-                    one = _train(model, client, dataset, batch, mode, Path(directory))
-                    found.setdefault((columns, mode), []).append(one)
+            preselector = _Embedded(dataset)
+            for number in range(min(bench.rounds, _LARGEST_ROUNDS) if batch == max(BATCHES) else bench.rounds):
+                for mode in get_args(Mode):
+                    one = _train(model, client, dataset, batch, mode, Path(directory), preselector)
+                    found.setdefault((batch, columns, mode), []).append(one)
                     bench.say(
-                        f"round {number + 1}, {columns} columns, {mode}: step {one.seconds:.2f} s, "
+                        f"round {number + 1}, batch {batch}, {columns} columns, {mode}: step {one.seconds:.2f} s, "
                         f"processor {one.processor:.2f} s"
                     )
-    return list(figures(found, batch))
+    return list(figures(found))
 
 
-def figures(found: Mapping[tuple[int, Mode], Sequence[Cost]], batch: int) -> Iterator[Figure]:
-    """Yield the figures of costs by (columns, mode), one a round."""
-    for (columns, mode), costs in found.items():
+def figures(found: Mapping[tuple[int, int, Mode], Sequence[Cost]]) -> Iterator[Figure]:
+    """Yield the figures of costs by (batch, columns, mode), one a round."""
+    for (batch, columns, mode), costs in found.items():
         if mode == "alone":
             continue
-        alone, pairs = found[columns, "alone"], batch * batch * (columns - 1)
+        alone, pairs = found[batch, columns, "alone"], batch * batch * (columns - 1)
+        name = f"batch {batch}, {columns} columns, {mode}"
         ratios = [one.seconds / other.seconds for one, other in zip(costs, alone, strict=True)]
-        yield Figure(f"{columns} columns, {mode}: step / without a reranker", Spread.of(ratios), higher_is_better=False)
+        target = _MOST_STEPS if mode == "nearest" else None
+        yield Figure(f"{name}: step / without a reranker", Spread.of(ratios), "x", target, higher_is_better=False)
+        ratios = [one.processor / other.processor for one, other in zip(costs, alone, strict=True)]
+        yield Figure(f"{name}: processor time / without a reranker", Spread.of(ratios), "x", higher_is_better=False)
         own = [(one.processor - other.processor) / pairs * 1e6 for one, other in zip(costs, alone, strict=True)]
         target = _MOST_MICROSECONDS if mode == "all" else None
-        yield Figure(f"{columns} columns, {mode}: processor time a pair", Spread.of(own), "us", target, False)
+        yield Figure(f"{name}: processor time a pair", Spread.of(own), "us", target, False)
+
+
+class _Embedded:
+    """A preselector that has embedded every text of a data set: random vectors of unit length."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._places = {text: place for place, text in enumerate(chain.from_iterable(dataset.to_dict().values()))}
+        vectors = np.random.default_rng(0).normal(size=(len(self._places), _PRESELECTOR_DIMENSIONS))
+        self._vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+    def __call__(self, texts: list[str]) -> NDArray[np.float32]:
+        """Return the texts' embeddings, shape ``(texts, dimensions)``."""
+        return self._vectors[[self._places[text] for text in texts]]
 
 
 def _tiny_student() -> SentenceTransformer:
@@ -157,7 +185,13 @@ def _texts(bench: Bench, columns: int, rows: int) -> Dataset:
 
 
 def _train(
-    model: SentenceTransformer, client: RerankerClient, dataset: Dataset, batch: int, mode: Mode, output: Path
+    model: SentenceTransformer,
+    client: RerankerClient,
+    dataset: Dataset,
+    batch: int,
+    mode: Mode,
+    output: Path,
+    preselector: _Embedded,
 ) -> Cost:
     arguments = SentenceTransformerTrainingArguments(
         str(output),
@@ -177,7 +211,10 @@ def _train(
     if mode == "alone":
         loss = CachedMultipleNegativesRankingLoss(model, 1 / _TEMPERATURE, mini_batch_size=_MINI_BATCH)
     else:
-        loss = RerankerCachedGISTEmbedLoss(model, client, _TEMPERATURE, _MINI_BATCH, candidates=mode)
+        chosen: dict[str, Any] = {"candidates": mode}
+        if mode == "nearest":
+            chosen |= {"preselector": preselector, "per_anchor": _PER_ANCHOR}
+        loss = RerankerCachedGISTEmbedLoss(model, client, _TEMPERATURE, _MINI_BATCH, **chosen)
         collator = RerankerDataCollator.for_training(model, arguments, loss)
     clock = _Clock()
     trainer = SentenceTransformerTrainer(
