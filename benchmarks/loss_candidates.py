@@ -58,7 +58,7 @@ class _Scores:
     def __init__(self, values: NDArray[np.float32]) -> None:
         self._values = values
         self.shape = values.shape[0], values.shape[1]
-        self.seconds_waited = 0.0
+        self.wait_seconds = 0.0
         self.usage = ScoreUsage()
         self.error = None
         self.span = (0.0, 0.0)

@@ -1,14 +1,12 @@
-"""Arguments of the loss: their former names, their checks, and what the model card says of loss and reranker."""
+"""Arguments of the loss: their checks, and the model card's settings of loss and reranker."""
 
 from __future__ import annotations
 
 import logging
 import math
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar, get_args
+from typing import Any, get_args
 
 from loss_client.client.scores import ScoreType
 from loss_client.filter.candidates import Candidates
@@ -55,7 +53,7 @@ _POSITIVE = (
     "mini_batch_size",
     "mini_batch_num_tokens",
     "chunk_pairs",
-    "max_length",
+    "reranker_max_length",
     "timeout",
     "max_wait",
 )
@@ -67,7 +65,7 @@ _IN_CARD = (
     "margin",
     "chunk_pairs",
     "instruction",
-    "max_length",
+    "reranker_max_length",
     "score_type",
     "contrast_anchors",
     "contrast_positives",
@@ -83,34 +81,6 @@ _IN_CARD = (
     "hardness_mode",
     "hardness_strength",
 )
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def accept_former_names(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Make a decorator that accepts keyword arguments under their former names, with a ``DeprecationWarning``.
-
-    The decorated function raises ``TypeError`` for a call that gives an argument under both names.
-
-    Args:
-        **names: The present name of each argument by its former name.
-    """
-
-    def decorate(function: Callable[P, T]) -> Callable[P, T]:
-        @wraps(function)
-        def call(*args: P.args, **kwargs: P.kwargs) -> T:
-            for former in kwargs.keys() & names.keys():
-                present = names[former]
-                if present in kwargs:
-                    raise TypeError(f"{present} is given twice, also under its former name {former}.")
-                warnings.warn(f"{former} is now named {present}.", DeprecationWarning, stacklevel=2)
-                kwargs[present] = kwargs.pop(former)
-            return function(*args, **kwargs)
-
-        return call
-
-    return decorate
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:

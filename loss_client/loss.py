@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from loss_client.arguments import (
     CITATION,
-    accept_former_names,
     check_arguments,
     check_margin,
     describe_reranker,
@@ -47,6 +46,7 @@ from loss_client.filter.statistics import LossStatistics
 from loss_client.filter.step import ContrastFilter, FilterSettings, FilterStep, OnError
 from loss_client.filter.step_loss import StepLoss
 from loss_client.filter.unfiltered import UnfilteredWarning
+from loss_client.former_names import accept_former_names, former_attribute
 
 
 class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
@@ -86,7 +86,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             more there is less overhead. The result does not depend on it. Default: the number that the server prefers,
             or 128 for the first and the last rows and up to 4,096 between them.
         instruction: The task in words, for rerankers that take an instruction. Default: the served model's own.
-        max_length: Longest input of the reranker, in its tokens. Default: the server's.
+        reranker_max_length: Longest input of the reranker, in its tokens. Default: the server's.
         score_type: ``"probability"``: scores in [0, 1]. ``"raw"``: the reranker's own number, a logit or, from a
             bi-encoder, a cosine. The margin is in units of these scores.
         timeout: Seconds that a batch may go without finished work of the server, reconnecting included, before the step
@@ -193,7 +193,9 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         statistics: Counts of the filter and sums of the distillation term since the last ``statistics.reset()``.
     """
 
-    @accept_former_names(reranker_url="reranker", reranker_batch_size="chunk_pairs")
+    max_length = former_attribute("max_length", "reranker_max_length")
+
+    @accept_former_names(reranker_url="reranker", reranker_batch_size="chunk_pairs", max_length="reranker_max_length")
     def __init__(
         self,
         model: SentenceTransformer,
@@ -206,7 +208,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         margin: float = 0.0,
         chunk_pairs: int | None = None,
         instruction: str | None = None,
-        max_length: int | None = None,
+        reranker_max_length: int | None = None,
         score_type: ScoreType = "probability",
         timeout: float | None = None,
         contrast_anchors: bool = False,
@@ -239,7 +241,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         self.margin = margin
         self.chunk_pairs = chunk_pairs
         self.instruction = instruction
-        self.max_length = max_length
+        self.reranker_max_length = reranker_max_length
         self.score_type = score_type
         self.timeout = timeout
         self.contrast_anchors = contrast_anchors
@@ -344,7 +346,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
     def _scoring_settings(self) -> ScoringSettings:
         return ScoringSettings(
             instruction=self.instruction,
-            max_length=self.max_length,
+            max_length=self.reranker_max_length,
             # Targets need raw scores, from which the loss computes probabilities by itself.
             score_type=self.score_type if self.distillation is None else "raw",
             candidates=self.candidates,

@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from torch import Tensor
 
 from loss_client.client.errors import RerankerUnavailableError, ScoreError
-from loss_client.filter.mass import Shortlist, split, unscored_share
+from loss_client.filter.mass import Shortlist, split, unscored_fraction
 from loss_client.loss import RerankerCachedGISTEmbedLoss
 
 from .training import (
@@ -148,7 +148,7 @@ def test_rounds_end_with_shares_within_epsilon_whatever_is_masked(
         shortlist.settle(chosen, np.ones(len(chosen), dtype=np.bool_), relevant.flatten()[codes].numpy())
         before += np.bincount(shortlist.rows[chosen], minlength=40)
         rounds += 1
-    exact = unscored_share(logits, decided, decided & relevant)
+    exact = unscored_fraction(logits, decided, decided & relevant)
     assert (exact <= epsilon * (1 + 1e-6)).all()
     assert shortlist.shares == pytest.approx(exact.numpy(), rel=1e-5, abs=1e-6 * epsilon)
     # Each round at least doubles what a row has chosen.
@@ -169,7 +169,7 @@ def test_weights_far_below_a_masked_one_still_count() -> None:
     # Nearly all of the softmax is masked; the small rest decides.
     logits = torch.tensor([[0.0, 180.0, 0.0]])
     decided, masked = torch.tensor([[True, True, False]]), torch.tensor([[False, True, False]])
-    assert float(unscored_share(logits, decided, masked)[0]) == pytest.approx(0.5)
+    assert float(unscored_fraction(logits, decided, masked)[0]) == pytest.approx(0.5)
     chosen, shortlist = choose(logits, decided, masked, 0.1)
     assert chosen.tolist() == [[False, False, True]]
     none_masked = np.zeros(1, dtype=np.bool_)
@@ -215,7 +215,7 @@ def test_the_loss_is_above_the_full_one_by_no_more_than_the_bound(
     few = make(model, MemoryScorer(random_scores()), candidates="mass", epsilon=epsilon, **options)
     found = float(few(features(model, columns), None).detach())
     assert -1e-5 <= found - expected <= -math.log1p(-epsilon) + 1e-5
-    assert few.statistics.unscored_share <= epsilon * 12 * (1 + 1e-6)
+    assert few.statistics.unscored_fraction <= epsilon * 12 * (1 + 1e-6)
     assert few.statistics.capped_anchors == 0
     # The jobs: the anchors' own documents, and rounds that double what a row has had scored.
     assert few.statistics.rounds <= 10
@@ -291,7 +291,7 @@ def test_rows_that_lose_most_of_their_mass_are_looked_at_again(model: SentenceTr
     value = float(few(features(model, columns), None).detach())
     assert len(scorer.jobs) >= 3
     assert value <= -math.log1p(-0.3)
-    assert few.statistics.unscored_share <= 12 * 0.3
+    assert few.statistics.unscored_fraction <= 12 * 0.3
 
 
 def test_each_pair_is_asked_for_once_and_equal_texts_are_one(model: SentenceTransformer) -> None:
@@ -319,7 +319,7 @@ def test_a_limit_on_candidates_is_kept_and_what_is_left_is_counted(model: Senten
     loss(features(model, columns), None)
     assert loss.statistics.pairs <= 12 * (2 + 2)
     assert loss.statistics.capped_anchors == 12
-    assert loss.statistics.unscored_share > 12 * 1e-9
+    assert loss.statistics.unscored_fraction > 12 * 1e-9
     assert loss.statistics.skipped_pairs == 12 * 24 - loss.statistics.pairs
 
 

@@ -84,7 +84,7 @@ def test_the_reranker_gets_the_raw_texts_and_the_options(model: SentenceTransfor
         model,
         scorer,
         instruction="Find it",
-        max_length=99,
+        reranker_max_length=99,
         score_type="probability",
         chunk_pairs=7,
         timeout=5.0,
@@ -187,7 +187,7 @@ def test_present_names_of_arguments_give_no_warning(model: SentenceTransformer) 
 
 @pytest.mark.parametrize(("reranker", "error"), [([50051], TypeError), ([], ValueError), ("no port", ValueError)])
 def test_a_reranker_that_is_no_address_is_refused(model: SentenceTransformer, reranker: Any, error: Any) -> None:
-    with pytest.raises(error, match="target"):
+    with pytest.raises(error, match="address"):
         make(model, reranker)
 
 

@@ -192,6 +192,6 @@ def test_every_rank_logs_the_figures_of_all_ranks(trained: list[Result]) -> None
         negatives = sum(grid.size - len(grid) for grid in grids)
         for result in results:
             entry = result["history"][position]
-            assert entry[f"{prefix}reranker/masked_share"] == pytest.approx(above / negatives)
+            assert entry[f"{prefix}reranker/masked_fraction"] == pytest.approx(above / negatives)
             assert entry[f"{prefix}reranker/pairs"] == pytest.approx(np.mean([grid.size for grid in grids]))
             assert entry[f"{prefix}reranker/positive_score"] == pytest.approx(np.mean(np.concatenate(positives)))

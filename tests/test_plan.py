@@ -189,7 +189,7 @@ def test_the_advice_keeps_to_the_modes_that_are_compared() -> None:
 
 def test_the_speed_of_a_server_is_measured(fixed_rate: Server, capsys: pytest.CaptureFixture[str]) -> None:
     scored = fixed_rate.scored
-    arguments = ("--target", fixed_rate.address, "--rows", "737280", "--seconds", "2", "--json")
+    arguments = ("--address", fixed_rate.address, "--rows", "737280", "--seconds", "2", "--json")
     assert main([*ARGUMENTS, *arguments]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["speed"]["unit"] == "pairs/s"
@@ -208,7 +208,7 @@ def test_the_speed_of_a_server_is_measured(fixed_rate: Server, capsys: pytest.Ca
 
 
 def test_a_bi_encoders_speed_is_in_texts(bi_encoder_server: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*ARGUMENTS, "--target", bi_encoder_server.address, "--seconds", "0.5"]) == 0
+    assert main([*ARGUMENTS, "--address", bi_encoder_server.address, "--seconds", "0.5"]) == 0
     printed = capsys.readouterr().out
     assert " texts/s: " in printed
     assert "A bi-encoder embeds each text of a step once" in printed
@@ -220,7 +220,7 @@ def test_texts_of_a_training_set_give_columns_rows_and_lengths(
     rows = [{"query": "four", "positive": "eight by", "negative": "ten bytes!", "label": 1}] * 5000
     path = tmp_path / "train.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    arguments = ("--texts", str(path), "--target", fixed_rate.address, "--seconds", "0.5", "--json")
+    arguments = ("--texts", str(path), "--address", fixed_rate.address, "--seconds", "0.5", "--json")
     assert main(["plan", "--batch", "100", "--step-seconds", "1", *arguments]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["batch"]["columns"] == 3
@@ -268,7 +268,7 @@ def test_a_server_that_cannot_be_reached_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("loss_client.plan.command._ANSWER_SECONDS", 0.5)
-    assert main([*ARGUMENTS, "--target", "127.0.0.1:1"]) == 1
+    assert main([*ARGUMENTS, "--address", "127.0.0.1:1"]) == 1
     error = capsys.readouterr().err
     assert "127.0.0.1:1 could not be measured" in error
     assert "Connection refused" in error
@@ -277,14 +277,14 @@ def test_a_server_that_cannot_be_reached_is_named(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--target", "nonsense"), "target 'nonsense' is not understood"),
+        (("--address", "nonsense"), "address 'nonsense' is not understood"),
         (("--pairs-per-second", "0"), "'0' has to be a number above 0"),
         (("--pairs-per-second", "inf"), "'inf' has to be a number above 0"),
         (("--pairs-per-second", "9", "--columns", "1"), "'1' has to be a whole number, 2 or more"),
         (("--pairs-per-second", "9", "--batch", "many"), "'many' has to be a whole number, 1 or more"),
         (("--pairs-per-second", "9", "--candidates", "some,all"), "'some': there is no such mode; right are all, "),
-        (("--pairs-per-second", "9", "--target", "a:1"), "not allowed with argument"),
-        ((), "one of the arguments --target --pairs-per-second is required"),
+        (("--pairs-per-second", "9", "--address", "a:1"), "not allowed with argument"),
+        ((), "one of the arguments --address --pairs-per-second is required"),
         (("--pairs-per-second", "9", "--texts", "absent.jsonl"), "absent.jsonl does not exist"),
         (("--pairs-per-second", "9", "--texts", "absent.jsonl", "--query-words", "3"), "leave out --query-words"),
     ],

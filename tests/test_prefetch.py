@@ -195,7 +195,7 @@ def test_what_changed_since_is_asked_for_anew_but_a_margin_needs_no_new_scores(m
     assert len(scorer.jobs) == 1
     assert loss.statistics.masked_negatives == loss.statistics.negatives
     batch = batch_of(collator(rows()))
-    loss.max_length = 64
+    loss.reranker_max_length = 64
     loss(batch, None)
     assert [job.cancelled for job in scorer.jobs] == [False, True, False]
     assert scorer.jobs[2].options["max_length"] == 64

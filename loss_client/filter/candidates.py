@@ -25,7 +25,7 @@ from loss_client.filter.interning import intern
 from loss_client.filter.jobs import AskForPairs
 from loss_client.filter.layout import Block, Layout, Thresholds
 from loss_client.filter.masking import thresholds
-from loss_client.filter.mass import Shortlist, split, unscored_share
+from loss_client.filter.mass import Shortlist, split, unscored_fraction
 from loss_client.filter.nearest.preselection import Preselected, Preselection
 from loss_client.filter.pair_scores import PairScores, QuerySums
 from loss_client.filter.statistics import LossStatistics
@@ -371,12 +371,12 @@ class CandidateStep(FilterStep):
         if self._epsilon is None:
             flags = (self._flags(codes, begin, end) for codes in (self._kept, self._masked))
             kept, masked = (torch.from_numpy(one).to(logits.device) for one in flags)
-            shares = unscored_share(logits, kept | masked, masked).cpu().numpy()
+            shares = unscored_fraction(logits, kept | masked, masked).cpu().numpy()
         else:
             shares = self._shares[begin:end]
             counts.capped_anchors += int((shares > self._epsilon * _ROUNDING).sum())
         scored, positives = int(filtered.sum()), float(own_scores[filtered].sum(dtype=np.float64))
-        counts.unscored_share += float(shares[filtered].sum())
+        counts.unscored_fraction += float(shares[filtered].sum())
         counts.scored_anchors += scored
         counts.scored_negatives += int(sums.documents[queries].sum()) - scored
         counts.outscored_positives += int((sums.highest[queries] > own_scores).sum())

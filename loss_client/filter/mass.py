@@ -184,7 +184,7 @@ class Shortlist:
         return undecided, kept, rest
 
 
-def unscored_share(logits: Tensor, decided: Tensor, masked: Tensor) -> Tensor:
+def unscored_fraction(logits: Tensor, decided: Tensor, masked: Tensor) -> Tensor:
     """Return the share of each row's denominator, after masking, that undecided candidates hold, shape ``(rows,)``.
 
     Args:
