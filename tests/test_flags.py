@@ -50,7 +50,7 @@ def test_the_page_has_variable_default_and_meaning_of_each_flag() -> None:
     assert ROW.findall(PAGE.read_text()) == rows, f"the table of docs/flags.md should be:\n{table}"
 
 
-@pytest.mark.parametrize("page", ["metrics.md", "security.md", "serving.md"])
+@pytest.mark.parametrize("page", ["caches.md", "limits.md", "metrics.md", "security.md", "serving.md", "start-up.md"])
 def test_other_pages_name_no_flag_that_the_server_does_not_have(page: str) -> None:
     named = set(re.findall(r"`(--[a-z][a-z.-]+[a-z])\b", (PAGE.parent / page).read_text()))
     assert named
