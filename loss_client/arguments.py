@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any, get_args
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar, get_args
 
 from loss_client.client.scores import ScoreType
 from loss_client.filter.candidates import Candidates
@@ -72,7 +74,7 @@ _IN_CARD = (
     "contrast_filter",
     "gather_across_devices",
     "candidates",
-    "epsilon",
+    "top_p",
     "max_candidates",
     "per_anchor",
     "max_wait",
@@ -81,6 +83,40 @@ _IN_CARD = (
     "hardness_mode",
     "hardness_strength",
 )
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def accept_mass(function: Callable[P, T]) -> Callable[P, T]:
+    """Accept the former mode ``candidates="mass"`` and the former argument ``epsilon``, with a ``DeprecationWarning``.
+
+    The mode is ``candidates="nearest"`` with ``top_p``, 0.999 by default; ``epsilon`` is ``1 - top_p``.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        epsilon: Any = kwargs.pop("epsilon", None)
+        if epsilon is not None:
+            if kwargs.get("top_p") is not None:
+                raise TypeError("top_p is given twice, also as epsilon, which is 1 - top_p.")
+            warnings.warn(
+                f"epsilon is now 1 - top_p: write top_p={1 - epsilon:.12g}.", DeprecationWarning, stacklevel=2
+            )
+            kwargs["top_p"] = 1 - epsilon
+        if kwargs.get("candidates") == "mass":
+            if kwargs.get("top_p") is None:
+                kwargs["top_p"] = 0.999
+            warnings.warn(
+                f"candidates='mass' is now candidates='nearest' with top_p={kwargs['top_p']:.12g}.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            kwargs["candidates"] = "nearest"
+        return function(*args, **kwargs)
+
+    return call
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
@@ -93,16 +129,17 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         if arguments[name] not in choices:
             raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, not {arguments[name]!r}.")
     check_margin(arguments["margin"], arguments["margin_strategy"], arguments["score_type"])
-    if arguments["epsilon"] is not None and not 0 < arguments["epsilon"] < 1:
-        raise ValueError(f"epsilon must be between 0 and 1, not {arguments['epsilon']!r}.")
+    if arguments["top_p"] is not None and not 0 < arguments["top_p"] < 1:
+        raise ValueError(f"top_p must be between 0 and 1, such as 0.999, not {arguments['top_p']!r}.")
     per_anchor = arguments["per_anchor"]
     if per_anchor != "auto" and not (isinstance(per_anchor, (int, float)) and per_anchor > 0):
         raise ValueError(f"per_anchor must be 'auto' or greater than 0, not {per_anchor!r}.")
-    if arguments["candidates"] == "nearest" and arguments["preselector"] is None:
+    if arguments["candidates"] == "nearest" and arguments["preselector"] is None and arguments["top_p"] is None:
         raise ValueError(
             "candidates='nearest' needs a preselector, a fast model that tells which documents are near an anchor: the "
             "address of a served bi-encoder, or a small SentenceTransformer, such as "
-            "preselector=SentenceTransformer('sentence-transformers/all-MiniLM-L6-v2')."
+            "preselector=SentenceTransformer('sentence-transformers/all-MiniLM-L6-v2'). Without a preselector, give "
+            "top_p, such as top_p=0.999, which chooses by the similarities of the trained model."
         )
     for name in _POSITIVE:
         if arguments[name] is not None and not arguments[name] > 0:

@@ -33,9 +33,9 @@ class RerankerMetricsCallback(TrainerCallback):
     - ``servers``: mean number of servers that scored a step's pairs.
     - ``unscored_fraction``: mean fraction of an anchor's softmax denominator, after masking, that documents without a
       score hold.
-    - ``per_anchor``: with ``candidates="nearest"``, mean number of preselected pairs of an anchor.
-    - ``missed_mask_fraction``: with ``candidates="nearest"``, estimated fraction of all masks that the filter misses,
-      because their pairs have no score. It rests on eight random pairs a step: look at its mean over many steps.
+    - ``per_anchor``: with a preselector, mean number of preselected pairs of an anchor.
+    - ``missed_mask_fraction``: with a preselector, estimated fraction of all masks that the filter misses, because
+      their pairs have no score. It rests on eight random pairs a step: look at its mean over many steps.
     - ``late_pairs``, ``late_choices``: if any, mean number of pairs whose scores did not arrive in time, in a step, and
       number of steps for which the preselector did not choose in time.
     - ``unscored_anchor_fraction``: if any, fraction of the anchors that the filter left as they are, because the score

@@ -36,18 +36,28 @@ def accept_former_names(**names: str) -> Callable[[Callable[P, T]], Callable[P, 
     return decorate
 
 
-def former_attribute(former: str, present: str) -> Any:
-    """Make a property that reads and sets the attribute ``present`` under its name ``former``, with a warning."""
+def former_attribute(former: str, present: str, complement: bool = False) -> Any:
+    """Make a property that reads and sets the attribute ``present`` under its name ``former``, with a warning.
+
+    Args:
+        former: The former name.
+        present: The present name.
+        complement: Whether the former attribute was ``1 - present``.
+    """
 
     def warn() -> None:
-        warnings.warn(f"{former} is now named {present}.", DeprecationWarning, stacklevel=3)
+        named = f"is now 1 - {present}" if complement else f"is now named {present}"
+        warnings.warn(f"{former} {named}.", DeprecationWarning, stacklevel=3)
+
+    def convert(value: Any) -> Any:
+        return 1 - value if complement and value is not None else value
 
     def read(owner: object) -> Any:
         warn()
-        return getattr(owner, present)
+        return convert(getattr(owner, present))
 
     def write(owner: object, value: Any) -> None:
         warn()
-        setattr(owner, present, value)
+        setattr(owner, present, convert(value))
 
     return property(read, write, doc=f"Former name of ``{present}``.")

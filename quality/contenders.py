@@ -84,7 +84,6 @@ def served_options(plan: Plan, served: Served) -> dict[str, Any]:
         "margin_strategy": "absolute" if margin is None else margin.strategy,
         "margin": _MASKS_ALL if margin is None else margin.value,
         "candidates": served.candidates,
-        "epsilon": 1e-3 if served.candidates == "mass" else None,
         "distillation": served.distillation,
         **_hardness_options(served.hardness),
     }

@@ -45,6 +45,23 @@ def test_arguments_and_attributes_of_the_loss(tmp_path: Path) -> None:
         assert loss.max_length == loss.reranker_max_length == 98
 
 
+def test_the_former_mode_mass(tmp_path: Path) -> None:
+    model, scorer = student(tmp_path), MemoryScorer(random_scores())
+    given: list[tuple[dict[str, Any], float]] = [({}, 0.999), ({"epsilon": 0.25}, 0.75), ({"epsilon": None}, 0.999)]
+    for options, top_p in given:
+        message = f"candidates='mass' is now candidates='nearest' with top_p={top_p}"
+        with pytest.warns(DeprecationWarning, match=message) as warned:
+            loss = RerankerCachedGISTEmbedLoss(model, scorer, candidates="mass", **options)
+        assert (loss.candidates, loss.top_p) == ("nearest", top_p)
+        assert warned[-1].filename == __file__
+    with pytest.warns(DeprecationWarning, match="epsilon is now 1 - top_p: write top_p=0.75"):
+        loss = RerankerCachedGISTEmbedLoss(model, scorer, candidates="nearest", epsilon=0.25)
+    with pytest.warns(DeprecationWarning, match="^epsilon is now 1 - top_p.$"):
+        assert loss.epsilon == 0.25
+    with pytest.raises(TypeError, match="top_p is given twice"):
+        RerankerCachedGISTEmbedLoss(model, scorer, candidates="nearest", top_p=0.9, epsilon=0.1)
+
+
 @pytest.mark.parametrize(
     ("owner", "former", "present"),
     [
@@ -67,6 +84,9 @@ def test_the_flag_of_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.warns(FutureWarning, match="--target is now named --address"), pytest.raises(SystemExit):
         loss_client([*arguments, "--target", "nonsense"])
     assert "address 'nonsense' is not understood" in capsys.readouterr().err
+    with pytest.warns(FutureWarning, match='"mass" is now a part of "nearest"'):
+        assert loss_client([*arguments, "--candidates", "mass", "--pairs-per-second", "9"]) == 0
+    assert "top_p 0.999" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         loss_client(["plan", "--help"])
     assert "--target" not in capsys.readouterr().out

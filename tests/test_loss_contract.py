@@ -311,7 +311,13 @@ def test_no_secret_of_an_address_reaches_the_card(model: SentenceTransformer, mo
 
 def test_a_trained_models_card_has_the_settings_and_the_citation(tmp_path: Path, model: SentenceTransformer) -> None:
     loss = make(
-        model, NamedScorer(), margin=0.2, margin_strategy="relative", candidates="mass", instruction="Find the answer"
+        model,
+        NamedScorer(),
+        margin=0.2,
+        margin_strategy="relative",
+        candidates="nearest",
+        top_p=0.999,
+        instruction="Find the answer",
     )
     args = SentenceTransformerTrainingArguments(str(tmp_path / "run"), report_to="none")
     data = Dataset.from_dict({"anchor": ["a", "b"], "positive": ["c", "d"]})

@@ -154,10 +154,10 @@ def test_metrics_name_the_pairs_and_what_is_missed(model: SentenceTransformer) -
 
 
 @pytest.mark.parametrize("contrast", CONTRAST[::3])
-def test_rows_beyond_epsilon_are_topped_up(model: SentenceTransformer, contrast: dict[str, Any]) -> None:
+def test_rows_with_less_than_top_p_are_topped_up(model: SentenceTransformer, contrast: dict[str, Any]) -> None:
     batch, epsilon = features(model, texts(3, 12)), 0.05
     expected = float(make(model, MemoryScorer(random_scores()), **contrast)(batch, None).detach())
-    few = make(model, MemoryScorer(random_scores()), candidates="nearest", per_anchor=2, epsilon=epsilon, **contrast)
+    few = make(model, MemoryScorer(random_scores()), candidates="nearest", per_anchor=2, top_p=1 - epsilon, **contrast)
     found = float(few(batch, None).detach())
     assert -1e-5 <= found - expected <= -math.log1p(-epsilon) + 1e-5
     assert few.statistics.unscored_fraction <= epsilon * 12 * (1 + 1e-6)
@@ -178,6 +178,9 @@ def test_matryoshka_reads_the_pairs_once(model: SentenceTransformer) -> None:
 def test_nearest_needs_a_preselector(model: SentenceTransformer) -> None:
     with pytest.raises(ValueError, match=r"needs a preselector.*SentenceTransformer\('sentence-transformers/"):
         make(model, MemoryScorer(random_scores()), candidates="nearest", preselector=None)
+    for wrong in (0, 1, 1.5):
+        with pytest.raises(ValueError, match=r"top_p must be between 0 and 1, such as 0\.999"):
+            make(model, MemoryScorer(random_scores()), candidates="nearest", top_p=wrong)
     with pytest.raises(ValueError, match="preselector is the model that is trained"):
         make(model, MemoryScorer(random_scores()), candidates="nearest", preselector=model)
     for wrong in (0, -1.0, "some"):
@@ -289,15 +292,17 @@ class LateScorer(MemoryScorer):
         return self._late(super().stream_pairs(*texts, **options))
 
 
-@pytest.mark.parametrize("candidates", ["all", "mass", "nearest"])
+@pytest.mark.parametrize("candidates", ["all", "top_p", "nearest"])
 @pytest.mark.parametrize("distilled", [False, True])
 def test_what_has_not_arrived_in_time_stays_a_negative(
     model: SentenceTransformer, candidates: str, distilled: bool
 ) -> None:
     columns, scorer = texts(2, 8), LateScorer()
-    options = {"per_anchor": EVERY} if candidates == "nearest" else {}
+    options: dict[str, Any] = {"per_anchor": EVERY} if candidates == "nearest" else {}
+    if candidates == "top_p":
+        options = {"candidates": "nearest", "preselector": None, "top_p": 0.999}
     distillation = Distillation(temperature=0.1) if distilled else None
-    loss = make(model, scorer, candidates=candidates, max_wait=5.0, distillation=distillation, **options)
+    loss = make(model, scorer, **{"candidates": candidates, **options}, max_wait=5.0, distillation=distillation)
     step = loss.begin(columns)
     step.settle(loss._settings())
     logits = np.zeros((8, 8), np.float32)

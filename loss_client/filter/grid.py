@@ -14,7 +14,7 @@ from loss_client.filter.gather import gather_flags
 from loss_client.filter.interning import intern
 from loss_client.filter.jobs import AskForGrid, ScoreRows
 from loss_client.filter.masking import above, check_finite, related, same_id, thresholds
-from loss_client.filter.mass import unscored_fraction
+from loss_client.filter.nucleus import unscored_fraction
 from loss_client.filter.step import FilterStep
 from loss_client.filter.targets import Places, Targets
 from loss_client.filter.waiting import Waiting

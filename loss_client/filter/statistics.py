@@ -26,13 +26,13 @@ class LossStatistics:
         cached_pairs: Of these, pairs whose score the server had in its cache.
         client_cached_pairs: Of these, pairs whose score the client had in its own cache.
         skipped_pairs: Pairs of distinct texts without a score, with ``candidates`` other than ``"all"``.
-        preselected_pairs: Pairs that the preselector chose, with ``candidates="nearest"``.
+        preselected_pairs: Pairs that the preselector chose.
         late_choices: Steps that did without preselected pairs, because these had not been chosen in time.
         late_pairs: Pairs that were asked for and whose scores did not arrive in time, because of ``max_wait`` or
             ``per_anchor="auto"``.
         probed_pairs: Random pairs that were scored to estimate ``missed_masks``, beside ``pairs``.
-        missed_masks: Estimated number of pairs without a score that the filter would have dropped, with
-            ``candidates="nearest"``.
+        missed_masks: Estimated number of pairs without a score that the filter would have dropped, with a
+            preselector.
         rounds: Scoring jobs.
         reconnects: Streams that broke and were replaced by another.
         servers: Sum over the steps of the servers that scored a step's pairs, of the job with most of them.
@@ -41,7 +41,7 @@ class LossStatistics:
         negative_scores: Sum of the scores of the scored negatives.
         unscored_fraction: Sum over the scored anchors of the fraction of the softmax denominator, after masking, that
             candidates without a score hold.
-        capped_anchors: Anchors with such a fraction above ``epsilon``, because of ``max_candidates`` or ``max_wait``.
+        capped_anchors: Anchors with such a fraction above ``1 - top_p``, because of ``max_candidates`` or ``max_wait``.
         distilled_anchors: Anchors in the distillation term: those with scores.
         distillation_loss: Sum over them of the distillation term, KL(guide || student), without its weight.
         guide_entropy: Sum over them of the entropy of the guide's distribution, in nats.

@@ -75,7 +75,7 @@ def add_parser(commands: Any) -> None:
         type=_candidates,
         default=get_args(Candidates),
         metavar="MODES",
-        help="modes to compare, with commas; default: all,nearest,mass",
+        help="modes to compare, with commas; default: all,nearest",
     )
     training.add_argument(
         "--per-anchor",
@@ -181,9 +181,7 @@ def _measured(client: RerankerClient, source: TextSource, options: argparse.Name
 def _costs(plan: Plan, options: argparse.Namespace) -> list[Cost]:
     modes = [plan.own_documents()]
     if "nearest" in options.candidates:
-        modes += [plan.nearest_auto(), plan.nearest(options.per_anchor)]
-    if "mass" in options.candidates:
-        modes += plan.mass()
+        modes += [plan.nearest_auto(), plan.nearest(options.per_anchor), *plan.top_p()]
     if "all" in options.candidates:
         modes.append(plan.all_pairs())
     return [plan.cost(mode) for mode in modes]
@@ -215,7 +213,10 @@ def _positive(text: str) -> float:
 
 
 def _candidates(text: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    given = [name.strip() for name in text.split(",")]
+    if "mass" in given:
+        warnings.warn('"mass" is now a part of "nearest", with top_p.', FutureWarning, stacklevel=2)
+    names = tuple(dict.fromkeys("nearest" if name == "mass" else name for name in given))
     if unknown := [name for name in names if name not in get_args(Candidates)]:
         right = ", ".join(get_args(Candidates))
         raise argparse.ArgumentTypeError(f"{', '.join(map(repr, unknown))}: there is no such mode; right are {right}")

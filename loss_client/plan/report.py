@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from loss_client.plan.arithmetic import MASS_WAIT, Cost, Plan
+from loss_client.plan.arithmetic import TOP_P_WAIT, Cost, Plan
 from loss_client.plan.measure import Measurement
 
 _UNSTEADY = 0.8
@@ -125,12 +125,12 @@ def _notes(plan: Plan, costs: Sequence[Cost], measured: Measurement | None) -> l
     notes = ["Pairs known a batch ahead are scored while a step trains: a step takes the longer one of both times."]
     if any(cost.mode.late for cost in costs):
         notes.append(
-            'candidates="mass" waits for its rounds; "no wait" means a step of at most '
-            f"{MASS_WAIT:g} times the one without a reranker."
+            'A step with top_p waits for its rounds; "no wait" means a step of at most '
+            f"{TOP_P_WAIT:g} times the one without a reranker."
         )
     if any(cost.mode.estimated for cost in costs):
         notes.append("Estimates use shares that were measured with docstrings and MiniLM (docs/loss-performance.md).")
-    if any(cost.mode.candidates == "nearest" for cost in costs):
+    if any(cost.mode.per_anchor is not None for cost in costs):
         notes.append('The time of the preselector of candidates="nearest" is not included.')
     if plan.speed.by_text:
         notes.append("A bi-encoder embeds each text of a step once, so that all modes take it the same time.")
