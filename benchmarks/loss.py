@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from benchmarks.bench import Bench
     from benchmarks.report import Figure
 
-PARTS = ("prefetch", "auto", "accumulation", "candidates", "curve", "cost", "mining", "servers")
+PARTS = ("prefetch", "auto", "accumulation", "ranks", "candidates", "curve", "cost", "mining", "servers")
 """Parts that can be measured alone."""
 
 
@@ -46,6 +46,7 @@ def run(
         loss_cost,
         loss_curve,
         loss_prefetch,
+        loss_ranks,
         mining,
         report,
         servers,
@@ -59,6 +60,7 @@ def run(
         "prefetch": lambda bench: loss_prefetch.prefetch_figures(bench, output / "loss-prefetch.svg"),
         "auto": loss_auto.auto_figures,
         "accumulation": loss_accumulation.accumulation_figures,
+        "ranks": loss_ranks.ranks_figures,
         "candidates": lambda bench: loss_candidates.candidates_figures(bench, output / "loss-candidates.svg"),
         "curve": lambda bench: loss_curve.curve_figures(bench, output / "loss-curve.svg"),
         "cost": loss_cost.cost_figures,

@@ -42,7 +42,7 @@ class RatedScores:
 
     def __init__(self, server: RatedReranker, pairs: int) -> None:
         self.shape = (pairs, 1)
-        self.seconds_waited = 0.0
+        self.wait_seconds = 0.0
         self.done = 0.0  # pairs with a score
         self.ended: float | None = None
         self._server = server
@@ -71,7 +71,7 @@ class RatedScores:
             if left <= 0:
                 break
             time.sleep(min(missing, left))
-        self.seconds_waited += time.monotonic() - started
+        self.wait_seconds += time.monotonic() - started
         found = np.zeros((end - begin, 1), dtype=np.float32)
         found[max(0, int(self.done) - begin) :] = np.nan
         return found
@@ -160,7 +160,7 @@ class _Steps(TrainerCallback):
         self._ends: list[tuple[float, float]] = []
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._ends.append((time.monotonic(), self._loss.statistics.seconds_waited))
+        self._ends.append((time.monotonic(), self._loss.statistics.wait_seconds))
 
     def measured(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return (seconds, seconds waited) of the counted steps, each of shape ``(steps,)``."""

@@ -1,4 +1,4 @@
-"""Benchmark of ``candidates="mass"``: share of pairs scored, and effect of the unscored pairs on loss and gradient.
+"""Benchmark of ``top_p`` alone: share of pairs scored, and effect of the unscored pairs on loss and gradient.
 
 Batches of real texts are embedded once, and the loss is calculated from the embeddings. Scores come from a guide in
 this process, so the figures depend on the choice of pairs alone and not on a server. The guide's score is the mean of
@@ -40,7 +40,7 @@ from loss_client.filter.statistics import LossStatistics
 
 BATCHES = (256, 1024, 4096)
 TEMPERATURES = (0.01, 0.02, 0.05)
-EPSILON = 1e-3
+TOP_P = 0.999
 _QUICK_BATCHES = (64,)
 _QUICK_TEMPERATURES = (0.01, 0.05)
 _QUICK_PACKAGES = ("numpy",)
@@ -58,7 +58,7 @@ class _Scores:
     def __init__(self, values: NDArray[np.float32]) -> None:
         self._values = values
         self.shape = values.shape[0], values.shape[1]
-        self.seconds_waited = 0.0
+        self.wait_seconds = 0.0
         self.usage = ScoreUsage()
         self.error = None
         self.span = (0.0, 0.0)
@@ -140,7 +140,7 @@ class Calculation:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Comparison of ``candidates="mass"`` with ``candidates="all"`` (the full loss) on one batch.
+    """Comparison of ``candidates="nearest"``, ``top_p`` alone, with ``candidates="all"`` (the full loss) on one batch.
 
     Attributes:
         share: Pairs scored / all pairs.
@@ -209,7 +209,7 @@ def candidates_figures(bench: Bench, plot: Path) -> list[Figure]:
     for name, vectors in embeddings.items():
         for batch in (min(one, size) for one in sizes):
             for temperature in temperatures:
-                losses = [_make(student, guide, temperature, candidates) for candidates in ("mass", "all")]
+                losses = [_make(student, guide, temperature, candidates) for candidates in ("nearest", "all")]
                 for begin in range(0, min(size // batch, bench.rounds) * batch, batch):
                     texts = [column[begin : begin + batch] for column in columns]
                     reps = [column[begin : begin + batch] for column in vectors]
@@ -234,7 +234,7 @@ def figures(found: dict[tuple[str, int, float], list[Comparison]]) -> Iterator[F
     for key, comparisons in found.items():
         # The target is a bound that must hold for every batch, so it is compared with the worst batch.
         worst = _worst([one.loss for one in comparisons])
-        yield Figure(f"{_title(key)}: loss - full loss", worst, "", -math.log1p(-EPSILON), False)
+        yield Figure(f"{_title(key)}: loss - full loss", worst, "", -math.log(TOP_P), False)
     for key, comparisons in found.items():
         apart = Spread.of([one.gradient for one in comparisons])
         yield Figure(f"{_title(key)}: gradient difference / gradient", apart, higher_is_better=False)
@@ -289,7 +289,7 @@ def _make(
     model: SentenceTransformer, guide: Guide, temperature: float, candidates: Candidates
 ) -> RerankerCachedGISTEmbedLoss:
     return RerankerCachedGISTEmbedLoss(
-        model, guide, temperature, _MINI_BATCH, score_type="raw", candidates=candidates, epsilon=EPSILON
+        model, guide, temperature, _MINI_BATCH, score_type="raw", candidates=candidates, top_p=TOP_P
     )
 
 

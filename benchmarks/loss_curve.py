@@ -29,7 +29,7 @@ from loss_client import RerankerCachedGISTEmbedLoss
 BATCH = 1024
 MARGINS = (0.0, 0.05, 0.2)
 PER_ANCHOR = (1, 2, 4, 8, 16, 32)
-EPSILONS = (0.3, 0.1, 1e-2, 1e-3)
+TOP_PS = (0.7, 0.9, 0.99, 0.999)
 PRESELECTORS = ("minilm", "student")
 TEMPERATURE = 0.02
 #: Least share of the masks that ``nearest`` shall find with twice as many pairs as there are masks.
@@ -55,7 +55,7 @@ class Point:
 
 
 Curves = dict[tuple[str, float], dict[str, list[Point]]]
-"""Points of each series, such as ``"nearest, minilm"`` and ``"mass"``, by batching and margin."""
+"""Points of each series, such as ``"nearest, minilm"`` and ``"top_p"``, by batching and margin."""
 
 
 @dataclass(slots=True)
@@ -112,7 +112,7 @@ class _Batch:
             ks = [*PER_ANCHOR, 2 * masks / len(self.columns[0])]
             *points, twice = [point(candidates="nearest", preselector=embed, per_anchor=k) for k in ks]
             found[f"nearest, {name}"], found[f"twice, {name}"] = points, [twice]
-        found["mass"] = [point(candidates="mass", epsilon=epsilon) for epsilon in EPSILONS]
+        found["top_p"] = [point(candidates="nearest", top_p=top_p) for top_p in TOP_PS]
         return found
 
 
@@ -182,12 +182,12 @@ def figures(curves: Curves) -> list[Figure]:
                     Figure(f"{title}, nearest by {name}: masks found with 2 pairs a mask", spread, "x", TARGET)
                 )
         for name, points in series.items():
-            labels = EPSILONS if name == "mass" else PER_ANCHOR
+            labels = TOP_PS if name == "top_p" else PER_ANCHOR
             for label, point in zip(labels, points, strict=False):
                 if name.startswith("twice"):
                     continue
                 spread = Spread(point.found, point.found, point.found)
-                setting = f"epsilon {label:g}" if name == "mass" else f"{label:g} an anchor"
+                setting = f"{label:g}" if name == "top_p" else f"{label:g} an anchor"
                 found.append(Figure(f"{title}, {name}, {setting} ({point.scored:.2%} scored): masks found", spread))
     return found
 
@@ -197,7 +197,7 @@ def draw(path: Path, curves: Curves) -> None:
     batchings = list(dict.fromkeys(batching for batching, _ in curves))
     canvas = Canvas(figsize=(4.5 * len(batchings), 4), layout="constrained")
     panels = canvas.subplots(1, len(batchings), sharey=True, squeeze=False)[0]
-    styles = {"nearest, minilm": "-", "nearest, student": "--", "mass": ":"}
+    styles = {"nearest, minilm": "-", "nearest, student": "--", "top_p": ":"}
     for axes, batching in zip(panels, batchings, strict=True):
         for number, margin in enumerate(MARGINS):
             for name, style in styles.items():

@@ -176,6 +176,7 @@ class Training:
         skipped: int = _SKIPPED_STEPS,
         accumulation: int = 1,
         client: ScoringClient | None = None,
+        gather: bool = False,
     ) -> Steps:
         """Train on the first batches.
 
@@ -185,6 +186,7 @@ class Training:
             skipped: Number of steps before these.
             accumulation: Batches of a step.
             client: Client to use instead of the training's own.
+            gather: Whether each rank's anchors have the documents of all ranks.
         """
         arguments = SentenceTransformerTrainingArguments(
             str(self.directory),
@@ -203,10 +205,18 @@ class Training:
         loss: Any
         collator: RerankerDataCollator | None = None
         if mode == "alone":
-            loss = CachedMultipleNegativesRankingLoss(self.model, mini_batch_size=_MINI_BATCH)
+            loss = CachedMultipleNegativesRankingLoss(
+                self.model, mini_batch_size=_MINI_BATCH, gather_across_devices=gather
+            )
         else:
             loss = RerankerCachedGISTEmbedLoss(
-                self.model, client or self.client, 0.05, _MINI_BATCH, chunk_pairs=_CHUNK_PAIRS, timeout=_TIMEOUT
+                self.model,
+                client or self.client,
+                0.05,
+                _MINI_BATCH,
+                chunk_pairs=_CHUNK_PAIRS,
+                timeout=_TIMEOUT,
+                gather_across_devices=gather,
             )
             ahead = loss if mode == "prefetch" else None
             collator = RerankerDataCollator.for_training(self.model, arguments, ahead)
@@ -230,22 +240,32 @@ def training_beside_server(bench: Bench, batch: int, batches: int) -> Iterator[T
         batch: Number of anchors of a batch.
         batches: Number of batches.
     """
+    texts = bench.corpus.grid(batch * batches, batch * batches)
+    model = small_student()
+    with one_core_left(bench), tempfile.TemporaryDirectory(prefix="reranker-bench-") as directory:
+        with paced_server(bench, Path(directory)) as address, RerankerClient(address, timeout=_TIMEOUT) as client:
+            yield Training(model, client, texts.queries, texts.documents, batch, Path(directory))
+
+
+@contextmanager
+def paced_server(bench: Bench, directory: Path) -> Iterator[str]:
+    """Start a server whose speed a ``Training`` of the same directory sets; yield its address."""
+    rate = directory / _RATE
+    write_rate(rate, _FASTEST)
+    with bench.launcher.server(
+        bench.models["tiny"], "torch", module="benchmarks.loss_pace", **{RATE_FILE: str(rate)}
+    ) as server:
+        yield address_of(server)
+
+
+def small_student() -> SentenceTransformer:
+    """Load the model that is trained: one layer, short texts."""
     # Imported here: the benchmark on a GPU uses this file's clock without the package of the student's weights.
     from examples.student import load_student
 
-    texts = bench.corpus.grid(batch * batches, batch * batches)
     model = load_student(_LAYERS)
     model.max_seq_length = _TOKENS
-    with one_core_left(bench), tempfile.TemporaryDirectory(prefix="reranker-bench-") as directory:
-        rate = Path(directory) / _RATE
-        write_rate(rate, _FASTEST)
-        with (
-            bench.launcher.server(
-                bench.models["tiny"], "torch", module="benchmarks.loss_pace", **{RATE_FILE: str(rate)}
-            ) as server,
-            RerankerClient(address_of(server), timeout=_TIMEOUT) as client,
-        ):
-            yield Training(model, client, texts.queries, texts.documents, batch, Path(directory))
+    return model
 
 
 def prefetch_figures(bench: Bench, plot: Path) -> list[Figure]:

@@ -132,7 +132,7 @@ def _compare(bench: Bench, name: str, embedder: SentenceTransformer, embeddings:
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(bench.launcher.server(path, "torch"))
         # Without remembered scores, because a client that remembers them would not send the pairs again.
-        client = stack.enter_context(RerankerClient(address_of(server), timeout=_TIMEOUT, remembered_pairs=0))
+        client = stack.enter_context(RerankerClient(address_of(server), timeout=_TIMEOUT, cache_pairs=0))
         sides = [
             MiningSide("service", RemoteCrossEncoder(client), embedder, embeddings, server),
             MiningSide("local", local, embedder, embeddings),

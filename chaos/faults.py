@@ -37,7 +37,7 @@ def paused_servers(run: Run) -> None:
 
 def rolling_restarts(run: Run) -> None:
     """Restart three servers one after the other with SIGTERM; one round of all three is one injection."""
-    with run.serving(3, "--grace", "1") as servers, run.jobs(servers):
+    with run.serving(3, "--graceful-timeout", "1") as servers, run.jobs(servers):
         for _ in run.injections:
             for server in servers:
                 _restart_in_order(server, run.ledger)
@@ -46,7 +46,7 @@ def rolling_restarts(run: Run) -> None:
 
 def terminated_servers(run: Run) -> None:
     """Restart the busier of two servers with SIGTERM while both have more jobs than they can do."""
-    with run.serving(2, "--grace", "0.5") as servers, run.jobs(servers, parallel=4):
+    with run.serving(2, "--graceful-timeout", "0.5") as servers, run.jobs(servers, parallel=4):
         for _ in run.injections:
             _restart_in_order(run.busiest(servers), run.ledger)
             run.pause(0.2, 1.0)

@@ -119,15 +119,15 @@ class Run:
                 server.wait_ready()
             yield servers
 
-    def client(self, targets: Sequence[Server | str], **options: Any) -> RerankerClient:
+    def client(self, servers: Sequence[Server | str], **options: Any) -> RerankerClient:
         """Make a client of servers, or of addresses."""
-        addresses = [target.address if isinstance(target, Server) else target for target in targets]
+        addresses = [server.address if isinstance(server, Server) else server for server in servers]
         return RerankerClient(addresses, **{"timeout": TIMEOUT_SECONDS, "stall_timeout": STALL_SECONDS, **options})
 
     @contextmanager
-    def jobs(self, targets: Sequence[Server | str], parallel: int = 2, **options: Any) -> Iterator[RerankerClient]:
+    def jobs(self, servers: Sequence[Server | str], parallel: int = 2, **options: Any) -> Iterator[RerankerClient]:
         """Run jobs as long as the context lasts, and finish them at its end; gives their client."""
-        with self.client(targets, **options) as client:
+        with self.client(servers, **options) as client:
             with Jobs(client, self.ledger, self.sizes.side, parallel=parallel):
                 yield client
 

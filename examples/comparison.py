@@ -270,9 +270,9 @@ def _train(
 
 def _figures(now: ProgressReport) -> str:
     """Return loss, masked share and seconds waited, in at most 36 characters."""
-    if now.masked_share is None or now.seconds_waited is None:
+    if now.masked_fraction is None or now.wait_seconds is None:
         return f"loss {now.loss:.2f}"
-    return f"loss {now.loss:.2f} masked {now.masked_share:.1%} waited {now.seconds_waited:.2f} s"
+    return f"loss {now.loss:.2f} masked {now.masked_fraction:.1%} waited {now.wait_seconds:.2f} s"
 
 
 def _evaluate(

@@ -32,14 +32,14 @@ class FilterCounts:
         pairs_scored: Pairs that a guide or a reranker scored.
         negatives: Negatives of all anchors before filtering.
         masked: Negatives that the filter masked.
-        seconds_waited: Seconds that training waited for scores.
+        wait_seconds: Seconds that training waited for scores.
         pairs_cached: Pairs of ``pairs_scored`` whose score the reranker service had in its cache.
     """
 
     pairs_scored: int = 0
     negatives: int = 0
     masked: int = 0
-    seconds_waited: float = 0.0
+    wait_seconds: float = 0.0
     pairs_cached: int = 0
 
 
@@ -126,7 +126,7 @@ def reranked(
     reranker: str | ScoringClient,
     temperature: float,
     mini_batch_size: int,
-    max_length: int | None,
+    reranker_max_length: int | None,
     **options: Any,
 ) -> Contender:
     """Make a contender with :class:`RerankerCachedGISTEmbedLoss`; ``options`` are further arguments of it."""
@@ -138,7 +138,7 @@ def reranked(
             reranker,
             temperature=temperature,
             mini_batch_size=mini_batch_size,
-            max_length=max_length,
+            reranker_max_length=reranker_max_length,
             **options,
         ),
         _reranker_counts,
@@ -175,4 +175,4 @@ def _gist_counts(loss: nn.Module) -> FilterCounts:
 def _reranker_counts(loss: nn.Module) -> FilterCounts:
     assert isinstance(loss, RerankerCachedGISTEmbedLoss)
     done = loss.statistics
-    return FilterCounts(done.pairs, done.negatives, done.masked_negatives, done.seconds_waited, done.cached_pairs)
+    return FilterCounts(done.pairs, done.negatives, done.masked_negatives, done.wait_seconds, done.cached_pairs)

@@ -35,7 +35,7 @@ class FixedTimeScores:
     def __init__(self, shape: tuple[int, int], arrival: float) -> None:
         self.span = (time.monotonic(), arrival)
         self.shape = shape
-        self.seconds_waited = 0.0
+        self.wait_seconds = 0.0
         self.usage = ScoreUsage(pairs=shape[0] * shape[1])
         self._arrival = arrival
 
@@ -43,7 +43,7 @@ class FixedTimeScores:
         """Wait for the time of arrival and return rows of zeros, shape ``(end - begin, columns)``."""
         missing = max(0.0, self._arrival - time.monotonic())
         time.sleep(missing)
-        self.seconds_waited += missing
+        self.wait_seconds += missing
         return np.zeros((end - begin, self.shape[1]), dtype=np.float32)
 
     def arrived(self, begin: int, end: int, timeout: float) -> NDArray[np.float32]:
@@ -51,7 +51,7 @@ class FixedTimeScores:
         if time.monotonic() + timeout >= self._arrival:
             return self.rows(begin, end)
         time.sleep(timeout)
-        self.seconds_waited += timeout
+        self.wait_seconds += timeout
         return np.full((end - begin, self.shape[1]), np.nan, dtype=np.float32)
 
     def release(self, begin: int, end: int) -> None:
@@ -134,7 +134,7 @@ def measure(
 
     def step_seconds(scoring: float, prefetch: bool) -> float:
         reranker = FixedTimeReranker(scoring)
-        contender = reranked("fixed speed", reranker, temperature=0.05, mini_batch_size=32, max_length=None)
+        contender = reranked("fixed speed", reranker, temperature=0.05, mini_batch_size=32, reranker_max_length=None)
         return train(
             contender, make_student, triplets, recipe, output, lambda report: None, prefetch=prefetch
         ).step_seconds

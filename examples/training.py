@@ -47,17 +47,17 @@ class ProgressReport:
         steps: Number of all steps.
         loss: Mean training loss since the last report.
         step_seconds: Median seconds of a step.
-        masked_share: Share of the negatives that the reranker's filter masked since the last report, in [0, 1];
+        masked_fraction: Share of the negatives that the reranker's filter masked since the last report, in [0, 1];
             ``None`` for a loss without a reranker.
-        seconds_waited: Mean seconds that a step waited for scores since the last report; ``None`` likewise.
+        wait_seconds: Mean seconds that a step waited for scores since the last report; ``None`` likewise.
     """
 
     step: int
     steps: int
     loss: float
     step_seconds: float
-    masked_share: float | None
-    seconds_waited: float | None
+    masked_fraction: float | None
+    wait_seconds: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,7 @@ class _Progress(TrainerCallback):
                     state.max_steps,
                     float(loss),
                     self.step_seconds,
-                    entry.get("reranker/masked_share"),
-                    entry.get("reranker/seconds_waited"),
+                    entry.get("reranker/masked_fraction"),
+                    entry.get("reranker/wait_seconds"),
                 )
             )

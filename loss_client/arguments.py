@@ -1,4 +1,4 @@
-"""Arguments of the loss: their former names, their checks, and what the model card says of loss and reranker."""
+"""Arguments of the loss: their checks, and the model card's settings of loss and reranker."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _POSITIVE = (
     "mini_batch_size",
     "mini_batch_num_tokens",
     "chunk_pairs",
-    "max_length",
+    "reranker_max_length",
     "timeout",
     "max_wait",
 )
@@ -67,14 +67,14 @@ _IN_CARD = (
     "margin",
     "chunk_pairs",
     "instruction",
-    "max_length",
+    "reranker_max_length",
     "score_type",
     "contrast_anchors",
     "contrast_positives",
     "contrast_filter",
     "gather_across_devices",
     "candidates",
-    "epsilon",
+    "top_p",
     "max_candidates",
     "per_anchor",
     "max_wait",
@@ -84,33 +84,39 @@ _IN_CARD = (
     "hardness_strength",
 )
 
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def accept_former_names(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Make a decorator that accepts keyword arguments under their former names, with a ``DeprecationWarning``.
+def accept_mass(function: Callable[P, T]) -> Callable[P, T]:
+    """Accept the former mode ``candidates="mass"`` and the former argument ``epsilon``, with a ``DeprecationWarning``.
 
-    The decorated function raises ``TypeError`` for a call that gives an argument under both names.
-
-    Args:
-        **names: The present name of each argument by its former name.
+    The mode is ``candidates="nearest"`` with ``top_p``, 0.999 by default; ``epsilon`` is ``1 - top_p``.
     """
 
-    def decorate(function: Callable[P, T]) -> Callable[P, T]:
-        @wraps(function)
-        def call(*args: P.args, **kwargs: P.kwargs) -> T:
-            for former in kwargs.keys() & names.keys():
-                present = names[former]
-                if present in kwargs:
-                    raise TypeError(f"{present} is given twice, also under its former name {former}.")
-                warnings.warn(f"{former} is now named {present}.", DeprecationWarning, stacklevel=2)
-                kwargs[present] = kwargs.pop(former)
-            return function(*args, **kwargs)
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        epsilon: Any = kwargs.pop("epsilon", None)
+        if epsilon is not None:
+            if kwargs.get("top_p") is not None:
+                raise TypeError("top_p is given twice, also as epsilon, which is 1 - top_p.")
+            warnings.warn(
+                f"epsilon is now 1 - top_p: write top_p={1 - epsilon:.12g}.", DeprecationWarning, stacklevel=2
+            )
+            kwargs["top_p"] = 1 - epsilon
+        if kwargs.get("candidates") == "mass":
+            if kwargs.get("top_p") is None:
+                kwargs["top_p"] = 0.999
+            warnings.warn(
+                f"candidates='mass' is now candidates='nearest' with top_p={kwargs['top_p']:.12g}.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            kwargs["candidates"] = "nearest"
+        return function(*args, **kwargs)
 
-        return call
-
-    return decorate
+    return call
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
@@ -123,16 +129,17 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         if arguments[name] not in choices:
             raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, not {arguments[name]!r}.")
     check_margin(arguments["margin"], arguments["margin_strategy"], arguments["score_type"])
-    if arguments["epsilon"] is not None and not 0 < arguments["epsilon"] < 1:
-        raise ValueError(f"epsilon must be between 0 and 1, not {arguments['epsilon']!r}.")
+    if arguments["top_p"] is not None and not 0 < arguments["top_p"] < 1:
+        raise ValueError(f"top_p must be between 0 and 1, such as 0.999, not {arguments['top_p']!r}.")
     per_anchor = arguments["per_anchor"]
     if per_anchor != "auto" and not (isinstance(per_anchor, (int, float)) and per_anchor > 0):
         raise ValueError(f"per_anchor must be 'auto' or greater than 0, not {per_anchor!r}.")
-    if arguments["candidates"] == "nearest" and arguments["preselector"] is None:
+    if arguments["candidates"] == "nearest" and arguments["preselector"] is None and arguments["top_p"] is None:
         raise ValueError(
             "candidates='nearest' needs a preselector, a fast model that tells which documents are near an anchor: the "
             "address of a served bi-encoder, or a small SentenceTransformer, such as "
-            "preselector=SentenceTransformer('sentence-transformers/all-MiniLM-L6-v2')."
+            "preselector=SentenceTransformer('sentence-transformers/all-MiniLM-L6-v2'). Without a preselector, give "
+            "top_p, such as top_p=0.999, which chooses by the similarities of the trained model."
         )
     for name in _POSITIVE:
         if arguments[name] is not None and not arguments[name] > 0:

@@ -23,23 +23,23 @@ class RerankerMetricsCallback(TrainerCallback):
     The names begin with ``reranker/``, and in evaluation with ``eval_reranker/``, where "eval" is the evaluation's
     prefix. If several ranks train, each rank logs the figures of all ranks; a step then means a step of one rank:
 
-    - ``masked_share``: share of the negatives that the filter dropped.
-    - ``outscored_positives``: share of the anchors for which a document with another text than the positive's scored
+    - ``masked_fraction``: fraction of the negatives that the filter dropped.
+    - ``outscored_fraction``: fraction of the anchors for which a document with another text than the positive's scored
       above the positive.
     - ``positive_score``, ``negative_score``: mean score of the positives, and of the scored negatives.
-    - ``pairs``: mean number of scored pairs in a step; ``cached_pairs`` and ``remembered_pairs``: of these, those from
-      the server's cache and from the client's memory; ``skipped_pairs``: mean number of pairs that were not scored.
-    - ``seconds_waited``: mean seconds that a step waited for scores.
+    - ``pairs``: mean number of scored pairs in a step; ``cached_pairs`` and ``client_cached_pairs``: of these, those
+      from the server's cache and from the client's; ``skipped_pairs``: mean number of pairs that were not scored.
+    - ``wait_seconds``: mean seconds that a step waited for scores.
     - ``servers``: mean number of servers that scored a step's pairs.
-    - ``unscored_share``: mean share of an anchor's softmax denominator, after masking, that documents without a score
-      hold.
-    - ``per_anchor``: with ``candidates="nearest"``, mean number of preselected pairs of an anchor.
-    - ``missed_masks``: with ``candidates="nearest"``, estimated share of all masks that the filter misses, because
+    - ``unscored_fraction``: mean fraction of an anchor's softmax denominator, after masking, that documents without a
+      score hold.
+    - ``per_anchor``: with a preselector, mean number of preselected pairs of an anchor.
+    - ``missed_mask_fraction``: with a preselector, estimated fraction of all masks that the filter misses, because
       their pairs have no score. It rests on eight random pairs a step: look at its mean over many steps.
     - ``late_pairs``, ``late_choices``: if any, mean number of pairs whose scores did not arrive in time, in a step, and
       number of steps for which the preselector did not choose in time.
-    - ``unscored_anchors``: if any, share of the anchors that the filter left as they are, because the score of their
-      positive did not arrive.
+    - ``unscored_anchor_fraction``: if any, fraction of the anchors that the filter left as they are, because the score
+      of their positive did not arrive.
     - ``distillation_loss``: with distillation, mean of the term, a KL divergence, before its weight.
     - ``guide_entropy``: with distillation, mean entropy of the guide's distributions, in nats.
     - ``reconnects``, ``unfiltered_steps``: their numbers.
@@ -235,27 +235,27 @@ def _sum_over_ranks(counts: LossStatistics, device: torch.device) -> LossStatist
 
 
 def _metrics(counts: LossStatistics) -> dict[str, float]:
-    """Return log entries; means and shares are left out if their divisor is 0."""
+    """Return log entries; means and fractions are left out if their divisor is 0."""
     if not counts.steps:
         return {}
     values: dict[str, float] = {
         name: getattr(counts, name) / counts.steps
-        for name in ("pairs", "cached_pairs", "remembered_pairs", "skipped_pairs", "seconds_waited", "servers")
+        for name in ("pairs", "cached_pairs", "client_cached_pairs", "skipped_pairs", "wait_seconds", "servers")
     }
-    values["masked_share"] = counts.masked_negatives / max(counts.negatives, 1)
+    values["masked_fraction"] = counts.masked_negatives / max(counts.negatives, 1)
     if counts.scored_anchors:
-        values["outscored_positives"] = counts.outscored_positives / counts.scored_anchors
+        values["outscored_fraction"] = counts.outscored_positives / counts.scored_anchors
         values["positive_score"] = counts.positive_scores / counts.scored_anchors
         if counts.scored_negatives:
             values["negative_score"] = counts.negative_scores / counts.scored_negatives
-        values["unscored_share"] = counts.unscored_share / counts.scored_anchors
+        values["unscored_fraction"] = counts.unscored_fraction / counts.scored_anchors
     if counts.scored_anchors < counts.anchors:
-        values["unscored_anchors"] = 1 - counts.scored_anchors / counts.anchors
+        values["unscored_anchor_fraction"] = 1 - counts.scored_anchors / counts.anchors
     if counts.preselected_pairs:
         values["per_anchor"] = counts.preselected_pairs / counts.anchors
     if counts.probed_pairs:
         masks = counts.missed_masks + counts.masked_negatives
-        values["missed_masks"] = counts.missed_masks / masks if masks else 0.0
+        values["missed_mask_fraction"] = counts.missed_masks / masks if masks else 0.0
     if counts.late_pairs:
         values["late_pairs"] = counts.late_pairs / counts.steps
     if counts.late_choices:

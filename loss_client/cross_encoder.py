@@ -23,6 +23,7 @@ from loss_client.client.errors import RerankerRequestError, ScoreError
 from loss_client.client.kinds import ModelInfo, kind_name
 from loss_client.client.options import Priority
 from loss_client.client.scores import ScoreType
+from loss_client.former_names import accept_former_names
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class RemoteCrossEncoder:
     sentence-transformers and in other code. The service may serve any kind of model. It cannot be trained or saved.
 
     Args:
-        target: Address of the service, such as ``"localhost:50051"`` or ``"grpcs://rerank.example:443"``, a list of
+        address: Address of the service, such as ``"localhost:50051"`` or ``"grpcs://rerank.example:443"``, a list of
             addresses, or a ``RerankerClient``, which the caller has to close.
         activation_fn: Applied to the model's own score (a logit or, from a bi-encoder, a cosine), as in
             ``CrossEncoder``. Default: the function that the served model's own files name, which the service reports
@@ -80,9 +81,10 @@ class RemoteCrossEncoder:
 
     num_labels = 1
 
+    @accept_former_names(target="address")
     def __init__(
         self,
-        target: str | Sequence[str] | RerankerClient,
+        address: str | Sequence[str] | RerankerClient,
         *,
         activation_fn: Callable[[Tensor], Tensor] | None = None,
         prompts: Mapping[str, str] | None = None,
@@ -110,8 +112,8 @@ class RemoteCrossEncoder:
         self._priority = priority
         self._timeout = timeout
         self._info: ModelInfo | None = None  # asked for when it first matters
-        self._owns_client = not isinstance(target, RerankerClient)
-        self._client = target if isinstance(target, RerankerClient) else RerankerClient(target)
+        self._owns_client = not isinstance(address, RerankerClient)
+        self._client = address if isinstance(address, RerankerClient) else RerankerClient(address)
 
     def predict(
         self,
@@ -257,7 +259,7 @@ class RemoteCrossEncoder:
         """Return at once, because the pool has no processes."""
 
     def close(self) -> None:
-        """Close the client, unless the caller passed it as ``target``."""
+        """Close the client, unless the caller passed it as ``address``."""
         if self._owns_client:
             self._client.close()
 

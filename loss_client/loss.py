@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from loss_client.arguments import (
     CITATION,
-    accept_former_names,
+    accept_mass,
     check_arguments,
     check_margin,
     describe_reranker,
@@ -32,7 +32,7 @@ from loss_client.arguments import (
 )
 from loss_client.client.client import RerankerClient
 from loss_client.client.scores import ScoreType
-from loss_client.filter.candidates import MASS_EPSILON, Candidates
+from loss_client.filter.candidates import Candidates
 from loss_client.filter.contrast import Hardness, HardnessMode
 from loss_client.filter.distillation import Distillation
 from loss_client.filter.distiller import Distiller
@@ -47,6 +47,7 @@ from loss_client.filter.statistics import LossStatistics
 from loss_client.filter.step import ContrastFilter, FilterSettings, FilterStep, OnError
 from loss_client.filter.step_loss import StepLoss
 from loss_client.filter.unfiltered import UnfilteredWarning
+from loss_client.former_names import accept_former_names, former_attribute
 
 
 class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
@@ -86,7 +87,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             more there is less overhead. The result does not depend on it. Default: the number that the server prefers,
             or 128 for the first and the last rows and up to 4,096 between them.
         instruction: The task in words, for rerankers that take an instruction. Default: the served model's own.
-        max_length: Longest input of the reranker, in its tokens. Default: the server's.
+        reranker_max_length: Longest input of the reranker, in its tokens. Default: the server's.
         score_type: ``"probability"``: scores in [0, 1]. ``"raw"``: the reranker's own number, a logit or, from a
             bi-encoder, a cosine. The margin is in units of these scores.
         timeout: Seconds that a batch may go without finished work of the server, reconnecting included, before the step
@@ -100,14 +101,13 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         gather_across_devices: Whether the documents of all devices are candidates for each device's anchors. Texts and
             embeddings are gathered; each device has its own anchors scored.
         candidates: ``"all"``: every pair is scored. ``"nearest"``: each anchor's own documents, and the pairs whose
-            document the ``preselector`` finds nearest to the anchor, compared with the anchor's own positive.
-            ``"mass"``: for each anchor the candidates that the model finds most similar, until those without a score
-            hold at most ``epsilon`` of the softmax denominator. A candidate without a score stays a negative.
-            ``docs/training.md`` says which to take.
-        epsilon: Largest share of an anchor's softmax denominator that candidates without a score may hold; further
-            ones are scored for anchors above it. The loss is then above the full one by at most ``-log(1 - epsilon)``.
-            Default: 1e-3 with ``"mass"``, and no bound with ``"nearest"``.
-        max_candidates: The most candidates of an anchor that are scored because of ``epsilon``, beside the documents of
+            document the ``preselector`` finds nearest to the anchor, compared with the anchor's own positive; with
+            ``top_p`` further ones. A candidate without a score stays a negative. ``docs/training.md`` says which to
+            take.
+        top_p: With ``candidates="nearest"``, such as 0.999: further candidates are scored, in the order of the model's
+            own similarities, until those with a score hold this share of each anchor's softmax denominator. The loss is
+            then above the full one by at most ``-log(top_p)``. Default: no further candidates.
+        max_candidates: The most candidates of an anchor that are scored because of ``top_p``, beside the documents of
             its own row. The bound does not hold for anchors that would need more; they are counted. Default: no limit.
         on_error: ``"raise"``: a step fails if its scores do not arrive. ``"unfiltered"``: the step trains without the
             filter, is counted, and leads to a warning. A server with another contract, or one that refuses the
@@ -125,8 +125,8 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         preselector: With ``candidates="nearest"``, a fast model that judges somewhat like the reranker: the address of
             a served bi-encoder (or a list of addresses, or a ``RerankerClient``), a SentenceTransformer, which embeds
             in a background thread, or a function from a list of texts to their embeddings, shape ``(texts, dim)``. Each
-            text is embedded once; the embeddings of the last 131,072 texts are remembered.
-        per_anchor: With ``candidates="nearest"``, the number of preselected pairs of an anchor: a mean over the batch
+            text is embedded once; the embeddings of the last 131,072 texts are remembered. Not needed with ``top_p``.
+        per_anchor: With a ``preselector``, the number of preselected pairs of an anchor: a mean over the batch
             and, with ``gather_across_devices``, for the documents of each device. ``"auto"``: as many as the servers
             can score while a step trains, as measured; pairs that are late are not waited for.
         max_wait: Most seconds that a step waits for scores. Pairs whose scores are late stay negatives and are counted,
@@ -193,7 +193,11 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         statistics: Counts of the filter and sums of the distillation term since the last ``statistics.reset()``.
     """
 
-    @accept_former_names(reranker_url="reranker", reranker_batch_size="chunk_pairs")
+    max_length = former_attribute("max_length", "reranker_max_length")
+    epsilon = former_attribute("epsilon", "top_p", complement=True)
+
+    @accept_mass
+    @accept_former_names(reranker_url="reranker", reranker_batch_size="chunk_pairs", max_length="reranker_max_length")
     def __init__(
         self,
         model: SentenceTransformer,
@@ -206,7 +210,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         margin: float = 0.0,
         chunk_pairs: int | None = None,
         instruction: str | None = None,
-        max_length: int | None = None,
+        reranker_max_length: int | None = None,
         score_type: ScoreType = "probability",
         timeout: float | None = None,
         contrast_anchors: bool = False,
@@ -214,7 +218,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         contrast_filter: ContrastFilter = "known",
         gather_across_devices: bool = False,
         candidates: Candidates = "all",
-        epsilon: float | None = None,
+        top_p: float | None = None,
         max_candidates: int | None = None,
         on_error: OnError = "raise",
         distillation: Distillation | None = None,
@@ -239,7 +243,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         self.margin = margin
         self.chunk_pairs = chunk_pairs
         self.instruction = instruction
-        self.max_length = max_length
+        self.reranker_max_length = reranker_max_length
         self.score_type = score_type
         self.timeout = timeout
         self.contrast_anchors = contrast_anchors
@@ -247,7 +251,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
         self.contrast_filter = contrast_filter
         self.gather_across_devices = gather_across_devices
         self.candidates = candidates
-        self.epsilon = epsilon
+        self.top_p = top_p
         self.max_candidates = max_candidates
         self.per_anchor = per_anchor
         self.max_wait = max_wait
@@ -344,11 +348,11 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
     def _scoring_settings(self) -> ScoringSettings:
         return ScoringSettings(
             instruction=self.instruction,
-            max_length=self.max_length,
+            max_length=self.reranker_max_length,
             # Targets need raw scores, from which the loss computes probabilities by itself.
             score_type=self.score_type if self.distillation is None else "raw",
             candidates=self.candidates,
-            epsilon=MASS_EPSILON if self.epsilon is None and self.candidates == "mass" else self.epsilon,
+            top_p=self.top_p,
             max_candidates=self.max_candidates,
             per_anchor=self.per_anchor,
             contrast_anchors=self.contrast_anchors,

@@ -79,12 +79,11 @@ def served_options(plan: Plan, served: Served) -> dict[str, Any]:
     """Return the arguments of ``RerankerCachedGISTEmbedLoss`` for settings of the plan."""
     margin = served.margin
     return {
-        "max_length": max_length(plan, served.guide),
+        "reranker_max_length": max_length(plan, served.guide),
         "score_type": "raw" if margin is None else SCORE_TYPES[served.guide],
         "margin_strategy": "absolute" if margin is None else margin.strategy,
         "margin": _MASKS_ALL if margin is None else margin.value,
         "candidates": served.candidates,
-        "epsilon": 1e-3 if served.candidates == "mass" else None,
         "distillation": served.distillation,
         **_hardness_options(served.hardness),
     }

@@ -55,9 +55,9 @@ class MeanScores:
         return self._jobs[0].shape
 
     @property
-    def seconds_waited(self) -> float:
+    def wait_seconds(self) -> float:
         """Seconds that readers have waited so far; they wait for one member after the other."""
-        return sum(job.seconds_waited for job in self._jobs)
+        return sum(job.wait_seconds for job in self._jobs)
 
     @property
     def usage(self) -> ScoreUsage:

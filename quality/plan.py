@@ -88,7 +88,7 @@ class Served:
 
     guide: Guide
     margin: Margin | None
-    candidates: Literal["all", "nearest", "mass"] = "all"
+    candidates: Literal["all", "nearest"] = "all"
     per_anchor: float | Literal["auto"] | None = None
     distillation: Distillation | None = None
     hardness: tuple[HardnessMode, float] | None = None
@@ -97,8 +97,6 @@ class Served:
     def name(self) -> str:
         """Name in the tables; different for all settings that are compared."""
         parts = [f"{self.guide}, {self.margin or 'no contrast'}"]
-        if self.candidates == "mass":
-            parts.append("mass")
         if self.candidates == "nearest":
             parts.append(f"nearest {self.per_anchor}")
         if self.distillation is not None:

@@ -9,9 +9,11 @@ import sys
 import threading
 import time
 
+import structlog
 from pydantic import ValidationError
 from pydantic_settings import CliApp, SettingsError
 
+from .former_names import take_former_names
 from .observing.logs import configure_logs
 from .settings import Settings, variable_errors
 
@@ -23,6 +25,7 @@ def main() -> None:
 
     With the word "check" as first argument, a model is checked instead; see ``check.main`` for the exit status.
     """
+    former_names = take_former_names(sys.argv, os.environ)
     if unknown := variable_errors(os.environ.items()):
         for message in unknown:
             print(f"reranker-service: {message}", file=sys.stderr)
@@ -44,6 +47,8 @@ def main() -> None:
         print(f"reranker-service: {error}", file=sys.stderr)
         sys.exit(2)
     configure_logs(settings.log_format, settings.log_level)
+    for former, present in former_names.items():
+        structlog.get_logger().warning("former name", name=former, use=present)
     # Imported here, so that --help and wrong settings do not wait for the server's imports.
     from .server import serve
 

@@ -98,7 +98,7 @@ async def _serve(settings: Settings, guard: Guard, stop: asyncio.Event, observin
     servicer = RerankerServicer(
         metrics, Admission(settings.memory_bytes, settings.max_streams, settings.stream_idle_seconds)
     )
-    calls = CallLimit(SERVICE, SCORING_RPCS, settings.max_calls, metrics)
+    calls = CallLimit(SERVICE, SCORING_RPCS, settings.max_concurrent_rpcs, metrics)
     checks = Health()
     described = Reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME))
     await _set_health(checks, _NOT_SERVING)
@@ -182,8 +182,8 @@ async def _serve(settings: Settings, guard: Guard, stop: asyncio.Event, observin
         if watchdog is not None:
             watchdog.cancel()
         await checks.enter_graceful_shutdown()
-        log.info("stopping", grace=settings.grace)
-        await listener.stop(settings.grace if status == 0 else 0.5, calls.wait_idle())
+        log.info("stopping", graceful_timeout=settings.graceful_timeout)
+        await listener.stop(settings.graceful_timeout if status == 0 else 0.5, calls.wait_idle())
         if scorer is not None:
             scorer.close()
         if loaded is not None:

@@ -149,7 +149,7 @@ class Settings(BaseSettings):
         description="largest size of the cache on disk, in bytes; a full cache drops the model that was used least "
         "recently and, without one, takes no new scores",
     )
-    grace: float = Field(
+    graceful_timeout: float = Field(
         30.0, ge=0, description="seconds that calls in flight may take to finish after SIGTERM or SIGINT"
     )
     stall_seconds: float = Field(
@@ -158,7 +158,7 @@ class Settings(BaseSettings):
         description="seconds in which the engine holds work and finishes none of it, after which health is NOT_SERVING "
         "until it finishes some; 0 turns this watchdog off",
     )
-    max_calls: int = Field(
+    max_concurrent_rpcs: int = Field(
         4096,
         ge=1,
         description="most scoring calls in flight; a further one is refused with RESOURCE_EXHAUSTED. Health checks, "

@@ -24,8 +24,8 @@ from .training import MemoryScorer, MemoryScores, assert_same_gradients, dataset
 
 RANKS, ROWS, BATCHES = 2, 2, 12
 CONTRAST: dict[str, Any] = {"contrast_anchors": True, "contrast_positives": True, "contrast_filter": "scores"}
-OPTIONS: list[dict[str, Any]] = [{}, CONTRAST, {"candidates": "mass", "epsilon": 0.3}, NEAREST]
-MASS, PRESELECTED = 2, 3
+OPTIONS: list[dict[str, Any]] = [{}, CONTRAST, {"candidates": "nearest", "top_p": 1 - 0.3}, NEAREST]
+TOP_P, PRESELECTED = 2, 3
 
 Action = tuple[Any, ...]
 
@@ -85,7 +85,7 @@ SCENARIOS: dict[str, list[list[Action]]] = {
 }
 RUNS = [
     *((0, scenario) for scenario in SCENARIOS),
-    *((options, scenario) for options in (1, MASS) for scenario in ("one batch ahead", "dropped on one rank")),
+    *((options, scenario) for options in (1, TOP_P) for scenario in ("one batch ahead", "dropped on one rank")),
     *((PRESELECTED, scenario) for scenario in SCENARIOS if "other" not in str(SCENARIOS[scenario])),
 ]
 

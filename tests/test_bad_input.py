@@ -73,7 +73,7 @@ def test_a_status_names_as_many_violations_as_headers_have_room_for(cross_encode
 
 
 def test_more_calls_than_the_server_takes_are_refused_at_once(cross_encoder: object) -> None:
-    flags = ["--model", str(cross_encoder), "--engine", "torch", "--threads", "1", "--max-calls", "1"]
+    flags = ["--model", str(cross_encoder), "--engine", "torch", "--threads", "1", "--max-concurrent-rpcs", "1"]
     with ServerProcess(*flags) as server, grpc.insecure_channel(server.address) as channel:
         stub = rpc.RerankerServiceStub(channel)
         outgoing: queue.SimpleQueue[pb.RerankStreamRequest | None] = queue.SimpleQueue()

@@ -141,11 +141,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> SentenceTransformer:
 
 
 def calculation(
-    model: SentenceTransformer, candidates: Any, epsilon: float = 1e-3
+    model: SentenceTransformer, candidates: Any, top_p: float = 0.999
 ) -> tuple[Calculation, list[torch.Tensor], Guide]:
     guide = Guide(unit_vectors(TEXTS, 0))
     embeddings = [torch.randn(24, 16, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
-    loss = RerankerCachedGISTEmbedLoss(model, guide, 0.05, 5, score_type="raw", candidates=candidates, epsilon=epsilon)
+    loss = RerankerCachedGISTEmbedLoss(model, guide, 0.05, 5, score_type="raw", candidates=candidates, top_p=top_p)
     return calculate(loss, guide, COLUMNS, embeddings), embeddings, guide
 
 
@@ -167,7 +167,7 @@ def test_candidates_are_compared_with_all_pairs(model: SentenceTransformer) -> N
     full = calculation(model, "all")[0]
     same = Comparison.of(full, full)
     assert (same.share, same.rounds, same.loss, same.gradient, same.seconds) == (1.0, 1, 0.0, 0.0, 1.0)
-    some = Comparison.of(calculation(model, "mass", epsilon=0.2)[0], full)
+    some = Comparison.of(calculation(model, "nearest", top_p=0.8)[0], full)
     assert 24 / 24**2 < some.share < 1
     assert some.rounds <= 10
     assert 0 < some.loss <= -math.log(1 - 0.2)
@@ -199,7 +199,7 @@ def test_a_small_run_measures_draws_and_writes(tmp_path: Path) -> None:
     assert by_name["minilm, batch 64, T 0.05: loss - full loss"].reached
     assert by_name["student, batch 64, T 0.01: rounds"].spread.value <= 10
     assert by_name["2 columns, all: processor time a pair"].target == 1.0
-    assert by_name["2 columns, mass: step / without a reranker"].spread.value > 0
+    assert by_name["2 columns, nearest: step / without a reranker"].spread.value > 0
     assert len(json.loads((tmp_path / "loss.json").read_text())) == len(figures)
     assert by_name["auto, score all/train 64: step / max(train, own documents)"].spread.value > 0.9
     share = by_name["random, margin 0.05, nearest by minilm: masks found with 2 pairs a mask"].spread.value

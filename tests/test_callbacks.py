@@ -82,21 +82,21 @@ def test_the_logs_hold_what_the_loss_counted(directory: Path, model: SentenceTra
     assert (len(training), len(evaluation)) == (2, 1)
     names = {name.removeprefix("reranker/") for name in training[0] if name.startswith("reranker/")}
     assert names == {
-        "masked_share", "outscored_positives", "positive_score", "negative_score", "pairs", "cached_pairs",
-        "remembered_pairs", "skipped_pairs", "seconds_waited", "servers", "unscored_share", "reconnects",
+        "masked_fraction", "outscored_fraction", "positive_score", "negative_score", "pairs", "cached_pairs",
+        "client_cached_pairs", "skipped_pairs", "wait_seconds", "servers", "unscored_fraction", "reconnects",
         "unfiltered_steps",
     }  # fmt: skip
     assert all(entry["reranker/pairs"] == BATCH * 2 * BATCH for entry in training)
     assert evaluation[0]["eval_reranker/pairs"] == BATCH * 2 * BATCH
     # Half of random scores are above another one.
-    assert all(0.2 < entry["reranker/masked_share"] < 0.8 for entry in training)
+    assert all(0.2 < entry["reranker/masked_fraction"] < 0.8 for entry in training)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert [entry["reranker/masked_share"] for entry in history] == [
-        entry["reranker/masked_share"] for entry in training
+    assert [entry["reranker/masked_fraction"] for entry in history] == [
+        entry["reranker/masked_fraction"] for entry in training
     ]
     counts, parts = loss.statistics, [*training * 2, *evaluation * 2]
     assert counts.steps == len(parts) == 6
-    masked = [value for part in parts for name, value in part.items() if name.endswith("reranker/masked_share")]
+    masked = [value for part in parts for name, value in part.items() if name.endswith("reranker/masked_fraction")]
     assert np.mean(masked) == pytest.approx(counts.masked_negatives / counts.negatives)
 
 
@@ -119,9 +119,9 @@ def test_means_of_scores_are_those_of_the_scores(directory: Path, model: Sentenc
     def score(queries: Any, documents: Any) -> np.ndarray:
         return np.array([[0.75 if (q, d) in positives else 0.25 for d in documents] for q in queries], np.float32)
 
-    for candidates in ("all", "mass"):
+    for candidates in ("all", "nearest"):
         # Capped, so that some pairs are skipped whatever the weights of the model.
-        cap = {"max_candidates": 2} if candidates == "mass" else {}
+        cap = {"top_p": 0.999, "max_candidates": 2} if candidates == "nearest" else {}
         loss, reporter = make(model, MemoryScorer(score), candidates=candidates, **cap), Reporter()
         trainer = trainer_for(directory, model, loss, [reporter], eval_strategy="no")
         RerankerMetricsCallback(loss).attach(trainer)
@@ -129,9 +129,9 @@ def test_means_of_scores_are_those_of_the_scores(directory: Path, model: Sentenc
         entry = reporter.entries[0]
         assert entry["reranker/positive_score"] == pytest.approx(0.75)
         assert entry["reranker/negative_score"] == pytest.approx(0.25)
-        assert entry["reranker/outscored_positives"] == 0
-        assert entry["reranker/masked_share"] == 0
-        assert (entry["reranker/skipped_pairs"] > 0) == (candidates == "mass")
+        assert entry["reranker/outscored_fraction"] == 0
+        assert entry["reranker/masked_fraction"] == 0
+        assert (entry["reranker/skipped_pairs"] > 0) == (candidates == "nearest")
 
 
 def test_steps_without_scores_are_counted(directory: Path, model: SentenceTransformer) -> None:

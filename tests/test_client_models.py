@@ -32,14 +32,14 @@ def test_four_ranks_spread_over_four_servers_and_leave_the_global_random_state_a
 ) -> None:
     servers = [StubServer(), StubServer(), StubServer(), StubServer()]
     with servers[0], servers[1], servers[2], servers[3]:
-        targets = [server.target for server in servers]
+        addresses = [server.target for server in servers]
         for name, value in MASTER.items():
             monkeypatch.setenv(name, value)
         for rank in range(4):
             monkeypatch.setenv("RANK", str(rank))
             random.seed(42)
             before = random.getstate()
-            with RerankerClient(targets, timeout=WAIT_SECONDS) as client:
+            with RerankerClient(addresses, timeout=WAIT_SECONDS) as client:
                 client.score_grid([f"step of rank {rank}"], ["d"])
             assert random.getstate() == before
         assert [len(server.streams) for server in servers] == [1, 1, 1, 1]
@@ -140,8 +140,8 @@ def test_batches_of_one_job_do_not_mix_models() -> None:
 def test_a_server_that_serves_the_right_model_again_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loss_client.client.endpoints._OTHER_MODEL_SECONDS", 0.0)
     with StubServer() as first, StubServer() as second, StubServer(fingerprint="another") as other:
-        targets = [first.target, second.target, other.target]
-        with RerankerClient(targets, timeout=WAIT_SECONDS) as client:
+        addresses = [first.target, second.target, other.target]
+        with RerankerClient(addresses, timeout=WAIT_SECONDS) as client:
             client.score_grid(["q"], ["d"])
             other.fingerprint = "stub"
             for _ in range(3):

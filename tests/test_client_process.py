@@ -201,7 +201,7 @@ def test_tls() -> None:
         with RerankerClient(f"grpcs://{server.target}", timeout=0.5) as client:
             with pytest.raises(RerankerUnavailableError, match="grpcs://"):
                 client.model_info()  # no authority that TLS trusts signed the certificate
-    with pytest.raises(ValueError, match="no target uses TLS"):
+    with pytest.raises(ValueError, match="no address uses TLS"):
         RerankerClient("localhost:1", root_certificates=certificate)
 
 

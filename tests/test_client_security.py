@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from loss_client import RemoteCrossEncoder, RerankerClient
+from loss_client.client.addresses import parse_addresses
 from loss_client.client.errors import RerankerError, RerankerRequestError, RerankerUnavailableError
-from loss_client.client.targets import parse_targets
 
 from .certificates import Authority
 from .stub_server import Abort, StubServer, hash_scores
@@ -87,7 +87,7 @@ def test_a_changed_token_file_is_read_again(server: StubServer, token_file: Path
 
 
 @pytest.mark.parametrize(
-    ("target", "local"),
+    ("address", "local"),
     [
         ("localhost:1", True),
         ("LOCALHOST:1", True),
@@ -113,16 +113,16 @@ def test_a_changed_token_file_is_read_again(server: StubServer, token_file: Path
         ("xds:///localhost:1", False),
     ],
 )
-def test_a_token_is_not_sent_to_another_machine_without_tls(target: str, local: bool) -> None:
-    assert parse_targets(target)[0].local is local
+def test_a_token_is_not_sent_to_another_machine_without_tls(address: str, local: bool) -> None:
+    assert parse_addresses(address)[0].local is local
     if local:
-        RerankerClient(target, token=TOKEN).close()
+        RerankerClient(address, token=TOKEN).close()
         return
-    with pytest.raises(ValueError, match="write the target as 'grpcs://host:port'") as caught:
-        RerankerClient(target, token=TOKEN)
+    with pytest.raises(ValueError, match="write the address as 'grpcs://host:port'") as caught:
+        RerankerClient(address, token=TOKEN)
     assert TOKEN not in str(caught.value)
-    RerankerClient(target, token=TOKEN, plaintext_token=True).close()
-    RerankerClient(target).close()
+    RerankerClient(address, token=TOKEN, plaintext_token=True).close()
+    RerankerClient(address).close()
 
 
 def test_one_open_target_of_a_list_is_enough_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +155,7 @@ def test_wrong_arguments_are_errors_without_secrets(arguments: dict[str, Any], w
 
 @pytest.mark.parametrize("name", ["root_certificates", "client_certificate", "client_key"])
 def test_certificates_without_tls_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} .* given but no target uses TLS"):
+    with pytest.raises(ValueError, match=f"{name} .* given but no address uses TLS"):
         RerankerClient("localhost:1", **{name: b"-----BEGIN "})
 
 
@@ -166,21 +166,21 @@ def test_tls_and_mutual_tls_from_bytes_files_and_variables(tmp_path: Path, monke
     pairs = [(key.read_bytes(), cert.read_bytes())]
     credentials = grpc.ssl_server_credentials(pairs, authority.ca.read_bytes(), require_client_auth=True)
     with StubServer(credentials=credentials) as server:
-        target = f"grpcs://{server.target}"
+        address = f"grpcs://{server.target}"
         files = {"root_certificates": authority.ca, "client_certificate": client_cert, "client_key": client_key}
         for given in files, {name: path.read_bytes() for name, path in files.items()}:
-            with RerankerClient(target, token=TOKEN, **given) as client:
+            with RerankerClient(address, token=TOKEN, **given) as client:
                 assert f"Bearer {TOKEN}" in sent(server, client)
         strange = stranger.issue("client", "trainer@example.org")
         for wrong in {"root_certificates": authority.ca}, {**files, **dict(zip(list(files)[1:], strange, strict=True))}:
-            with RerankerClient(target, timeout=0.5, **wrong) as client, pytest.raises(RerankerError):
+            with RerankerClient(address, timeout=0.5, **wrong) as client, pytest.raises(RerankerError):
                 client.model_info()
-        with RerankerClient(target, timeout=3, **{**files, "root_certificates": stranger.ca}) as client:
+        with RerankerClient(address, timeout=3, **{**files, "root_certificates": stranger.ca}) as client:
             with pytest.raises(RerankerUnavailableError, match="RERANKER_CLIENT_TLS_CA"):
                 client.model_info()
         for name, path in zip(("TLS_CA", "TLS_CERT", "TLS_KEY"), files.values(), strict=True):
             monkeypatch.setenv(f"RERANKER_CLIENT_{name}", str(path))
-        with RerankerClient(target) as client:
+        with RerankerClient(address) as client:
             sent(server, client)
 
 

@@ -13,11 +13,11 @@ import pytest
 
 from chaos.ledger import CountedMatrix, counted_matrices
 from loss_client import RerankerClient, RerankerError, RerankerRequestError, ScoreMatrix
+from loss_client.client.addresses import parse_addresses
 from loss_client.client.chunks import Chunk, grid_chunks
 from loss_client.client.columns import Columns
 from loss_client.client.endpoints import ChannelSettings
 from loss_client.client.names import Names
-from loss_client.client.targets import parse_targets
 from loss_client.client.window import Window
 from reranker.v1 import reranker_pb2 as pb
 
@@ -293,7 +293,7 @@ def test_a_running_job_follows_the_addresses_of_a_name(addresses: list[str]) -> 
                 first.wait_for(lambda: first.streams and len(first.streams[0].answered) > 2)
                 addresses.append("127.0.0.2")
                 second.wait_for(lambda: second.streams and len(second.streams[0].answered) > 2)
-                assert sorted(state.target for state in client.servers) == [
+                assert sorted(state.address for state in client.servers) == [
                     f"127.0.0.1:{first.port} (reranker.test)",
                     f"127.0.0.2:{first.port} (reranker.test)",
                 ]
@@ -318,7 +318,7 @@ def test_a_running_job_follows_the_addresses_of_a_name(addresses: list[str]) -> 
                 for number in range(3):
                     client.score_grid([f"q{number}"], ["d"])
                 assert len(first.streams) == asked
-                assert [state.target for state in client.servers] == [f"127.0.0.2:{first.port} (reranker.test)"]
+                assert [state.address for state in client.servers] == [f"127.0.0.2:{first.port} (reranker.test)"]
 
 
 def test_an_unknown_name_gives_grpcs_error_and_is_looked_up_again(addresses: list[str]) -> None:
@@ -336,9 +336,9 @@ def test_the_certificate_is_for_the_name_and_not_for_the_address(addresses: list
         cert, key = authority.issue("server", name)
         credentials = grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
         with StubServer(credentials=credentials) as server:
-            target = f"grpcs://reranker.test:{server.port}"
+            address = f"grpcs://reranker.test:{server.port}"
             with RerankerClient(
-                target, timeout=WAIT_SECONDS if right else 1.0, root_certificates=authority.ca
+                address, timeout=WAIT_SECONDS if right else 1.0, root_certificates=authority.ca
             ) as client:
                 if right:
                     assert client.score_grid(["q"], ["d"]).shape == (1, 1)
@@ -365,12 +365,12 @@ def test_the_certificate_is_for_the_name_and_not_for_the_address(addresses: list
         ("xds:///gpu", None),
     ],
 )
-def test_host_names_are_told_from_other_targets(written: str, name: tuple[str, int] | None) -> None:
-    (target,) = parse_targets(written)
-    assert target.name == name
+def test_host_names_are_told_from_other_addresses(written: str, name: tuple[str, int] | None) -> None:
+    (address,) = parse_addresses(written)
+    assert address.name == name
     if name is not None:
-        assert target.at("2001:db8::1").address == f"[2001:db8::1]:{name[1]}"
-        assert target.at("10.0.0.7").authority == f"{name[0]}:{name[1]}"
-        settings = ChannelSettings((target,))
-        assert Names(settings, environment={"https_proxy": "http://proxy:3128"}).endpoints[0].target == target
+        assert address.at("2001:db8::1").target == f"[2001:db8::1]:{name[1]}"
+        assert address.at("10.0.0.7").authority == f"{name[0]}:{name[1]}"
+        settings = ChannelSettings((address,))
+        assert Names(settings, environment={"https_proxy": "http://proxy:3128"}).endpoints[0].address == address
         assert Names(settings, environment={}).any

@@ -20,8 +20,8 @@ from loss_client import (
     RerankerTimeoutError,
     RerankerUnavailableError,
 )
+from loss_client.client.addresses import Address
 from loss_client.client.endpoints import ChannelSettings, Endpoint
-from loss_client.client.targets import Target
 from reranker.v1 import reranker_pb2 as pb
 from tests.stub_server import (
     Abort,
@@ -202,7 +202,7 @@ def test_a_limit_that_passed_while_the_process_stood_still_is_no_stall(monkeypat
 
 
 def endpoint() -> Endpoint:
-    return Endpoint(Target("127.0.0.1:1", secure=False), ChannelSettings(()))
+    return Endpoint(Address("127.0.0.1:1", secure=False), ChannelSettings(()))
 
 
 @pytest.mark.parametrize(("failures", "longest"), [(1, 0.1), (2, 0.2), (4, 0.8), (9, 5.0)])

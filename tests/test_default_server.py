@@ -29,7 +29,7 @@ from .test_rpcs import DOCUMENTS, QUERIES, assert_all_close, through_every_rpc
 @pytest.fixture(scope="module")
 def default_server() -> Iterator[ServerProcess]:
     """The server that ``make serve`` starts: the embedded all-MiniLM-L6-v2, on vLLM."""
-    with ServerProcess("--grace", "240", fresh=True) as server:
+    with ServerProcess("--graceful-timeout", "240", fresh=True) as server:
         yield server
 
 

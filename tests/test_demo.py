@@ -191,8 +191,8 @@ def test_the_reranker_of_fixed_speed_finishes_one_job_after_the_other() -> None:
     assert second.rows(0, 1).shape == (1, 2)
     assert time.monotonic() - began >= 0.1
     assert first.rows(0, 2).shape == (2, 1)
-    assert first.seconds_waited == 0
-    assert 0 < second.seconds_waited <= 0.1
+    assert first.wait_seconds == 0
+    assert 0 < second.wait_seconds <= 0.1
 
 
 @pytest.mark.parametrize(

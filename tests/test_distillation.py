@@ -30,7 +30,7 @@ from reranker_service.scoring.scorer import Scorer
 
 from .soft_targets import TEMPERATURE, Reference, options_of
 from .stub_server import WAIT_SECONDS, StubServer
-from .test_loss_surroundings import BOTH, MASS, VARIANTS, batch, embeddings, pairwise
+from .test_loss_surroundings import BOTH, NUCLEUS, VARIANTS, batch, embeddings, pairwise
 from .test_prefetch import batch_of
 from .training import (
     MemoryScorer,
@@ -135,7 +135,7 @@ def test_matryoshka(model: SentenceTransformer) -> None:
 def test_where_not_all_is_scored_the_distributions_are_over_what_is(model: SentenceTransformer) -> None:
     columns, scorer = batch(), MemoryScorer(GUIDE)
     inputs = features(model, columns)
-    loss = make(model, Distillation(**FIXED), scorer, candidates="mass", epsilon=0.4)
+    loss = make(model, Distillation(**FIXED), scorer, candidates="nearest", top_p=1 - 0.4)
     found = loss_and_gradients(loss, inputs)
     known = {pair for job in scorer.jobs for pair in zip(job.queries, job.documents, strict=True)}
     assert loss.statistics.skipped_pairs > 5
@@ -164,7 +164,7 @@ def test_bfloat16(model: SentenceTransformer) -> None:
 # Equal anchors
 
 
-@pytest.mark.parametrize("variant", [{}, MASS])
+@pytest.mark.parametrize("variant", [{}, NUCLEUS])
 def test_the_positive_of_an_equal_anchor_is_no_negative(model: SentenceTransformer, variant: dict[str, Any]) -> None:
     columns = texts(2, 3)
     columns[0][2] = columns[0][0]
@@ -203,7 +203,7 @@ def test_hardness_equals_the_ranking_loss_where_nothing_is_masked(model: Sentenc
     ("more", "options"),
     [
         ({"hardness": ("in_batch_negatives", 5.0)}, {"hardness_mode": "in_batch_negatives", "hardness_strength": 5.0}),
-        ({"hardness": ("all_negatives", 5.0)}, {"hardness_mode": "all_negatives", "hardness_strength": 5.0, **MASS}),
+        ({"hardness": ("all_negatives", 5.0)}, {"hardness_mode": "all_negatives", "hardness_strength": 5.0, **NUCLEUS}),
         ({"hardness": ("hard_negatives", 5.0)}, {"hardness_mode": "hard_negatives", "hardness_strength": 5.0}),
     ],
 )
@@ -315,7 +315,7 @@ def bisected(entropy: Callable[[float], float], wanted: float) -> float:
     return low
 
 
-@pytest.mark.parametrize("variant", [{}, MASS])
+@pytest.mark.parametrize("variant", [{}, NUCLEUS])
 def test_the_temperature_gives_the_entropy_asked_for(model: SentenceTransformer, variant: dict[str, Any]) -> None:
     model.train()
     parts = [texts(4, 8), [column[::-1] for column in texts(4, 5)]]
@@ -458,7 +458,7 @@ def test_a_batch_that_was_begun_for_probabilities_is_asked_for_anew(model: Sente
     assert found == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
-@pytest.mark.parametrize("variant", [{}, MASS])
+@pytest.mark.parametrize("variant", [{}, NUCLEUS])
 def test_without_scores_a_step_trains_without_both(model: SentenceTransformer, variant: dict[str, Any]) -> None:
     inputs, options = features(model, batch()), {**variant, "on_error": "unfiltered"}
     model.train()

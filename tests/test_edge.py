@@ -52,7 +52,7 @@ EMPTY_REQUESTS = b"\x0a\x00"
 
 @pytest.fixture
 def server(cross_encoder: Path) -> Iterator[ServerProcess]:
-    with ServerProcess(*flags(cross_encoder), "--max-calls", "3") as running:
+    with ServerProcess(*flags(cross_encoder), "--max-concurrent-rpcs", "3") as running:
         yield running
 
 
@@ -346,7 +346,7 @@ def test_health_and_reflection_are_never_counted(server: ServerProcess) -> None:
         streams = [idle_stream(channel) for _ in range(3)]
         error = failure(lambda: stub_of(channel).Rerank(RERANK, timeout=10))
         assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert "--max-calls" in error.details()
+        assert "--max-concurrent-rpcs" in error.details()
         status, retry = rpc_status.from_call(error), error_details_pb2.RetryInfo()
         assert status.details[0].Unpack(retry)
         assert retry.retry_delay.ToMilliseconds() == 1000
@@ -373,7 +373,7 @@ def test_health_and_reflection_are_never_counted(server: ServerProcess) -> None:
 
 
 def test_half_sent_calls_count_and_refused_messages_are_not_read(cross_encoder: Path) -> None:
-    with ServerProcess(*flags(cross_encoder), "--max-calls", "1", "--metrics-port", "0") as server:
+    with ServerProcess(*flags(cross_encoder), "--max-concurrent-rpcs", "1", "--metrics-port", "0") as server:
         error = None
         for seconds in (0.2, 0.5, 1, 2, 5):
             with http2.connect(server.address) as half, grpc.insecure_channel(server.address) as channel:
@@ -405,7 +405,7 @@ def test_a_signal_ends_a_server_whose_download_hangs() -> None:
 
 
 def test_a_health_watcher_does_not_delay_the_end(cross_encoder: Path) -> None:
-    with ServerProcess(*flags(cross_encoder), "--grace", "60") as server:
+    with ServerProcess(*flags(cross_encoder), "--graceful-timeout", "60") as server:
         with grpc.insecure_channel(server.address) as channel:
             watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
             assert next(watch).status == SERVING
@@ -417,7 +417,7 @@ def test_a_health_watcher_does_not_delay_the_end(cross_encoder: Path) -> None:
 
 
 def test_a_scoring_call_is_waited_for_beside_a_health_watcher(cross_encoder: Path) -> None:
-    with holding(cross_encoder, "--grace", "60") as (server, call):
+    with holding(cross_encoder, "--graceful-timeout", "60") as (server, call):
         with grpc.insecure_channel(server.address) as channel:
             watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
             assert next(watch).status == SERVING

@@ -50,8 +50,8 @@ CONTRASTS: list[dict[str, Any]] = [
     {"contrast_anchors": True},
     {"contrast_positives": True, "contrast_filter": "scores"},
 ]
-# With an epsilon this small every candidate is scored.
-CHOICES: list[dict[str, Any]] = [{"candidates": "all"}, {"candidates": "mass", "epsilon": 1e-12}]
+# With top_p this close to 1 every candidate is scored.
+CHOICES: list[dict[str, Any]] = [{"candidates": "all"}, {"candidates": "nearest", "top_p": 1 - 1e-12}]
 
 
 def embed(batch: list[str]) -> NDArray[np.float64]:

@@ -63,7 +63,7 @@ def holding(model: Path, *flags: str) -> Iterator[tuple[ServerProcess, grpc.Futu
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_calls_in_flight_finish(cross_encoder: Path, number: signal.Signals) -> None:
-    with holding(cross_encoder, "--grace", "240") as (server, call):
+    with holding(cross_encoder, "--graceful-timeout", "240") as (server, call):
         with grpc.insecure_channel(server.address) as channel:
             health = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
             assert next(health).status == SERVING
@@ -78,7 +78,7 @@ def test_a_signal_lets_calls_in_flight_finish(cross_encoder: Path, number: signa
 
 
 def test_a_call_longer_than_the_grace_period_is_ended(cross_encoder: Path) -> None:
-    with holding(cross_encoder, "--grace", "0.2") as (server, call):
+    with holding(cross_encoder, "--graceful-timeout", "0.2") as (server, call):
         server.signal(signal.SIGTERM)
         assert call.exception().code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
         assert server.wait() == 0
@@ -142,7 +142,7 @@ def test_a_model_that_cannot_be_served(tmp_path: Path) -> None:
     [
         (["--port", "70000"], {}, "port"),
         (["--engine", "magic"], {}, "'auto', 'torch' or 'vllm'"),
-        ([], {"RERANKER_GRACE": "soon"}, "grace"),
+        ([], {"RERANKER_GRACEFUL_TIMEOUT": "soon"}, "graceful_timeout"),
         (["--limits.max-text-bytes", "0"], {}, "limits.max_text_bytes"),
         (["--no-such-flag", "1"], {}, "no-such-flag"),
         ([], {"RERANKER_CACHE_BYTE": "1"}, "the nearest is RERANKER_CACHE_BYTES"),
@@ -169,7 +169,7 @@ def test_help_lists_every_flag() -> None:
         "--default-length",
         "--max-length",
         "--limits.max-text-bytes",
-        "--grace",
+        "--graceful-timeout",
     ):
         assert flag in result.stdout
 

@@ -84,7 +84,7 @@ def test_the_reranker_gets_the_raw_texts_and_the_options(model: SentenceTransfor
         model,
         scorer,
         instruction="Find it",
-        max_length=99,
+        reranker_max_length=99,
         score_type="probability",
         chunk_pairs=7,
         timeout=5.0,
@@ -187,7 +187,7 @@ def test_present_names_of_arguments_give_no_warning(model: SentenceTransformer) 
 
 @pytest.mark.parametrize(("reranker", "error"), [([50051], TypeError), ([], ValueError), ("no port", ValueError)])
 def test_a_reranker_that_is_no_address_is_refused(model: SentenceTransformer, reranker: Any, error: Any) -> None:
-    with pytest.raises(error, match="target"):
+    with pytest.raises(error, match="address"):
         make(model, reranker)
 
 
@@ -311,7 +311,13 @@ def test_no_secret_of_an_address_reaches_the_card(model: SentenceTransformer, mo
 
 def test_a_trained_models_card_has_the_settings_and_the_citation(tmp_path: Path, model: SentenceTransformer) -> None:
     loss = make(
-        model, NamedScorer(), margin=0.2, margin_strategy="relative", candidates="mass", instruction="Find the answer"
+        model,
+        NamedScorer(),
+        margin=0.2,
+        margin_strategy="relative",
+        candidates="nearest",
+        top_p=0.999,
+        instruction="Find the answer",
     )
     args = SentenceTransformerTrainingArguments(str(tmp_path / "run"), report_to="none")
     data = Dataset.from_dict({"anchor": ["a", "b"], "positive": ["c", "d"]})

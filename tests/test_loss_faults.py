@@ -26,7 +26,10 @@ from .training import MemoryScorer, dataset, features, random_scores, student, t
 
 WAIT_SECONDS = 30.0
 GRIDS: dict[str, Any] = {"contrast_positives": True, "contrast_filter": "scores"}  # a step of two jobs
-ROUNDS: dict[str, Any] = {"candidates": "mass", "epsilon": 1e-6}  # a step of two or three jobs, one after the other
+ROUNDS: dict[str, Any] = {
+    "candidates": "nearest",
+    "top_p": 1 - 1e-6,
+}  # a step of two or three jobs, one after the other
 
 
 @pytest.fixture(scope="module")

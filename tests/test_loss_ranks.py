@@ -18,13 +18,13 @@ from loss_client.trainer import RerankerTrainer
 
 from .models import build_bi_encoder
 from .ranks import WAIT, run_ranks
-from .test_loss_surroundings import BOTH, MASS, expected_of, make
+from .test_loss_surroundings import BOTH, NUCLEUS, expected_of, make
 from .test_prefetch import arguments, used
 from .training import MemoryScorer, assert_same_gradients, dataset, features, gradients, random_scores, texts
 
 RANKS, ROWS = 2, 5
 SETTINGS: list[dict[str, Any]] = [{"find_unused_parameters": True}, {"find_unused_parameters": False}]
-VARIANTS: list[dict[str, Any]] = [BOTH, MASS]
+VARIANTS: list[dict[str, Any]] = [BOTH, NUCLEUS]
 
 Result = dict[str, Any]
 
@@ -192,6 +192,6 @@ def test_every_rank_logs_the_figures_of_all_ranks(trained: list[Result]) -> None
         negatives = sum(grid.size - len(grid) for grid in grids)
         for result in results:
             entry = result["history"][position]
-            assert entry[f"{prefix}reranker/masked_share"] == pytest.approx(above / negatives)
+            assert entry[f"{prefix}reranker/masked_fraction"] == pytest.approx(above / negatives)
             assert entry[f"{prefix}reranker/pairs"] == pytest.approx(np.mean([grid.size for grid in grids]))
             assert entry[f"{prefix}reranker/positive_score"] == pytest.approx(np.mean(np.concatenate(positives)))

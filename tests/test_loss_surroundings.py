@@ -48,13 +48,13 @@ from .training import (
 
 MARGIN, TEMPERATURE = 0.1, 0.05
 BOTH: dict[str, Any] = {"contrast_anchors": True, "contrast_positives": True}
-# With an epsilon this small every candidate is scored.
-MASS: dict[str, Any] = {"candidates": "mass", "epsilon": 1e-12}
+# With top_p this close to 1 every candidate is scored.
+NUCLEUS: dict[str, Any] = {"candidates": "nearest", "top_p": 1 - 1e-12}
 VARIANTS: dict[str, dict[str, Any]] = {
     "all": {},
-    "mass": MASS,
+    "nucleus": NUCLEUS,
     "all, contrast known": BOTH,
-    "mass, contrast by scores": {**MASS, **BOTH, "contrast_filter": "scores"},
+    "nucleus, contrast by scores": {**NUCLEUS, **BOTH, "contrast_filter": "scores"},
 }
 
 
@@ -290,7 +290,9 @@ _INDUCTOR = pytest.param(
 )
 
 
-@pytest.mark.parametrize(("backend", "options"), [("eager", BOTH), ("aot_eager", {}), ("aot_eager", MASS), _INDUCTOR])
+@pytest.mark.parametrize(
+    ("backend", "options"), [("eager", BOTH), ("aot_eager", {}), ("aot_eager", NUCLEUS), _INDUCTOR]
+)
 def test_compiled_models(model: SentenceTransformer, backend: str, options: dict[str, Any]) -> None:
     from torch._inductor import config
 
@@ -351,7 +353,7 @@ def test_weights_in_bfloat16(model: SentenceTransformer, variant: dict[str, Any]
 def test_under_autocast_both_ways_of_choosing_candidates_agree(model: SentenceTransformer, dtype: torch.dtype) -> None:
     inputs = features(model, batch())
     results = []
-    for options in ({}, MASS):
+    for options in ({}, NUCLEUS):
         with torch.autocast("cpu", dtype=dtype):
             loss = make(model, MemoryScorer(random_scores()), **BOTH, **options)
             value = loss(inputs, None)
@@ -417,7 +419,7 @@ def test_choosing_candidates_equals_the_local_loss_when_its_guide_is_served(
     judge, columns = guide(directory), texts(4, 8)
     reference = CachedGISTEmbedLoss(model, judge, temperature=TEMPERATURE, mini_batch_size=3, margin=MARGIN)
     expected = loss_and_gradients(reference, features(model, columns, raw=False))
-    loss = make(model, MemoryScorer(cosines_of(judge)), **MASS, **BOTH, contrast_filter="scores")
+    loss = make(model, MemoryScorer(cosines_of(judge)), **NUCLEUS, **BOTH, contrast_filter="scores")
     found = loss_and_gradients(loss, features(model, columns))
     assert found[0] == pytest.approx(expected[0], abs=1e-5)
     assert_same_gradients(found[1], expected[1])
@@ -505,7 +507,7 @@ def test_a_large_grid_is_never_in_memory_as_a_whole(model: SentenceTransformer) 
         assert not matrix._blocks
 
 
-@pytest.mark.parametrize("options", [BOTH, {**BOTH, "contrast_filter": "scores"}, {**BOTH, **MASS}])
+@pytest.mark.parametrize("options", [BOTH, {**BOTH, "contrast_filter": "scores"}, {**BOTH, **NUCLEUS}])
 def test_a_client_holds_no_scores_when_the_loss_returns(model: SentenceTransformer, options: dict[str, Any]) -> None:
     with StubServer() as server, WatchedClient(server.target, Pace()) as client:
         make(model, client, **options)(features(model, batch()), None)
@@ -516,7 +518,7 @@ def test_a_client_holds_no_scores_when_the_loss_returns(model: SentenceTransform
 # Failures
 
 
-@pytest.mark.parametrize("candidates", ["all", "mass"])
+@pytest.mark.parametrize("candidates", ["all", "nearest"])
 @pytest.mark.parametrize(
     ("strategy", "margin", "message"),
     [
@@ -530,7 +532,7 @@ def test_a_margin_that_cannot_work_is_refused_when_it_is_set_later(
     model: SentenceTransformer, candidates: str, strategy: str, margin: float, message: str
 ) -> None:
     scorer, inputs = MemoryScorer(random_scores()), features(model, texts(2, 4))
-    loss = make(model, scorer, score_type="probability", margin_strategy=strategy, candidates=candidates)
+    loss = make(model, scorer, score_type="probability", margin_strategy=strategy, candidates=candidates, top_p=0.999)
     loss(inputs, None)
     asked = len(scorer.jobs)
     loss.margin = margin
@@ -553,10 +555,10 @@ def test_a_schedule_that_sets_such_a_margin_ends_training(directory: Path, model
     assert loss.statistics.steps == 1
 
 
-@pytest.mark.parametrize("candidates", ["all", "mass"])
+@pytest.mark.parametrize("candidates", ["all", "nearest"])
 def test_what_was_begun_for_a_bad_batch_is_cancelled(model: SentenceTransformer, candidates: str) -> None:
     scorer = MemoryScorer(random_scores())
-    loss = make(model, scorer, candidates=candidates)
+    loss = make(model, scorer, candidates=candidates, top_p=0.999)
     collator = RerankerDataCollator.for_training(model, loss=loss)
     inputs = batch_of(collator([dict(row) for row in dataset(3, 4)]))
     inputs[2]["raw_text"] = inputs[2]["raw_text"][:3]
@@ -578,14 +580,14 @@ def test_static_embeddings_are_refused_behind_a_router_and_a_compiler(model: Sen
             make(wrapped, MemoryScorer(random_scores()))
 
 
-@pytest.mark.parametrize("candidates", ["all", "mass"])
+@pytest.mark.parametrize("candidates", ["all", "nearest"])
 @pytest.mark.parametrize("on_error", ["raise", "unfiltered"])
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_server_with_another_contract_stops_the_first_step(
     model: SentenceTransformer, candidates: str, on_error: str, ahead: bool
 ) -> None:
     with StubServer(contract=(2, 0)) as server, RerankerClient(server.target, timeout=WAIT_SECONDS) as client:
-        loss = make(model, client, candidates=candidates, on_error=on_error)
+        loss = make(model, client, candidates=candidates, top_p=0.999, on_error=on_error)
         collator = RerankerDataCollator.for_training(model, loss=loss if ahead else None)
         with pytest.raises(IncompatibleServerError, match=r"speaks contract 2\.0; this client needs 1\.x"):
             loss(batch_of(collator([dict(row) for row in dataset(3, 4)])), None)

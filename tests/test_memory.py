@@ -63,7 +63,7 @@ def test_a_pair_is_remembered(server: StubServer, client: RerankerClient) -> Non
     found = matrix.result(WAIT_SECONDS)[:, 0]
     np.testing.assert_array_equal(found, [hash_scores(["q2"], ["d0"])[0, 0], first[1], first[0]])
     assert asked(server) == 3
-    assert (matrix.usage.pairs, matrix.usage.remembered_pairs) == (3, 2)
+    assert (matrix.usage.pairs, matrix.usage.client_cached_pairs) == (3, 2)
     np.testing.assert_array_equal(client.score_pairs(pairs), first)
     assert asked(server) == 3
 
@@ -95,15 +95,15 @@ def test_another_model_is_asked_anew(server: StubServer, client: RerankerClient)
 
 
 def test_the_memory_can_be_turned_off_and_has_a_limit(server: StubServer) -> None:
-    with RerankerClient(server.target, remembered_pairs=0, timeout=WAIT_SECONDS) as client:
+    with RerankerClient(server.target, cache_pairs=0, timeout=WAIT_SECONDS) as client:
         client.score_pairs([("q", "d")])
         client.score_pairs([("q", "d")])
     assert asked(server) == 2
-    with RerankerClient(server.target, remembered_pairs=3, timeout=WAIT_SECONDS) as client:
+    with RerankerClient(server.target, cache_pairs=3, timeout=WAIT_SECONDS) as client:
         client.score_pairs([("q", f"d{number}") for number in range(10)])
         assert len(client._memory) == 3
-    with pytest.raises(ValueError, match="remembered_pairs is -1"):
-        RerankerClient(server.target, remembered_pairs=-1)
+    with pytest.raises(ValueError, match="cache_pairs is -1"):
+        RerankerClient(server.target, cache_pairs=-1)
 
 
 def known(memory: ScoreMemory, keys: str, *, recurring: bool = False) -> str:
@@ -150,14 +150,14 @@ def test_a_pair_that_turns_out_to_recur_stays() -> None:
 
 def test_a_client_remembers_what_recurs_however_much_else_it_scores(server: StubServer) -> None:
     every = range(2)
-    with RerankerClient(server.target, remembered_pairs=8, timeout=WAIT_SECONDS) as client:
+    with RerankerClient(server.target, cache_pairs=8, timeout=WAIT_SECONDS) as client:
         client.stream_pairs(["q0", "q1"], ["d0", "d1"], every, every).result(WAIT_SECONDS)
         others = [f"d{number}" for number in range(2, 40)]
         passing = client.stream_pairs(["q0"] * 38, others, range(38), range(38), recurring=False)
         passing.result(WAIT_SECONDS)
         again = client.stream_pairs(["q0", "q1"], ["d0", "d1"], every, every)
         again.result(WAIT_SECONDS)
-        assert again.usage.remembered_pairs == 2
+        assert again.usage.client_cached_pairs == 2
         assert len(client._memory) == 8
 
 

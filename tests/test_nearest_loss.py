@@ -102,7 +102,7 @@ def test_with_every_pair_chosen_it_is_the_full_loss(
     assert_same_gradients(found[1], expected[1])
     for name in ("masked_negatives", "negatives", "outscored_positives", "scored_negatives"):
         assert getattr(few.statistics, name) == getattr(full.statistics, name)
-    assert few.statistics.unscored_share == pytest.approx(0, abs=1e-12)
+    assert few.statistics.unscored_fraction == pytest.approx(0, abs=1e-12)
     assert few.statistics.missed_masks == 0
     assert few.statistics.rounds == 2
 
@@ -149,18 +149,18 @@ def test_metrics_name_the_pairs_and_what_is_missed(model: SentenceTransformer) -
     full(features(model, texts(2, 12)), None)
     masks = full.statistics.masked_negatives
     missed = 1 - counts.masked_negatives / 10 / masks
-    assert entry["reranker/missed_masks"] == pytest.approx(missed, abs=0.2)
-    assert not {"reranker/late_pairs", "reranker/late_choices", "reranker/unscored_anchors"} & entry.keys()
+    assert entry["reranker/missed_mask_fraction"] == pytest.approx(missed, abs=0.2)
+    assert not {"reranker/late_pairs", "reranker/late_choices", "reranker/unscored_anchor_fraction"} & entry.keys()
 
 
 @pytest.mark.parametrize("contrast", CONTRAST[::3])
-def test_rows_beyond_epsilon_are_topped_up(model: SentenceTransformer, contrast: dict[str, Any]) -> None:
+def test_rows_with_less_than_top_p_are_topped_up(model: SentenceTransformer, contrast: dict[str, Any]) -> None:
     batch, epsilon = features(model, texts(3, 12)), 0.05
     expected = float(make(model, MemoryScorer(random_scores()), **contrast)(batch, None).detach())
-    few = make(model, MemoryScorer(random_scores()), candidates="nearest", per_anchor=2, epsilon=epsilon, **contrast)
+    few = make(model, MemoryScorer(random_scores()), candidates="nearest", per_anchor=2, top_p=1 - epsilon, **contrast)
     found = float(few(batch, None).detach())
     assert -1e-5 <= found - expected <= -math.log1p(-epsilon) + 1e-5
-    assert few.statistics.unscored_share <= epsilon * 12 * (1 + 1e-6)
+    assert few.statistics.unscored_fraction <= epsilon * 12 * (1 + 1e-6)
     assert few.statistics.capped_anchors == 0
 
 
@@ -178,6 +178,9 @@ def test_matryoshka_reads_the_pairs_once(model: SentenceTransformer) -> None:
 def test_nearest_needs_a_preselector(model: SentenceTransformer) -> None:
     with pytest.raises(ValueError, match=r"needs a preselector.*SentenceTransformer\('sentence-transformers/"):
         make(model, MemoryScorer(random_scores()), candidates="nearest", preselector=None)
+    for wrong in (0, 1, 1.5):
+        with pytest.raises(ValueError, match=r"top_p must be between 0 and 1, such as 0\.999"):
+            make(model, MemoryScorer(random_scores()), candidates="nearest", top_p=wrong)
     with pytest.raises(ValueError, match="preselector is the model that is trained"):
         make(model, MemoryScorer(random_scores()), candidates="nearest", preselector=model)
     for wrong in (0, -1.0, "some"):
@@ -289,15 +292,17 @@ class LateScorer(MemoryScorer):
         return self._late(super().stream_pairs(*texts, **options))
 
 
-@pytest.mark.parametrize("candidates", ["all", "mass", "nearest"])
+@pytest.mark.parametrize("candidates", ["all", "top_p", "nearest"])
 @pytest.mark.parametrize("distilled", [False, True])
 def test_what_has_not_arrived_in_time_stays_a_negative(
     model: SentenceTransformer, candidates: str, distilled: bool
 ) -> None:
     columns, scorer = texts(2, 8), LateScorer()
-    options = {"per_anchor": EVERY} if candidates == "nearest" else {}
+    options: dict[str, Any] = {"per_anchor": EVERY} if candidates == "nearest" else {}
+    if candidates == "top_p":
+        options = {"candidates": "nearest", "preselector": None, "top_p": 0.999}
     distillation = Distillation(temperature=0.1) if distilled else None
-    loss = make(model, scorer, candidates=candidates, max_wait=5.0, distillation=distillation, **options)
+    loss = make(model, scorer, **{"candidates": candidates, **options}, max_wait=5.0, distillation=distillation)
     step = loss.begin(columns)
     step.settle(loss._settings())
     logits = np.zeros((8, 8), np.float32)
@@ -327,7 +332,7 @@ def test_what_has_not_arrived_in_time_stays_a_negative(
     assert counts.masked_negatives == expected.sum()
     undecided = np.isnan(scores)[~np.isnan(own)].sum(1)
     left = (~mask).sum(1)[~np.isnan(own)]
-    assert counts.unscored_share == pytest.approx(float((undecided / left).sum()))
+    assert counts.unscored_fraction == pytest.approx(float((undecided / left).sum()))
     assert all(job.cancelled for job in scorer.jobs)
     assert counts.unfiltered_steps == 0
     if distilled:
@@ -390,7 +395,7 @@ def test_a_server_that_stops_in_the_middle_holds_a_step_no_longer_than_max_wait(
         counts = loss.statistics
         assert counts.scored_anchors == 4
         assert counts.late_pairs == 32
-        assert 0.9 <= counts.seconds_waited < 5
+        assert 0.9 <= counts.wait_seconds < 5
         scores = hash_scores(columns[0], columns[1])[:4]
         above = (scores > scores.diagonal()[:, None]).sum()
         assert counts.masked_negatives == above > 0

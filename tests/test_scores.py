@@ -49,16 +49,16 @@ def test_a_waiting_reader_wakes_for_its_rows_and_the_time_is_counted() -> None:
         assert not first.done()
         matrix.put(slice(0, 1), slice(0, 2), numbered(1, 2) + 5)
         np.testing.assert_array_equal(first.result(WAIT_SECONDS), numbered(1, 2) + 5)
-    waited = matrix.seconds_waited
+    waited = matrix.wait_seconds
     matrix.result()
-    assert matrix.seconds_waited == waited  # reading complete rows adds nothing
+    assert matrix.wait_seconds == waited  # reading complete rows adds nothing
 
 
 def test_waiting_is_measured() -> None:
     matrix = ScoreMatrix((1, 1))
     with pytest.raises(RerankerTimeoutError):
         matrix.rows(0, 1, timeout=0.05)
-    assert 0.05 <= matrix.seconds_waited < 5
+    assert 0.05 <= matrix.wait_seconds < 5
 
 
 def test_rows_and_columns_may_share_stored_scores() -> None:

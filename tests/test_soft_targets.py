@@ -46,7 +46,7 @@ def test_rows_with_equal_anchors_share_their_positives() -> None:
     assert [found.tolist() for found in same.positives(np.array([1, 5]))] == [[0, 1, 1], [1, 0, 2]]
 
 
-@pytest.mark.parametrize("kind", ["all", "mass"])
+@pytest.mark.parametrize("kind", ["all", "nearest"])
 def test_a_positive_that_an_equal_anchor_shares_relates_rows(kind: str) -> None:
     columns = [["a", "a", "b"], ["p0", "p1", "p1"]]
 
@@ -56,8 +56,8 @@ def test_a_positive_that_an_equal_anchor_shares_relates_rows(kind: str) -> None:
 
     scorer = MemoryScorer(low)
     step: Any = GridStep(columns, (False, False), scorer.stream_grid)
-    if kind == "mass":
-        step = CandidateStep(columns, 1e-12, None, scorer.stream_pairs)
+    if kind == "nearest":
+        step = CandidateStep(columns, 1 - 1e-12, None, scorer.stream_pairs)
     # A margin by which no score of a negative is above the positive's.
     step.settle(FilterSettings("absolute", -0.5, True, False, "known"))
     step.select(3, lambda begin, end: torch.zeros(end - begin, 6))

@@ -126,7 +126,7 @@ class MemoryScores:
     reads: list[tuple[int, int]] = field(default_factory=list)
     released: list[tuple[int, int]] = field(default_factory=list)
     cancelled: bool = False
-    seconds_waited: float = 0.0
+    wait_seconds: float = 0.0
     error: Exception | None = None
     usage: ScoreUsage = field(default_factory=ScoreUsage)
     span: tuple[float, float] = (0.0, 0.0)

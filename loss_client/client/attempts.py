@@ -79,7 +79,7 @@ class Attempts:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 failure = StalledError()
             else:
-                failure = _with_advice(from_rpc_error(error, str(endpoint.target)), endpoint)
+                failure = _with_advice(from_rpc_error(error, str(endpoint.address)), endpoint)
         except OtherModelError as error:
             failure = OtherModelError(str(error))
         except ConnectionLostError as error:
@@ -133,7 +133,7 @@ def _with_advice(failure: RerankerError, endpoint: Endpoint) -> RerankerError:
     if isinstance(failure, RerankerRequestError) and failure.code is grpc.StatusCode.UNAUTHENTICATED:
         token = endpoint.credentials.token
         sent = "this client has no token" if token is None else f"this client sent {token.origin}"
-        return RerankerRequestError(failure.code, f"{endpoint.target}: {failure.message} ({sent})", failure.violations)
+        return RerankerRequestError(failure.code, f"{endpoint.address}: {failure.message} ({sent})", failure.violations)
     if isinstance(failure, ConnectionLostError) and "CERTIFICATE_VERIFY_FAILED" in str(failure):
         return ConnectionLostError(
             f"{failure} (the server's certificate is not signed by an authority that this client trusts, or is for "

@@ -68,7 +68,7 @@ class Background:
         """Return the state of each server."""
         channels = self._channels
         states = () if channels is None else channels.turns.states()
-        return states or tuple(ServerState(str(target), "unused", None) for target in self._settings.targets)
+        return states or tuple(ServerState(str(address), "unused", None) for address in self._settings.addresses)
 
     def model(self) -> str | None:
         """Return the fingerprint of the client's model; None before the first answer of a server."""

@@ -31,7 +31,7 @@ class Calls:
     """Begins jobs and makes calls. Jobs that run hold a reference: thread and connections end with the last one.
 
     Args:
-        settings: Targets, metadata and credentials.
+        settings: Addresses, metadata and credentials.
         timeout: Seconds of a call, and seconds that a job may go without finished work, unless they name their own.
         stall_timeout: Seconds of silence that end an attempt. None: the default of ``Patience``.
         memory: Scores that are remembered from earlier jobs.

@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 _logger = logging.getLogger(__name__)
 
-# Longest time that the first job of a client with several targets waits until all of them have named their models.
+# Longest time that the first job of a client with several addresses waits until all of them have named their models.
 _SURVEY_SECONDS = 2.0
 # Time after which a job looks again for an endpoint that none of its streams uses.
 _LOOK_SECONDS = 0.1
@@ -229,7 +229,7 @@ class Channels:
         await self._names.close()
 
     async def _survey(self, patience: Patience) -> None:
-        """At the first use of several targets, ask all of them at once for contract and model."""
+        """At the first use of several addresses, ask all of them at once for contract and model."""
         if self._surveyed:
             return
         async with self._surveying:
@@ -273,9 +273,9 @@ class Channels:
         only = over and (tried == 1 or patience.last_progress > begun)
         failure: RerankerError
         if only:  # the deadline passed in the first attempt since the last progress
-            failure = RerankerTimeoutError(f"{endpoint.target} {patience.describe(patience.seconds)}{left()}")
+            failure = RerankerTimeoutError(f"{endpoint.address} {patience.describe(patience.seconds)}{left()}")
         else:
-            failure = _StallError(f"{endpoint.target} {patience.describe()}")
+            failure = _StallError(f"{endpoint.address} {patience.describe()}")
         await self._rest_after_stall(endpoint, patience)
         return failure
 
@@ -295,10 +295,10 @@ class Channels:
             last: The last error.
             left: The end of the message.
         """
-        targets = [str(endpoint.target) for endpoint in self._endpoints]
+        addresses = [str(endpoint.address) for endpoint in self._endpoints]
         kind = RerankerUnavailableError if lost or tried == 0 else RerankerTimeoutError
         return kind(
-            f"no progress for {patience.seconds:g} s with {', '.join(targets)}: {tried} attempts; "
+            f"no progress for {patience.seconds:g} s with {', '.join(addresses)}: {tried} attempts; "
             f"the last error: {last}{self.turns.left_out()}{left}"
         )
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_client.client import kinds, ready
+from loss_client.client.addresses import parse_addresses
 from loss_client.client.calls import Calls
 from loss_client.client.credentials import Pem, make_credentials
 from loss_client.client.endpoints import ChannelSettings
@@ -22,9 +23,9 @@ from loss_client.client.one_model import OneModel
 from loss_client.client.options import JobOptions, count, options_message, positive_seconds
 from loss_client.client.ranking import RankedDocument, read_ranking
 from loss_client.client.scores import RawScale, ScoreMatrix, ScoreType
-from loss_client.client.targets import parse_targets
 from loss_client.client.texts import TextTable
 from loss_client.client.turns import ModelPin, ServerState
+from loss_client.former_names import accept_former_names
 from reranker.v1 import reranker_pb2 as pb
 
 _STREAM_CHUNK_PAIRS = 128  # of jobs whose rows are read as they arrive
@@ -41,8 +42,8 @@ class RerankerClient:
     server stalls. Errors that another attempt would meet again are raised at once. With several servers, each takes
     chunks of a job as fast as it answers; calls, and jobs of one or two chunks, go to the servers in turn.
 
-    All scores of one job come from one model, told by its fingerprint. The client's model is the one that most targets
-    serve at first. A server of another model is left out, with one warning, as long as a server of the client's model
+    All scores of one job come from one model, told by its fingerprint. The client's model is the one that most servers
+    have at first. A server of another model is left out, with one warning, as long as a server of the client's model
     is left; ``servers`` has the state of each.
 
     All scoring methods take the same options by keyword:
@@ -58,14 +59,14 @@ class RerankerClient:
     middle of a large job for a server that sends progress messages.
 
     Args:
-        target: ``"host:port"``, gRPC's own forms (``"dns:///..."``, ``"unix:..."``), ``"grpc://host:port"``,
+        address: ``"host:port"``, gRPC's own forms (``"dns:///..."``, ``"unix:..."``), ``"grpc://host:port"``,
             ``"grpcs://host:port"`` (TLS), or a list of these. A host name stands for the servers at all of its
             addresses, which the client follows. Servers that have just failed are skipped.
         timeout: Most seconds of a call, and most seconds that a job may go without finished work, reconnecting
             included. Finished work is a score of the job or, at a server of contract 1.1, of any other call.
         stall_timeout: Most seconds that a server may send nothing before another attempt is made, at another server if
             there is one. Servers of contract 1.1 send progress messages while they work. Default: a third of the
-            timeout; a server of contract 1.0 that is the only target then keeps the whole timeout.
+            timeout; a server of contract 1.0 that is the only one then keeps the whole timeout.
         metadata: Pairs of key (lower case) and value, sent with every call.
         token: Token that is sent with every call. Default: the variable ``RERANKER_CLIENT_TOKEN``, if it is set.
         token_file: File that holds the token and nothing else; it is read again when it changes. Default: the file that
@@ -77,18 +78,19 @@ class RerankerClient:
             path of a PEM file. Default: the file that ``RERANKER_CLIENT_TLS_CERT`` names.
         client_key: Private key of ``client_certificate``, likewise. Default: the file that ``RERANKER_CLIENT_TLS_KEY``
             names.
-        remembered_pairs: Most scores of listed pairs (``score_pairs``, ``stream_pairs``) that the client keeps, so
+        cache_pairs: Most scores of listed pairs (``score_pairs``, ``stream_pairs``) that the client keeps, so
             that pairs that come again are not sent again; about 300 bytes each. 0 keeps none. Scores of a server
             without streams are not kept.
 
     Raises:
-        ValueError: A target has none of the right forms, an argument is out of range, a file is unusable, or the token
-            would be sent to another machine without TLS.
+        ValueError: An address has none of the right forms, an argument is out of range, a file is unusable, or the
+            token would be sent to another machine without TLS.
     """
 
+    @accept_former_names(target="address", remembered_pairs="cache_pairs")
     def __init__(
         self,
-        target: str | Sequence[str],
+        address: str | Sequence[str],
         *,
         timeout: float = 60.0,
         stall_timeout: float | None = None,
@@ -99,11 +101,11 @@ class RerankerClient:
         root_certificates: Pem | None = None,
         client_certificate: Pem | None = None,
         client_key: Pem | None = None,
-        remembered_pairs: int = 1 << 18,
+        cache_pairs: int = 1 << 18,
     ) -> None:
-        targets = parse_targets(target)
+        addresses = parse_addresses(address)
         credentials = make_credentials(
-            targets,
+            addresses,
             token=token,
             token_file=token_file,
             plaintext_token=plaintext_token,
@@ -113,11 +115,11 @@ class RerankerClient:
         )
         self._timeout = positive_seconds("timeout", timeout)
         self._stall_timeout = None if stall_timeout is None else positive_seconds("stall_timeout", stall_timeout)
-        self._settings = ChannelSettings(targets, tuple((key, value) for key, value in metadata), credentials)
-        if remembered_pairs < 0:
-            raise ValueError(f"remembered_pairs is {remembered_pairs}; it has to be 0 or more")
-        self._remembered_pairs = remembered_pairs
-        self._memory = ScoreMemory(remembered_pairs)
+        self._settings = ChannelSettings(addresses, tuple((key, value) for key, value in metadata), credentials)
+        if cache_pairs < 0:
+            raise ValueError(f"cache_pairs is {cache_pairs}; it has to be 0 or more")
+        self._cache_pairs = cache_pairs
+        self._memory = ScoreMemory(cache_pairs)
         self._steps = counter()
         self._calls = Calls(self._settings, self._timeout, self._stall_timeout, self._memory)
 
@@ -358,17 +360,17 @@ class RerankerClient:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A thread and sockets cannot be pickled: a copy makes its own.
-        return _rebuild, (self._settings, self._timeout, self._stall_timeout, self._remembered_pairs)
+        return _rebuild, (self._settings, self._timeout, self._stall_timeout, self._cache_pairs)
 
 
 def _rebuild(
-    settings: ChannelSettings, timeout: float, stall_timeout: float | None, remembered_pairs: int
+    settings: ChannelSettings, timeout: float, stall_timeout: float | None, cache_pairs: int
 ) -> RerankerClient:
     return RerankerClient(
-        [str(target) for target in settings.targets],
+        [str(address) for address in settings.addresses],
         timeout=timeout,
         stall_timeout=stall_timeout,
         metadata=settings.metadata,
         **settings.credentials.arguments(),
-        remembered_pairs=remembered_pairs,
+        cache_pairs=cache_pairs,
     )

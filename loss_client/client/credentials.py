@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import grpc
 
-from loss_client.client.targets import Target
+from loss_client.client.addresses import Address
 
 TOKEN, TOKEN_FILE = "RERANKER_CLIENT_TOKEN", "RERANKER_CLIENT_TOKEN_FILE"
 TLS_CA, TLS_CERT, TLS_KEY = "RERANKER_CLIENT_TLS_CA", "RERANKER_CLIENT_TLS_CERT", "RERANKER_CLIENT_TLS_KEY"
@@ -108,7 +108,7 @@ class TokenSource:
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """Credentials for all targets of a client.
+    """Credentials for all addresses of a client.
 
     Attributes:
         token: The token, if there is one.
@@ -153,7 +153,7 @@ class Credentials:
 
 
 def make_credentials(
-    targets: tuple[Target, ...],
+    addresses: tuple[Address, ...],
     *,
     token: str | None,
     token_file: str | PathLike[str] | None,
@@ -169,14 +169,14 @@ def make_credentials(
             plaintext. The message holds no token.
     """
     source = _token_source(token, token_file)
-    open_targets = [str(target) for target in targets if not target.secure and not target.local]
-    if source is not None and open_targets and not plaintext_token:
+    exposed = [str(address) for address in addresses if not address.secure and not address.local]
+    if source is not None and exposed and not plaintext_token:
         raise ValueError(
-            f"{source.origin} is given, but {', '.join(open_targets)} is reached without TLS, so that the network can "
-            "read the token: write the target as 'grpcs://host:port', or set plaintext_token=True where a tunnel or a "
+            f"{source.origin} is given, but {', '.join(exposed)} is reached without TLS, so that the network can "
+            "read the token: write the address as 'grpcs://host:port', or set plaintext_token=True where a tunnel or a "
             "service mesh encrypts the connection"
         )
-    if not any(target.secure for target in targets):
+    if not any(address.secure for address in addresses):
         given = {
             "root_certificates": root_certificates,
             "client_certificate": client_certificate,
@@ -185,7 +185,7 @@ def make_credentials(
         for name, value in given.items():
             if value is not None:
                 verb = "are" if name.endswith("s") else "is"
-                raise ValueError(f"{name} {verb} given but no target uses TLS: write it as 'grpcs://host:port'")
+                raise ValueError(f"{name} {verb} given but no address uses TLS: write it as 'grpcs://host:port'")
         return Credentials(source, plaintext_token)
     roots = _or_variable(root_certificates, TLS_CA)
     certificate, key = _or_variable(client_certificate, TLS_CERT), _or_variable(client_key, TLS_KEY)

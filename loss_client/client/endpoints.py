@@ -1,4 +1,4 @@
-"""Endpoint: one target of a client with its channel, its check of the contract, and its times of rest."""
+"""Endpoint: one address of a client with its channel, its check of the contract, and its times of rest."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import grpc
 from grpc import aio
 
+from loss_client.client.addresses import Address
 from loss_client.client.credentials import Credentials
 from loss_client.client.errors import IncompatibleServerError, RerankerError
-from loss_client.client.targets import Target
 from reranker.v1 import reranker_pb2, reranker_pb2_grpc
 
 if TYPE_CHECKING:
@@ -48,21 +48,21 @@ class ChannelSettings:
     """Settings of all channels of a client.
 
     Attributes:
-        targets: The servers, at least one.
+        addresses: The servers, at least one.
         metadata: Pairs of key and value, sent with every call.
         credentials: Token and certificates.
     """
 
-    targets: tuple[Target, ...]
+    addresses: tuple[Address, ...]
     metadata: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # it may hold secrets
     credentials: Credentials = field(default_factory=Credentials)
 
 
 class Endpoint:
-    """One target with its channel, which is made at first use, and its failures since the last success.
+    """One address with its channel, which is made at first use, and its failures since the last success.
 
     Attributes:
-        target: The target.
+        address: The address.
         metadata: Sent with every call.
         failures: Failed attempts since the last success, at most 16.
         stalls: Stalled attempts since the last success, at most 16.
@@ -74,8 +74,8 @@ class Endpoint:
         leaving: Whether the endpoint is out of use: attempts that are being made take no more work.
     """
 
-    def __init__(self, target: Target, settings: ChannelSettings) -> None:
-        self.target = target
+    def __init__(self, address: Address, settings: ChannelSettings) -> None:
+        self.address = address
         self.credentials = settings.credentials
         self.failures = self.stalls = self.attempts = 0
         self.ready_at = self.rests_until = 0.0
@@ -106,14 +106,14 @@ class Endpoint:
             grpc.aio.AioRpcError: The server did not answer.
         """
         if self._channel is None:
-            address, authority, options = self.target.address, self.target.authority, _CHANNEL_OPTIONS
+            target, authority, options = self.address.target, self.address.authority, _CHANNEL_OPTIONS
             if authority is not None:  # proxies route by the name, and the certificate is for the name
                 host = authority.rpartition(":")[0]
                 options += (("grpc.default_authority", authority), ("grpc.ssl_target_name_override", host))
-            if self.target.secure:
-                self._channel = aio.secure_channel(address, self.credentials.channel(), options=options)
+            if self.address.secure:
+                self._channel = aio.secure_channel(target, self.credentials.channel(), options=options)
             else:
-                self._channel = aio.insecure_channel(address, options=options)
+                self._channel = aio.insecure_channel(target, options=options)
             self._stub = reranker_pb2_grpc.RerankerServiceStub(self._channel)
         stub = self._stub
         assert stub is not None  # made together with the channel
@@ -128,11 +128,11 @@ class Endpoint:
             info = await stub.GetModelInfo(request, timeout=timeout, metadata=self.metadata)
         except aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                raise IncompatibleServerError(f"{self.target} does not serve reranker.v1.RerankerService") from None
+                raise IncompatibleServerError(f"{self.address} does not serve reranker.v1.RerankerService") from None
             raise
         if info.contract.major != CONTRACT_MAJOR:
             raise IncompatibleServerError(
-                f"{self.target} speaks contract {info.contract.major}.{info.contract.minor}; this client needs "
+                f"{self.address} speaks contract {info.contract.major}.{info.contract.minor}; this client needs "
                 f"{CONTRACT_MAJOR}.x: use a server and a client of the same major version"
             )
         self.reports = info.contract.minor >= 1

@@ -1,7 +1,7 @@
-"""Names: host names among a client's targets, resolved by the client into one endpoint for each address.
+"""Names: host names among a client's addresses, resolved by the client into one endpoint for each IP address.
 
 A healthy gRPC channel does not resolve its name again, and one channel puts a stream on one of its addresses. With one
-endpoint for each address, a job uses all servers behind a name, and servers that are added or removed are followed.
+endpoint for each IP address, a job uses all servers behind a name, and servers that are added or removed are followed.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
+from loss_client.client.addresses import Address
 from loss_client.client.endpoints import ChannelSettings, Endpoint
-from loss_client.client.targets import Target
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 """Returns the IP addresses of a host name; the second argument is the port."""
@@ -33,16 +33,16 @@ async def resolve_host(host: str, port: int) -> Sequence[str]:
 class Names:
     """The endpoints of a client, kept up to date with the addresses of its host names.
 
-    Targets that are literal addresses, ``localhost`` or not in the domain name system have one endpoint for good. So
-    has a name without an address, until it has one, and every name where a proxy is set.
+    Literal IP addresses, ``localhost`` and addresses outside of the domain name system have one endpoint for good. So
+    has a name without an IP address, until it has one, and every name where a proxy is set.
 
     Args:
-        settings: The targets.
+        settings: The addresses.
         resolve: Resolves the names. Default: the system's resolver.
         environment: Variables that may name a proxy.
 
     Attributes:
-        endpoints: All endpoints in use, in the order of the targets; changed in place.
+        endpoints: All endpoints in use, in the order of the addresses; changed in place.
     """
 
     def __init__(
@@ -51,9 +51,12 @@ class Names:
         proxied = resolve is None and any(environment.get(name) for name in _PROXY_VARIABLES)
         self._settings = settings
         self._resolve = resolve
-        self._names = {target: name for target in settings.targets if not proxied and (name := target.name) is not None}
-        self._found: dict[Target, dict[str, Endpoint]] = {
-            target: {} if target in self._names else {"": Endpoint(target, settings)} for target in settings.targets
+        self._names = {
+            address: name for address in settings.addresses if not proxied and (name := address.name) is not None
+        }
+        self._found: dict[Address, dict[str, Endpoint]] = {
+            address: {} if address in self._names else {"": Endpoint(address, settings)}
+            for address in settings.addresses
         }
         self._leaving: list[Endpoint] = []
         self._due = 0.0  # loop time of the next look
@@ -86,25 +89,25 @@ class Names:
             await endpoint.close()
 
     async def _look(self) -> None:
-        found = await asyncio.gather(*(self._addresses(host, port) for host, port in self._names.values()))
-        for target, addresses in zip(self._names, found, strict=True):
-            known = self._found[target]
-            if not addresses:  # what was known stays in use: the name server may be away for a while
+        found = await asyncio.gather(*(self._ips(host, port) for host, port in self._names.values()))
+        for address, ips in zip(self._names, found, strict=True):
+            known = self._found[address]
+            if not ips:  # what was known stays in use: the name server may be away for a while
                 if not known:
-                    known[""] = Endpoint(target, self._settings)  # gRPC's error then says what is wrong with the name
+                    known[""] = Endpoint(address, self._settings)  # gRPC's error then says what is wrong with the name
                 continue
-            for address in set(known) - set(addresses):
-                self._leave(known.pop(address))
-            for address in addresses:
-                if address not in known:
-                    known[address] = Endpoint(target.at(address), self._settings)
+            for ip in set(known) - set(ips):
+                self._leave(known.pop(ip))
+            for ip in ips:
+                if ip not in known:
+                    known[ip] = Endpoint(address.at(ip), self._settings)
         self._list()
         for endpoint in [one for one in self._leaving if not one.attempts]:
             self._leaving.remove(endpoint)
             await endpoint.close()
 
-    async def _addresses(self, host: str, port: int) -> list[str]:
-        """Resolve a name; returns its addresses in an order that is the same for all ranks, none after an error."""
+    async def _ips(self, host: str, port: int) -> list[str]:
+        """Resolve a name; returns its IP addresses in an order that is the same for all ranks, none after an error."""
         try:
             async with asyncio.timeout(_RESOLVE_SECONDS):
                 return sorted(await (self._resolve or resolve_host)(host, port))

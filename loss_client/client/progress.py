@@ -165,7 +165,7 @@ class Progress:
         if len(rows):
             # Counts before scores, as in ``take``.
             job.matrix.usage.pairs += len(rows)
-            job.matrix.usage.remembered_pairs += len(rows)
+            job.matrix.usage.client_cached_pairs += len(rows)
             job.matrix.put(rows, slice(0, 1), known[rows, None])
             self._rows = np.flatnonzero(missing)
             self._queries, self._documents = self._queries[missing], self._documents[missing]

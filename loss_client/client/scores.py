@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from loss_client.client.errors import JobCancelledError, RerankerError, RerankerTimeoutError
+from loss_client.former_names import former_attribute
 from reranker.v1 import reranker_pb2
 
 ScoreType = Literal["probability", "raw"]
@@ -36,7 +37,7 @@ class ScoreUsage:
     Attributes:
         pairs: Pairs whose scores have arrived.
         cached_pairs: Of these, pairs whose score the server had in its cache.
-        remembered_pairs: Of these, pairs whose score the client remembered from an earlier job.
+        client_cached_pairs: Of these, pairs whose score the client remembered from an earlier job.
         shared_pairs: Of these, pairs that got the score of an identical pair that the server was scoring.
         truncated_pairs: Of these, pairs that were truncated to the length limit.
         tokens: Tokens that the model read.
@@ -46,12 +47,14 @@ class ScoreUsage:
 
     pairs: int = 0
     cached_pairs: int = 0
-    remembered_pairs: int = 0
+    client_cached_pairs: int = 0
     shared_pairs: int = 0
     truncated_pairs: int = 0
     tokens: int = 0
     reconnects: int = 0
     servers: int = 0
+
+    remembered_pairs = former_attribute("remembered_pairs", "client_cached_pairs")
 
     def add(self, usage: reranker_pb2.Usage) -> None:
         """Add the counts of one reply."""
@@ -79,10 +82,12 @@ class ScoreMatrix:
 
     Attributes:
         shape: ``(Q, D)``.
-        seconds_waited: Seconds that readers were blocked, summed over all readers.
+        wait_seconds: Seconds that readers were blocked, summed over all readers.
         usage: Counts of the scores that have arrived.
         begun: Time at which the job began, on the clock of ``time.monotonic``, in seconds.
     """
+
+    seconds_waited = former_attribute("seconds_waited", "wait_seconds")
 
     def __init__(
         self,
@@ -95,7 +100,7 @@ class ScoreMatrix:
         on_arrival: Callable[[int], object] | None = None,
     ) -> None:
         self.shape = shape
-        self.seconds_waited = 0.0
+        self.wait_seconds = 0.0
         self.usage = ScoreUsage()
         self.begun = time.monotonic()
         self._ended: float | None = None
@@ -307,7 +312,7 @@ class ScoreMatrix:
             try:
                 self._changed.wait_for(lambda: self._error is not None or complete(), timeout)
             finally:
-                self.seconds_waited += time.monotonic() - begun
+                self.wait_seconds += time.monotonic() - begun
             if complete():
                 return
             if self._error is not None:

@@ -64,7 +64,7 @@ async def score_on_stream(
     streams.add(stream)
     broke = False
     try:
-        opened = await stream.open(str(endpoint.target), patience.progress_seconds)
+        opened = await stream.open(str(endpoint.address), patience.progress_seconds)
         patience.heard()
         agree(endpoint, opened.fingerprint)
         progress.begin_stream(opened.fingerprint)
@@ -260,7 +260,7 @@ class _Stream:
         if not np.isfinite(scores).all():
             raise ScoreError("the server sent a score that is not finite")
         del self.unanswered[result.id]
-        self._progress.take(chunk, scores, [result.usage], str(self._endpoint.target))
+        self._progress.take(chunk, scores, [result.usage], str(self._endpoint.address))
         self._streams.answered(self, chunk)
         if self._streams.parallel:
             assert self.window is not None  # made before the first chunk was sent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,26 +35,36 @@ class TextTable:
         """
         if isinstance(texts, (str, bytes)):
             raise TypeError(f"{name} is a single {type(texts).__name__}; it has to be a sequence of strings")
-        known = self._ids
-        ids = np.empty(len(texts), dtype=np.int64)
-        for position, text in enumerate(texts):
-            text_id = known.get(text) if isinstance(text, str) else None
-            if text_id is None:
-                text_id = self._append(text, f"{name}[{position}]")
-            ids[position] = text_id
+        try:
+            ids = np.fromiter(map(self._id, texts), dtype=np.int64, count=len(texts))
+            new = list(islice(self._ids, len(self.texts), None))
+            self.sizes += map(_size, new)
+        except (TypeError, UnicodeEncodeError):
+            raise _fault(texts, name) from None
+        self.texts += new
         return ids
 
-    def _append(self, text: str, name: str) -> int:
+    def _id(self, text: str) -> int:
+        return self._ids.setdefault(text, len(self._ids))
+
+
+def _size(text: str) -> int:
+    """Return the size of a text in UTF-8 bytes. Raises ``TypeError`` or ``UnicodeEncodeError``."""
+    if not isinstance(text, str):
+        raise TypeError
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def _fault(texts: Sequence[str], name: str) -> Exception:
+    """Return the error for the first of the texts that cannot be sent."""
+    for position, text in enumerate(texts):
         if not isinstance(text, str):
-            raise TypeError(f"{name} is not a string but {type(text).__name__}")
+            return TypeError(f"{name}[{position}] is not a string but {type(text).__name__}")
         try:
-            size = len(text) if text.isascii() else len(text.encode())
+            text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"{name} cannot be written as UTF-8: {error}") from None
-        text_id = self._ids[text] = len(self.texts)
-        self.texts.append(text)
-        self.sizes.append(size)
-        return text_id
+            return ValueError(f"{name}[{position}] cannot be written as UTF-8: {error}")
+    raise AssertionError("the texts have no fault")
 
 
 def distinct(ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:

@@ -14,6 +14,7 @@ from zlib import crc32
 
 from loss_client.client.endpoints import Endpoint
 from loss_client.client.errors import ModelChangedError, OtherModelError
+from loss_client.former_names import former_attribute
 
 _logger = logging.getLogger(__name__)
 
@@ -30,19 +31,21 @@ Condition = Literal["unused", "working", "failing", "stalled", "other model"]
 
 @dataclass(frozen=True, slots=True)
 class ServerState:
-    """One target of a client, or one address of a target that is a host name, and the client's last experience with it.
+    """One address of a client, or one IP address of a host name, and the client's last experience with it.
 
     Attributes:
-        target: The address, with the host name that it was found for.
+        address: The address, with the host name that it was found for.
         condition: ``"unused"``: not asked yet. ``"working"``: the last attempt got an answer. ``"failing"``: the last
             attempts failed. ``"stalled"``: the last attempts ended without a sign of life. ``"other model"``: left out,
             because its model is not the client's.
         fingerprint: The model that the server named last; None before the first answer.
     """
 
-    target: str
+    address: str
     condition: Condition
     fingerprint: str | None
+
+    target = former_attribute("target", "address")
 
 
 @dataclass(slots=True)
@@ -70,7 +73,7 @@ class Turns:
         self._reported: set[tuple[Endpoint, str]] = set()
 
     def vote(self) -> None:
-        """Take the model that most endpoints serve, of equally many the one of the first target, and report others.
+        """Take the model that most endpoints serve, of equally many the one of the first address, and report others.
 
         All ranks of a run that ask the same servers take the same model.
         """
@@ -89,7 +92,7 @@ class Turns:
         wanted = pin.fingerprint or self.model
         if wanted not in (None, fingerprint):
             self._report(endpoint)
-            raise OtherModelError(f"{endpoint.target} serves the model {fingerprint} and not {wanted}")
+            raise OtherModelError(f"{endpoint.address} serves the model {fingerprint} and not {wanted}")
         pin.fingerprint = fingerprint
         self.model = self.model or fingerprint
 
@@ -112,8 +115,8 @@ class Turns:
             if pin.fingerprint is not None:
                 raise ModelChangedError(
                     f"the scores began with the model {pin.fingerprint} and cannot continue at "
-                    f"{', '.join(f'{one.target} with {one.fingerprint}' for one in self._endpoints)}: no other server "
-                    "is left. Serve the same model, in the same version, at all targets, then start the step again"
+                    f"{', '.join(f'{one.address} with {one.fingerprint}' for one in self._endpoints)}: no other server "
+                    "is left. Serve the same model, in the same version, at all addresses, then start the step again"
                 )
             self._adopt()
             usable = [endpoint for endpoint in self._endpoints if endpoint.fingerprint == self.model]
@@ -159,11 +162,11 @@ class Turns:
     def states(self) -> tuple[ServerState, ...]:
         """Return the state of each endpoint; may be called from any thread."""
         endpoints = list(self._endpoints)
-        return tuple(ServerState(str(one.target), self._condition(one), one.fingerprint) for one in endpoints)
+        return tuple(ServerState(str(one.address), self._condition(one), one.fingerprint) for one in endpoints)
 
     def left_out(self) -> str:
         """Name the endpoints of other models, as the end of an error message; empty if there are none."""
-        found = [f"{one.target} serves another model" for one in self._endpoints if self._is_other(one)]
+        found = [f"{one.address} serves another model" for one in self._endpoints if self._is_other(one)]
         return f"; left out: {', '.join(found)}" if found else ""
 
     def _in_turn(self) -> list[Endpoint]:
@@ -193,8 +196,8 @@ class Turns:
         self._reported.add((endpoint, found))
         _logger.warning(
             "%s serves the model %s, and the client's scores come from %s: this server is left out while a server "
-            "with the client's model is left. Serve the same model, in the same version, at all targets.",
-            *(endpoint.target, found, self.model),
+            "with the client's model is left. Serve the same model, in the same version, at all addresses.",
+            *(endpoint.address, found, self.model),
         )
 
     def _adopt(self) -> None:

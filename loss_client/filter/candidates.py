@@ -1,12 +1,13 @@
 """CandidateStep: a batch with scores for a part of its pairs.
 
-With ``candidates="nearest"`` a preselector has chosen the pairs a batch ahead. With an ``epsilon``, the candidates that
-hold nearly all of the softmax's mass are scored, once the model's similarities are known.
+A preselector, if there is one, has chosen pairs a batch ahead. With ``top_p``, the candidates that hold this share of
+the softmax denominator are scored, once the model's similarities are known.
 
-``mass`` tells which candidates these are and bounds the error of the loss. Masking shrinks the denominator, so that
+``nucleus`` tells which candidates these are and bounds the error of the loss. Masking shrinks the denominator, so that
 candidates that sufficed before their scores arrived may not suffice afterwards. Each round assumes that none of its
-candidates will be masked, and rounds follow until every row's share without a score is at most epsilon. After a few of
-them, a row has at least as many candidates scored as in all rounds before, so that the rounds come to an end soon.
+candidates will be masked, and rounds follow until every row's share without a score is at most epsilon, which is
+``1 - top_p``. After a few of them, a row has at least as many candidates scored as in all rounds before, so that the
+rounds come to an end soon.
 """
 
 from __future__ import annotations
@@ -25,23 +26,20 @@ from loss_client.filter.interning import intern
 from loss_client.filter.jobs import AskForPairs
 from loss_client.filter.layout import Block, Layout, Thresholds
 from loss_client.filter.masking import thresholds
-from loss_client.filter.mass import Shortlist, split, unscored_share
 from loss_client.filter.nearest.preselection import Preselected, Preselection
+from loss_client.filter.nucleus import Shortlist, split, unscored_fraction
 from loss_client.filter.pair_scores import PairScores, QuerySums
 from loss_client.filter.statistics import LossStatistics
 from loss_client.filter.step import FilterStep
 from loss_client.filter.targets import Places, Targets
 
-Candidates = Literal["all", "nearest", "mass"]
+Candidates = Literal["all", "nearest"]
 """Rule for the pairs of a batch that are scored; see ``RerankerCachedGISTEmbedLoss``."""
 
 Preselect = Callable[[Sequence[Sequence[str]], Sequence[Sequence[str]]], Preselection]
 """Begins to choose pairs, from this rank's columns and those of all ranks; see ``Nearest.begin``."""
 
-MASS_EPSILON = 1e-3
-"""Largest share of the denominator without a score, with ``candidates="mass"`` and no other number."""
-
-# The mass of the many candidates that hold least of it is summed up in float32.
+# The weight of the many candidates that hold least of the denominator is summed up in float32.
 _ROUNDING = 1 + 1e-6
 # Rounds in which a row has no more candidates scored than it needs if none of them is masked. A pair saved is worth
 # more than a round: of 1,024 docstrings at temperature 0.01, two such rounds and then doubling score 4.5% of the
@@ -58,7 +56,7 @@ class CandidateStep(FilterStep):
 
     Args:
         columns: This rank's texts by column.
-        epsilon: Largest share of a row's denominator that may stay without a score; ``None`` for no limit.
+        top_p: Least share of a row's denominator that has to have a score, in (0, 1); ``None`` for no limit.
         most: Most candidates of a row to have scored, beside its own documents; ``None`` for no limit. The bound does
             not hold for rows that would need more.
         ask: Begins a scoring job. The constructor calls it for each anchor's own documents.
@@ -68,13 +66,13 @@ class CandidateStep(FilterStep):
     def __init__(
         self,
         columns: Sequence[Sequence[str]],
-        epsilon: float | None,
+        top_p: float | None,
         most: int | None,
         ask: AskForPairs,
         preselect: Preselect | None = None,
     ) -> None:
         super().__init__(columns)
-        self._epsilon = epsilon
+        self._epsilon = None if top_p is None else 1 - top_p  # largest share without a score
         self._most = most
         self._ask = ask
         documents = list(chain.from_iterable(columns[1:]))
@@ -371,12 +369,12 @@ class CandidateStep(FilterStep):
         if self._epsilon is None:
             flags = (self._flags(codes, begin, end) for codes in (self._kept, self._masked))
             kept, masked = (torch.from_numpy(one).to(logits.device) for one in flags)
-            shares = unscored_share(logits, kept | masked, masked).cpu().numpy()
+            shares = unscored_fraction(logits, kept | masked, masked).cpu().numpy()
         else:
             shares = self._shares[begin:end]
             counts.capped_anchors += int((shares > self._epsilon * _ROUNDING).sum())
         scored, positives = int(filtered.sum()), float(own_scores[filtered].sum(dtype=np.float64))
-        counts.unscored_share += float(shares[filtered].sum())
+        counts.unscored_fraction += float(shares[filtered].sum())
         counts.scored_anchors += scored
         counts.scored_negatives += int(sums.documents[queries].sum()) - scored
         counts.outscored_positives += int((sums.highest[queries] > own_scores).sum())

@@ -21,11 +21,13 @@ class EqualAnchors:
         self._members: list[NDArray[np.intp]] = []
         self._positives: list[NDArray[np.intp]] = []
         order = np.argsort(anchors, kind="stable")
-        for members in np.split(order, np.flatnonzero(np.diff(anchors[order])) + 1):
-            if len(members) > 1:
-                self._group_of[members] = len(self._members)
-                self._members.append(members)
-                self._positives.append(np.unique(positives[members]))
+        begins = np.flatnonzero(np.diff(anchors[order], prepend=-1))
+        ends = np.append(begins[1:], len(order))
+        for begin, end in zip(*(bounds[ends - begins > 1].tolist() for bounds in (begins, ends)), strict=True):
+            members = order[begin:end]
+            self._group_of[members] = len(self._members)
+            self._members.append(members)
+            self._positives.append(np.unique(positives[members]))
 
     def mark(self, flags: NDArray[np.bool_], rows: NDArray[np.intp]) -> None:
         """Set in ``flags``, shape ``(len(rows), documents)``, the positives of the rows with the same anchor."""

@@ -14,7 +14,7 @@ from loss_client.filter.gather import gather_flags
 from loss_client.filter.interning import intern
 from loss_client.filter.jobs import AskForGrid, ScoreRows
 from loss_client.filter.masking import above, check_finite, related, same_id, thresholds
-from loss_client.filter.mass import unscored_share
+from loss_client.filter.nucleus import unscored_fraction
 from loss_client.filter.step import FilterStep
 from loss_client.filter.targets import Places, Targets
 from loss_client.filter.waiting import Waiting
@@ -142,10 +142,10 @@ class GridStep(FilterStep):
         contrast = np.repeat(np.all(known, axis=1, keepdims=True), every * self._settings.contrast_blocks, axis=1)
         masked = self.mask(begin, end)
         decided = np.concatenate([blocks[0], contrast, *blocks[1:]], axis=1) | masked
-        shares = unscored_share(
+        shares = unscored_fraction(
             logits[filtered], *(torch.from_numpy(flags[filtered]).to(logits.device) for flags in (decided, masked))
         )
-        self._counts.unscored_share += float(shares.sum())
+        self._counts.unscored_fraction += float(shares.sum())
 
     def mask(self, begin: int, end: int) -> NDArray[np.bool_]:
         """See :meth:`FilterStep.mask`."""

@@ -19,7 +19,7 @@ class ScoreRows(Protocol):
         """Number of rows and of columns."""
 
     @property
-    def seconds_waited(self) -> float:
+    def wait_seconds(self) -> float:
         """Seconds that readers have waited for rows so far."""
 
     @property

@@ -33,7 +33,7 @@ class ScoringSettings:
     max_length: int | None
     score_type: ScoreType
     candidates: Candidates
-    epsilon: float | None
+    top_p: float | None
     max_candidates: int | None
     per_anchor: PerAnchor
     contrast_anchors: bool
@@ -57,7 +57,7 @@ class Scoring:
 
     Args:
         client: Client of the reranker.
-        preselector: Chooses the pairs with ``candidates="nearest"``.
+        preselector: Chooses pairs a batch ahead, with ``candidates="nearest"``.
     """
 
     def __init__(self, client: ScoringClient, preselector: Preselector | None = None) -> None:
@@ -76,7 +76,7 @@ class Scoring:
             instruction: The task in words. Default: that of the settings.
 
         Raises:
-            ValueError: ``candidates`` is ``"nearest"``, and there is no preselector.
+            ValueError: ``candidates`` is ``"nearest"``, and there is neither a preselector nor ``top_p``.
         """
         options: _Options = {
             "instruction": settings.instruction if instruction is None else instruction,
@@ -94,19 +94,14 @@ class Scoring:
             step = GridStep(columns, contrast, partial(client.stream_grid, **options))
         else:
             ask, preselect = partial(client.stream_pairs, **options), None
-            if settings.candidates == "nearest":
-                preselect = partial(
-                    self._preselector().begin, per_anchor=settings.per_anchor, contrast=contrast, ask=ask
-                )
-            step = CandidateStep(columns, settings.epsilon, settings.max_candidates, ask, preselect)
+            if self._nearest is not None:
+                preselect = partial(self._nearest.begin, per_anchor=settings.per_anchor, contrast=contrast, ask=ask)
+            elif settings.top_p is None:
+                raise ValueError("candidates='nearest' needs a preselector or top_p.")
+            step = CandidateStep(columns, settings.top_p, settings.max_candidates, ask, preselect)
         step.source = self._source(settings)
         step.gathers = settings.gather
         return step
-
-    def _preselector(self) -> Nearest:
-        if self._nearest is None:
-            raise ValueError("candidates='nearest' needs a preselector.")
-        return self._nearest
 
     def record(self, step: FilterStep, training: bool) -> None:
         """Measure a step that the loss has worked on, for ``per_anchor="auto"``; ``take`` came before."""

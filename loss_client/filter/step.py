@@ -226,13 +226,13 @@ class FilterStep(ABC):
         counts.unfiltered_steps = int(self.error is not None)
         counts.rounds = len(self._jobs)
         counts.cached_pairs = sum(usage.cached_pairs for usage in usages)
-        counts.remembered_pairs = sum(usage.remembered_pairs for usage in usages)
+        counts.client_cached_pairs = sum(usage.client_cached_pairs for usage in usages)
         counts.reconnects = sum(usage.reconnects for usage in usages)
         counts.servers = max((usage.servers for usage in usages), default=0)
         counts.pairs = sum(job.shape[0] * job.shape[1] for job in self._jobs)
         distilled, counts.distillation_loss, counts.guide_entropy, _ = self._distilled.values()
         counts.distilled_anchors = int(distilled)
-        counts.seconds_waited = sum(job.seconds_waited for job in self._jobs)
+        counts.wait_seconds = sum(job.wait_seconds for job in self._jobs)
         return counts
 
     def failed(self) -> bool:

@@ -44,9 +44,9 @@ class Waiting:
         """
         if self._left is None:
             return job.rows(begin, end)
-        waited = job.seconds_waited
+        waited = job.wait_seconds
         found = job.arrived(begin, end, self._left)
-        self.spend(job.seconds_waited - waited)
+        self.spend(job.wait_seconds - waited)
         late = int(np.isnan(found).sum())
         if late:
             self.late_pairs += late

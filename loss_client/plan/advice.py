@@ -12,7 +12,6 @@ def advise(plan: Plan, candidates: Collection[Candidates], per_anchor: float) ->
 
     The first mode without a wait, with the servers of the plan, is taken: all pairs, because the distillation term
     learns from every score; then the nearest ones, first with ``per_anchor`` and then with as many as fit into a step.
-    Without these two modes, the mode with the shortest step is taken.
 
     Args:
         plan: The plan.
@@ -27,12 +26,10 @@ def advise(plan: Plan, candidates: Collection[Candidates], per_anchor: float) ->
         return (
             f"{_nearest(plan, per_anchor)}; all pairs without a wait take {_servers(everything.servers_without_wait)}."
         )
-    if "mass" not in candidates:
-        return (
-            f'Take {_servers(everything.servers_without_wait)} for candidates="all": with {_servers(plan.servers)} '
-            f"{_slow(plan, everything)}."
-        )
-    return _mass(plan, everything if "all" in candidates else None)
+    return (
+        f'Take {_servers(everything.servers_without_wait)} for candidates="all": with {_servers(plan.servers)} '
+        f"{_slow(plan, everything)}."
+    )
 
 
 def _nearest(plan: Plan, per_anchor: float) -> str:
@@ -53,23 +50,6 @@ def _nearest(plan: Plan, per_anchor: float) -> str:
         f'Take {_servers(own.servers_without_wait)} or more for candidates="nearest" with per_anchor="auto": with '
         f"{_servers(plan.servers)} the anchors' own documents alone make a step of {own.step_seconds:.3g} s out of one "
         f"of {plan.train_seconds:.3g} s; {more}"
-    )
-
-
-def _mass(plan: Plan, everything: Cost | None) -> str:
-    costs = [plan.cost(mode) for mode in plan.mass()]
-    faster = [cost for cost in costs if everything is None or cost.step_seconds < everything.step_seconds]
-    if everything is not None and not faster:
-        return (
-            f'Take candidates="all" with {_servers(plan.servers)}: {_slow(plan, everything)}, and candidates="mass" is '
-            f"slower; all pairs without a wait take {_servers(everything.servers_without_wait)}."
-        )
-    best = min(faster, key=lambda cost: cost.step_seconds)
-    limit = faster[-1].mode.name.split()[-1]
-    return (
-        f'Take candidates="mass" with {_servers(plan.servers)} at temperatures up to {limit}: by estimate '
-        f"{_slow(plan, best)} at the lowest temperature; {best.servers_without_wait:,} servers make it "
-        f"{1.05 * plan.train_seconds:.3g} s."
     )
 
 

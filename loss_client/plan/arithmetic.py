@@ -13,21 +13,24 @@ from typing import Literal
 from loss_client.plan.batch import Batch
 from loss_client.plan.wire import Texts, wire_bytes
 
-Candidates = Literal["all", "nearest", "mass"]
+Candidates = Literal["all", "nearest"]
 """Modes of the loss."""
 
-MASS_SHARES = {0.01: 0.040, 0.02: 0.093, 0.05: 0.713}
-"""Share of all pairs that ``candidates="mass"`` scores, by temperature: an estimate.
+TOP_P = 0.999
+"""Value of ``top_p`` in a report."""
+
+TOP_P_SHARES = {0.01: 0.040, 0.02: 0.093, 0.05: 0.713}
+"""Share of all pairs that are scored with ``top_p=0.999`` and no preselector, by temperature: an estimate.
 
 Measured with 1,024 docstrings and all-MiniLM-L6-v2 (docs/loss-performance.md, rows "minilm"). Other texts and models
 need other shares; a model at the start of its training needs more.
 """
-MASS_WAIT = 1.05
-"""Longest step with ``candidates="mass"`` that counts as one without a wait, in units of T.
+TOP_P_WAIT = 1.05
+"""Longest step with ``top_p`` that counts as one without a wait, in units of T.
 
-The mode chooses pairs when the batch is embedded, so that some wait remains however many servers there are.
+Pairs are chosen when the batch is embedded, so that some wait remains however many servers there are.
 """
-_MASS_STREAMS = 3  # the documents of each anchor's own row, and two rounds (docs/loss-performance.md)
+_TOP_P_STREAMS = 3  # the documents of each anchor's own row, and two rounds (docs/loss-performance.md)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,7 @@ class Mode:
         ahead: Pairs that are known a batch ahead, so that they are scored while the batch before them trains.
         late: Pairs that are known when the batch is embedded. The step waits for their scores.
         per_anchor: Pairs beyond the own documents, in the mean of an anchor; None where the mode has no such argument.
-        estimated: Whether the number of pairs is an estimate; see ``MASS_SHARES``.
+        estimated: Whether the number of pairs is an estimate; see ``TOP_P_SHARES``.
     """
 
     candidates: Candidates | None
@@ -89,7 +92,7 @@ class Cost:
         mode: The mode.
         scoring_seconds: S: seconds in which one server scores the pairs of a step.
         step_seconds: Seconds of a step with the servers of the plan.
-        servers_without_wait: Servers with which a step takes T; with pairs that are known late, ``MASS_WAIT`` times T.
+        servers_without_wait: Servers with which a step takes T; with pairs that are known late, ``TOP_P_WAIT`` times T.
         bytes: Bytes of a step on the wire, both directions together.
         gpu_hours: Servers of the plan times hours of an epoch; None where the number of steps is not known.
     """
@@ -164,19 +167,19 @@ class Plan:
         extra = (pairs - self.batch.own) / self.batch.anchors
         return Mode("nearest", f"nearest, per_anchor {per_anchor}", pairs, per_anchor=extra)
 
-    def mass(self) -> list[Mode]:
-        """Return the mode ``candidates="mass"`` at each temperature of ``MASS_SHARES``."""
+    def top_p(self) -> list[Mode]:
+        """Return ``candidates="nearest"`` with ``top_p`` alone, at each temperature of ``TOP_P_SHARES``."""
         own = self.batch.own
         return [
             Mode(
-                "mass",
-                f"mass, temperature {temperature:g}",
+                "nearest",
+                f"nearest, top_p {TOP_P:g}, T {temperature:g}",
                 own,
                 max(round(share * self.batch.pairs) - own, 0),
                 None,
                 True,
             )
-            for temperature, share in MASS_SHARES.items()
+            for temperature, share in TOP_P_SHARES.items()
         ]
 
     def cost(self, mode: Mode) -> Cost:
@@ -187,7 +190,7 @@ class Plan:
         step = max(train, ahead / self.servers) + late / self.servers
         needed = max((ahead + late) / train, 1.0)
         if late:
-            needed = max(late / ((MASS_WAIT - 1) * train), (ahead + late) / (MASS_WAIT * train), 1.0)
+            needed = max(late / ((TOP_P_WAIT - 1) * train), (ahead + late) / (TOP_P_WAIT * train), 1.0)
         listed = mode.candidates != "all"
         return Cost(
             mode=mode,
@@ -195,7 +198,7 @@ class Plan:
             step_seconds=step,
             servers_without_wait=math.ceil(needed - 1e-9),
             bytes=wire_bytes(
-                self.batch, self.texts, mode.pairs, self.chunk_pairs, listed, _MASS_STREAMS if mode.late else 1
+                self.batch, self.texts, mode.pairs, self.chunk_pairs, listed, _TOP_P_STREAMS if mode.late else 1
             ),
             gpu_hours=None if self.steps is None else self.servers * self.steps * step / 3600,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -26,9 +27,9 @@ DESCRIPTION = """\
 Measure a reranker, and say what each mode of the loss costs: pairs a step, seconds of scoring, the time of a step,
 servers that are needed so that no step waits, bytes, and GPU hours an epoch. The last line is advice.
 
-  python -m loss_client plan --batch 1024 --columns 2 --step-seconds 0.5 --target gpu1:50051
+  python -m loss_client plan --batch 1024 --columns 2 --step-seconds 0.5 --address gpu1:50051
   python -m loss_client plan --batch 1024 --step-seconds 0.5 --pairs-per-second 3000 --rows 1000000
-  python -m loss_client plan --batch 256 --step-seconds 0.7 --target gpu1:50051 --texts train.jsonl --servers 4
+  python -m loss_client plan --batch 256 --step-seconds 0.7 --address gpu1:50051 --texts train.jsonl --servers 4
 """
 EPILOG = """\
 exit status: 0 after a report, 1 if the server cannot be measured, 2 for wrong arguments.
@@ -74,7 +75,7 @@ def add_parser(commands: Any) -> None:
         type=_candidates,
         default=get_args(Candidates),
         metavar="MODES",
-        help="modes to compare, with commas; default: all,nearest,mass",
+        help="modes to compare, with commas; default: all,nearest",
     )
     training.add_argument(
         "--per-anchor",
@@ -85,7 +86,8 @@ def add_parser(commands: Any) -> None:
     )
     server = parser.add_argument_group("server")
     speed = server.add_mutually_exclusive_group(required=True)
-    speed.add_argument("--target", metavar="HOST:PORT", help="the server to measure; grpcs://HOST:PORT for TLS")
+    speed.add_argument("--address", metavar="HOST:PORT", help="the server to measure; grpcs://HOST:PORT for TLS")
+    speed.add_argument("--target", dest="address", action=_FormerFlag, help=argparse.SUPPRESS)
     speed.add_argument("--pairs-per-second", type=_positive, metavar="X", help="its speed, instead of a measurement")
     server.add_argument(
         "--servers", type=_count(), default=1, metavar="N", help="such servers that there are or may be; default: 1"
@@ -116,6 +118,14 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run, parser=parser)
 
 
+class _FormerFlag(argparse.Action):
+    """Sets the value of the flag that is named as ``dest`` now, with a warning."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        warnings.warn(f"{option_string} is now named --{self.dest}.", FutureWarning, stacklevel=2)
+        setattr(namespace, self.dest, values)
+
+
 def run(options: argparse.Namespace) -> int:
     """Measure and print.
 
@@ -136,8 +146,8 @@ def run(options: argparse.Namespace) -> int:
             source = found = read_rows(options.texts)
             columns, rows = options.columns or found.columns, options.rows or found.count
         batch = Batch(options.batch, columns, options.ranks, options.gather_across_devices)
-        if options.target is not None:
-            client = RerankerClient(options.target, remembered_pairs=0)
+        if options.address is not None:
+            client = RerankerClient(options.address, cache_pairs=0)
     except ValueError as error:
         parser.error(str(error))
     measured = None
@@ -146,7 +156,7 @@ def run(options: argparse.Namespace) -> int:
             with client:
                 measured = _measured(client, source, options)
         except RerankerError as error:
-            print(f"loss_client plan: {options.target} could not be measured: {error}", file=sys.stderr)
+            print(f"loss_client plan: {options.address} could not be measured: {error}", file=sys.stderr)
             return 1
     plan = Plan(
         batch=batch,
@@ -159,21 +169,19 @@ def run(options: argparse.Namespace) -> int:
     )
     write = report.as_json if options.json else report.as_text
     advice = advise(plan, options.candidates, options.per_anchor)
-    print(write(plan, _costs(plan, options), measured, options.target, advice))
+    print(write(plan, _costs(plan, options), measured, options.address, advice))
     return 0
 
 
 def _measured(client: RerankerClient, source: TextSource, options: argparse.Namespace) -> Measurement:
-    print(f"measuring {options.target} for some {options.seconds:g} seconds", file=sys.stderr, flush=True)
+    print(f"measuring {options.address} for some {options.seconds:g} seconds", file=sys.stderr, flush=True)
     return measure(client, source, options.seconds, options.max_length, _ANSWER_SECONDS)
 
 
 def _costs(plan: Plan, options: argparse.Namespace) -> list[Cost]:
     modes = [plan.own_documents()]
     if "nearest" in options.candidates:
-        modes += [plan.nearest_auto(), plan.nearest(options.per_anchor)]
-    if "mass" in options.candidates:
-        modes += plan.mass()
+        modes += [plan.nearest_auto(), plan.nearest(options.per_anchor), *plan.top_p()]
     if "all" in options.candidates:
         modes.append(plan.all_pairs())
     return [plan.cost(mode) for mode in modes]
@@ -205,7 +213,10 @@ def _positive(text: str) -> float:
 
 
 def _candidates(text: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    given = [name.strip() for name in text.split(",")]
+    if "mass" in given:
+        warnings.warn('"mass" is now a part of "nearest", with top_p.', FutureWarning, stacklevel=2)
+    names = tuple(dict.fromkeys("nearest" if name == "mass" else name for name in given))
     if unknown := [name for name in names if name not in get_args(Candidates)]:
         right = ", ".join(get_args(Candidates))
         raise argparse.ArgumentTypeError(f"{', '.join(map(repr, unknown))}: there is no such mode; right are {right}")

@@ -6,24 +6,24 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from loss_client.plan.arithmetic import MASS_WAIT, Cost, Plan
+from loss_client.plan.arithmetic import TOP_P_WAIT, Cost, Plan
 from loss_client.plan.measure import Measurement
 
 _UNSTEADY = 0.8
 _TRUNCATED = 0.05
 
 
-def as_text(plan: Plan, costs: Sequence[Cost], measured: Measurement | None, target: str | None, advice: str) -> str:
+def as_text(plan: Plan, costs: Sequence[Cost], measured: Measurement | None, address: str | None, advice: str) -> str:
     """Return the report as lines of text.
 
     Args:
         plan: The plan.
         costs: The modes' costs, in the order of the table.
         measured: The measurement; None if the speed was given.
-        target: Address of the server that was measured.
+        address: Address of the server that was measured.
         advice: The sentence at the end.
     """
-    lines = [] if measured is None else _server(measured, target)
+    lines = [] if measured is None else _server(measured, address)
     batch, unit = plan.batch, "texts" if plan.speed.by_text else "pairs"
     if measured is None:
         lines.append(f"speed     {plan.speed.rate:,.0f} {unit}/s, as given")
@@ -45,11 +45,11 @@ def as_text(plan: Plan, costs: Sequence[Cost], measured: Measurement | None, tar
     return "\n".join(lines)
 
 
-def as_json(plan: Plan, costs: Sequence[Cost], measured: Measurement | None, target: str | None, advice: str) -> str:
+def as_json(plan: Plan, costs: Sequence[Cost], measured: Measurement | None, address: str | None, advice: str) -> str:
     """Return the report as a JSON object; for arguments see ``as_text``."""
     server = None
     if measured is not None:
-        server = {"target": target, **asdict(measured)}
+        server = {"address": address, **asdict(measured)}
         del server["speed"]
     batch = plan.batch
     modes = [{**asdict(cost.mode), "pairs": cost.mode.pairs, **_without_mode(cost)} for cost in costs]
@@ -75,10 +75,10 @@ def _without_mode(cost: Cost) -> dict[str, object]:
     return values
 
 
-def _server(measured: Measurement, target: str | None) -> list[str]:
+def _server(measured: Measurement, address: str | None) -> list[str]:
     unit = "text" if measured.speed.by_text else "pair"
     return [
-        f"server    {target}: {measured.model}, a {measured.kind}, on {measured.engine}",
+        f"server    {address}: {measured.model}, a {measured.kind}, on {measured.engine}",
         f"model     fingerprint {measured.fingerprint}",
         f"speed     {measured.speed.rate:,.0f} {unit}s/s: {measured.pairs:,} pairs in {measured.seconds:.1f} s, "
         f"{measured.tokens:.0f} tokens a {unit}",
@@ -125,12 +125,12 @@ def _notes(plan: Plan, costs: Sequence[Cost], measured: Measurement | None) -> l
     notes = ["Pairs known a batch ahead are scored while a step trains: a step takes the longer one of both times."]
     if any(cost.mode.late for cost in costs):
         notes.append(
-            'candidates="mass" waits for its rounds; "no wait" means a step of at most '
-            f"{MASS_WAIT:g} times the one without a reranker."
+            'A step with top_p waits for its rounds; "no wait" means a step of at most '
+            f"{TOP_P_WAIT:g} times the one without a reranker."
         )
     if any(cost.mode.estimated for cost in costs):
         notes.append("Estimates use shares that were measured with docstrings and MiniLM (docs/loss-performance.md).")
-    if any(cost.mode.candidates == "nearest" for cost in costs):
+    if any(cost.mode.per_anchor is not None for cost in costs):
         notes.append('The time of the preselector of candidates="nearest" is not included.')
     if plan.speed.by_text:
         notes.append("A bi-encoder embeds each text of a step once, so that all modes take it the same time.")

@@ -69,7 +69,7 @@ class CallLimit(aio.ServerInterceptor):
         async def refuse(requests: object, context: aio.ServicerContext[Any, Any]) -> AsyncIterator[bytes]:
             with self._metrics.call(rpc) as call:
                 error = BusyError(
-                    f"{self._most} calls are in flight, the limit of the server (--max-calls); try again later"
+                    f"{self._most} calls are in flight, the server's limit (--max-concurrent-rpcs); try again later"
                 )
                 call.code = error.code.name
                 trailers = (*(context.trailing_metadata() or ()), *error.metadata())

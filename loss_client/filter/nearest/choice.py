@@ -95,11 +95,16 @@ class Best:
         """
         if not self._count:
             return
-        lines, places = np.nonzero(leads > self._limit)
+        above = leads > self._limit
+        if (found := np.count_nonzero(above)) > 2 * self._count:
+            # Most of the first pairs: their positions would take more memory and time than their leads.
+            held = leads[above]
+            above = leads >= np.partition(held, found - self._count)[found - self._count]
+        lines, places = np.nonzero(above)
         self._codes.append((lines + query) * self._documents + places + document)
         self._leads.append(leads[lines, places])
         self._held += len(lines)
-        if self._held > max(2 * self._count, _BLOCK):
+        if self._held > 2 * self._count:
             self._cut()
 
     def _cut(self) -> None:

@@ -79,7 +79,7 @@ class Nearest:
             jobs: The step's jobs; the first one is that of the anchors' own documents.
         """
         ahead = next((job.ahead for job in jobs if isinstance(job, Preselection)), None)
-        self._pace.record(anchors, jobs, ahead, sum(job.seconds_waited for job in jobs))
+        self._pace.record(anchors, jobs, ahead, sum(job.wait_seconds for job in jobs))
 
 
 def sides_of(

@@ -84,7 +84,7 @@ class Pace:
         if self._taken is None:
             return
         self._waited = waited
-        counts = [job.usage.pairs - job.usage.remembered_pairs for job in jobs]
+        counts = [job.usage.pairs - job.usage.client_cached_pairs for job in jobs]
         self._measured.append(_Measured(anchors, counts[0], sum(counts), tuple(job.span for job in jobs)))
         if ahead is not None:
             self._ahead.append(ahead)

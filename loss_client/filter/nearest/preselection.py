@@ -131,9 +131,9 @@ class Preselection:
         return (0, 1) if self._job is None else self._job.shape
 
     @property
-    def seconds_waited(self) -> float:
+    def wait_seconds(self) -> float:
         """Seconds that the loss has waited for the choice and the scores."""
-        return self._waited + (0.0 if self._job is None else self._job.seconds_waited)
+        return self._waited + (0.0 if self._job is None else self._job.wait_seconds)
 
     @property
     def usage(self) -> ScoreUsage:

@@ -1,4 +1,4 @@
-"""Addresses of rerankers: the forms that users may write, read into targets for gRPC."""
+"""Addresses of rerankers: the forms that users may write, read into gRPC's own."""
 
 from __future__ import annotations
 
@@ -18,81 +18,81 @@ _HOST_AND_PORT = re.compile(r"(?P<host>\[[0-9a-f:.%a-z]+\]|[^\s:/\[\]@?#,]+):(?P
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class Address:
     """The address of one server, or one name for several.
 
     Attributes:
-        address: The address in gRPC's form.
+        target: The address as gRPC's channels take it.
         secure: Whether the connection uses TLS.
-        authority: ``host:port`` of the host name that ``address`` was found for; None for an address that a user wrote.
+        authority: ``host:port`` of the host name that ``target`` was found for; None for an address that a user wrote.
     """
 
-    address: str
+    target: str
     secure: bool
     authority: str | None = None
 
     @property
     def name(self) -> tuple[str, int] | None:
         """Host name and port, if the address names a host that has to be resolved; ``localhost`` has not."""
-        scheme, separator, rest = self.address.partition(":///")
-        address = rest if separator and scheme.lower() == "dns" else self.address
-        if not _is_host_and_port(address) or _is_loopback(address):
+        scheme, separator, rest = self.target.partition(":///")
+        target = rest if separator and scheme.lower() == "dns" else self.target
+        if not _is_host_and_port(target) or _is_loopback(target):
             return None
-        host, _, port = address.rpartition(":")
+        host, _, port = target.rpartition(":")
         try:
             ipaddress.ip_address(host.strip("[]"))
         except ValueError:
             return None if host.lower() in _NATIVE_SCHEMES or host.startswith("[") else (host, int(port))
         return None
 
-    def at(self, ip: str) -> Target:
-        """Return the target of one of the IP addresses of this target's host name."""
+    def at(self, ip: str) -> Address:
+        """Return one of the IP addresses of this address's host name."""
         assert self.name is not None
         host, port = self.name
-        return replace(self, address=f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}", authority=f"{host}:{port}")
+        return replace(self, target=f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}", authority=f"{host}:{port}")
 
     @property
     def local(self) -> bool:
         """Whether the address is certain to be on this machine: a loopback address, or a socket of its file system."""
-        scheme, _, rest = self.address.partition(":")
+        scheme, _, rest = self.target.partition(":")
         if scheme in ("unix", "unix-abstract"):
             return True
-        if scheme == "dns" and not _is_host_and_port(self.address):
+        if scheme == "dns" and not _is_host_and_port(self.target):
             rest = rest.rpartition("/")[2]  # an authority before it is the name server
         elif scheme not in ("ipv4", "ipv6"):
-            rest = self.address
+            rest = self.target
         return all(_is_loopback(one) for one in rest.split(","))
 
     def __str__(self) -> str:
-        written = f"grpcs://{self.address}" if self.secure else self.address
+        written = f"grpcs://{self.target}" if self.secure else self.target
         return written if self.authority is None else f"{written} ({self.authority.rpartition(':')[0]})"
 
 
-def parse_targets(target: str | Sequence[str]) -> tuple[Target, ...]:
+def parse_addresses(address: str | Sequence[str]) -> tuple[Address, ...]:
     """Read one address or a list of them.
 
     Raises:
         ValueError: An address has none of the right forms, or the list is empty.
         TypeError: An address is not a string.
     """
-    addresses = [target] if isinstance(target, str) else list(target)
+    addresses = [address] if isinstance(address, str) else list(address)
     if not addresses:
-        raise ValueError(f"the list of targets is empty: {_FORMS}")
-    return tuple(_parse(address) for address in addresses)
+        raise ValueError(f"the list of addresses is empty: {_FORMS}")
+    return tuple(_parse(one) for one in addresses)
 
 
-def _parse(address: str) -> Target:
+def _parse(address: str) -> Address:
     if not isinstance(address, str):
-        raise TypeError(f"a target is a string, not {address!r}: {_FORMS}")
+        raise TypeError(f"an address is a string, not {address!r}: {_FORMS}")
     scheme, separator, rest = address.partition("://")
     if separator and scheme.lower() in ("grpc", "grpcs"):
-        return Target(_host_and_port(rest.removesuffix("/"), address), secure=scheme.lower() == "grpcs")
+        return Address(_host_and_port(rest.removesuffix("/"), address), secure=scheme.lower() == "grpcs")
     named = _SCHEME.match(address)
     if named and named[1].lower() in _NATIVE_SCHEMES and not _is_host_and_port(address):
         if len(address.strip(":/ ")) <= len(named[1]) or any(character.isspace() for character in address):
-            raise ValueError(f"target {address!r} names no server: {_FORMS}")
-        return Target(address, secure=False)
-    return Target(_host_and_port(address, address), secure=False)
+            raise ValueError(f"address {address!r} names no server: {_FORMS}")
+        return Address(address, secure=False)
+    return Address(_host_and_port(address, address), secure=False)
 
 
 def _is_loopback(host_and_port: str) -> bool:
@@ -112,5 +112,5 @@ def _is_host_and_port(text: str) -> bool:
 
 def _host_and_port(text: str, address: str) -> str:
     if not _is_host_and_port(text):
-        raise ValueError(f"target {address!r} is not understood: {_FORMS}")
+        raise ValueError(f"address {address!r} is not understood: {_FORMS}")
     return text

@@ -1,4 +1,4 @@
-"""Choice of candidates by mass: the bound holds, few pairs are scored, and the masks need each of them."""
+"""Nucleus of top_p: the bound holds, few pairs are scored, and the masks need each of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from torch import Tensor
 
 from loss_client.client.errors import RerankerUnavailableError, ScoreError
-from loss_client.filter.mass import Shortlist, split, unscored_share
+from loss_client.filter.nucleus import Shortlist, split, unscored_fraction
 from loss_client.loss import RerankerCachedGISTEmbedLoss
 
 from .training import (
@@ -148,7 +148,7 @@ def test_rounds_end_with_shares_within_epsilon_whatever_is_masked(
         shortlist.settle(chosen, np.ones(len(chosen), dtype=np.bool_), relevant.flatten()[codes].numpy())
         before += np.bincount(shortlist.rows[chosen], minlength=40)
         rounds += 1
-    exact = unscored_share(logits, decided, decided & relevant)
+    exact = unscored_fraction(logits, decided, decided & relevant)
     assert (exact <= epsilon * (1 + 1e-6)).all()
     assert shortlist.shares == pytest.approx(exact.numpy(), rel=1e-5, abs=1e-6 * epsilon)
     # Each round at least doubles what a row has chosen.
@@ -169,7 +169,7 @@ def test_weights_far_below_a_masked_one_still_count() -> None:
     # Nearly all of the softmax is masked; the small rest decides.
     logits = torch.tensor([[0.0, 180.0, 0.0]])
     decided, masked = torch.tensor([[True, True, False]]), torch.tensor([[False, True, False]])
-    assert float(unscored_share(logits, decided, masked)[0]) == pytest.approx(0.5)
+    assert float(unscored_fraction(logits, decided, masked)[0]) == pytest.approx(0.5)
     chosen, shortlist = choose(logits, decided, masked, 0.1)
     assert chosen.tolist() == [[False, False, True]]
     none_masked = np.zeros(1, dtype=np.bool_)
@@ -193,7 +193,7 @@ def test_with_nothing_left_out_it_is_the_full_loss(
     options = {**contrast, "margin_strategy": strategy, "margin": margin}
     full = make(model, MemoryScorer(random_scores()), **options)
     expected = loss_and_gradients(full, features(model, columns))
-    few = make(model, MemoryScorer(random_scores()), candidates="mass", epsilon=1e-12, **options)
+    few = make(model, MemoryScorer(random_scores()), candidates="nearest", top_p=1 - 1e-12, **options)
     found = loss_and_gradients(few, features(model, columns))
     assert found[0] == pytest.approx(expected[0], abs=1e-5)
     assert_same_gradients(found[1], expected[1])
@@ -212,10 +212,10 @@ def test_the_loss_is_above_the_full_one_by_no_more_than_the_bound(
     options = {**contrast, "temperature": temperature, "margin": margin}
     full = make(model, MemoryScorer(random_scores()), **options)
     expected = float(full(features(model, columns), None).detach())
-    few = make(model, MemoryScorer(random_scores()), candidates="mass", epsilon=epsilon, **options)
+    few = make(model, MemoryScorer(random_scores()), candidates="nearest", top_p=1 - epsilon, **options)
     found = float(few(features(model, columns), None).detach())
     assert -1e-5 <= found - expected <= -math.log1p(-epsilon) + 1e-5
-    assert few.statistics.unscored_share <= epsilon * 12 * (1 + 1e-6)
+    assert few.statistics.unscored_fraction <= epsilon * 12 * (1 + 1e-6)
     assert few.statistics.capped_anchors == 0
     # The jobs: the anchors' own documents, and rounds that double what a row has had scored.
     assert few.statistics.rounds <= 10
@@ -245,8 +245,8 @@ def test_loss_and_gradient_of_every_row_of_a_trained_model_are_within_their_boun
     for seed in range(3):
         options = {"temperature": temperature, "margin_strategy": strategy, "margin": margin}
         rows: dict[str, tuple[Tensor, Tensor]] = {}
-        for candidates in ("all", "mass"):
-            loss = make(model, MemoryScorer(random_scores(seed)), candidates=candidates, epsilon=epsilon, **options)
+        for candidates in ("all", "nearest"):
+            loss = make(model, MemoryScorer(random_scores(seed)), candidates=candidates, top_p=1 - epsilon, **options)
             step = loss.begin(columns)
             step.settle(loss._settings())
             logits = (embeddings[0] @ embeddings[1:].flatten(0, 1).T / temperature).double()
@@ -254,7 +254,7 @@ def test_loss_and_gradient_of_every_row_of_a_trained_model_are_within_their_boun
             kept = logits.masked_fill(torch.from_numpy(step.mask(0, 24)), -torch.inf)
             rows[candidates] = kept.logsumexp(1) - logits.diagonal(), kept.softmax(1)
             skipped += step.statistics().skipped_pairs
-        above, apart = (some - full for some, full in zip(rows["mass"], rows["all"], strict=True))
+        above, apart = (some - full for some, full in zip(rows["nearest"], rows["all"], strict=True))
         assert (above >= -1e-12).all()
         assert (above <= -math.log1p(-epsilon) + 1e-12).all()
         # The gradient with respect to the logits is the softmax less a constant.
@@ -262,7 +262,7 @@ def test_loss_and_gradient_of_every_row_of_a_trained_model_are_within_their_boun
     assert skipped
 
 
-@pytest.mark.parametrize("candidates", ["all", "mass"])
+@pytest.mark.parametrize("candidates", ["all", "nearest"])
 def test_an_anchor_that_scores_high_outscores_no_positive(model: SentenceTransformer, candidates: str) -> None:
     columns = texts(2, 8)
     anchors = set(columns[0])
@@ -271,7 +271,7 @@ def test_an_anchor_that_scores_high_outscores_no_positive(model: SentenceTransfo
         return np.array([[0.9 if document in anchors else 0.5 for document in documents] for _ in queries], np.float32)
 
     contrast = {"contrast_anchors": True, "contrast_filter": "scores"}
-    loss = make(model, MemoryScorer(score), candidates=candidates, epsilon=1e-12, **contrast)
+    loss = make(model, MemoryScorer(score), candidates=candidates, top_p=1 - 1e-12, **contrast)
     loss(features(model, columns), None)
     assert loss.statistics.scored_anchors == 8
     assert loss.statistics.outscored_positives == 0
@@ -285,20 +285,20 @@ def test_rows_that_lose_most_of_their_mass_are_looked_at_again(model: SentenceTr
         positive = dict(zip(*columns, strict=True))
         return np.array([[0.0 if positive[query] == document else 1.0 for document in documents] for query in queries])
 
-    options = {"candidates": "mass", "epsilon": 0.3, "temperature": 0.05}
+    options = {"candidates": "nearest", "top_p": 1 - 0.3, "temperature": 0.05}
     scorer = MemoryScorer(all_above)
     few = make(model, scorer, **options)
     value = float(few(features(model, columns), None).detach())
     assert len(scorer.jobs) >= 3
     assert value <= -math.log1p(-0.3)
-    assert few.statistics.unscored_share <= 12 * 0.3
+    assert few.statistics.unscored_fraction <= 12 * 0.3
 
 
 def test_each_pair_is_asked_for_once_and_equal_texts_are_one(model: SentenceTransformer) -> None:
     anchors, positives = texts(2, 6)
     columns = [[*anchors[:5], anchors[0]], [*positives[:5], positives[1]], [positives[2]] * 6]
     scorer = MemoryScorer(random_scores())
-    loss = make(model, scorer, candidates="mass", epsilon=1e-12)
+    loss = make(model, scorer, candidates="nearest", top_p=1 - 1e-12)
     loss(features(model, columns), None)
     first, *rounds = scorer.jobs
     own = {*zip(columns[0], columns[1], strict=True), *zip(columns[0], columns[2], strict=True)}
@@ -315,18 +315,18 @@ def test_each_pair_is_asked_for_once_and_equal_texts_are_one(model: SentenceTran
 def test_a_limit_on_candidates_is_kept_and_what_is_left_is_counted(model: SentenceTransformer) -> None:
     columns = texts(3, 12)
     scorer = MemoryScorer(random_scores())
-    loss = make(model, scorer, candidates="mass", epsilon=1e-9, max_candidates=2, temperature=0.3)
+    loss = make(model, scorer, candidates="nearest", top_p=1 - 1e-9, max_candidates=2, temperature=0.3)
     loss(features(model, columns), None)
     assert loss.statistics.pairs <= 12 * (2 + 2)
     assert loss.statistics.capped_anchors == 12
-    assert loss.statistics.unscored_share > 12 * 1e-9
+    assert loss.statistics.unscored_fraction > 12 * 1e-9
     assert loss.statistics.skipped_pairs == 12 * 24 - loss.statistics.pairs
 
 
 def test_few_pairs_are_asked_for_where_few_matter(model: SentenceTransformer) -> None:
     columns = texts(2, 24)
     scorer = MemoryScorer(random_scores())
-    loss = make(model, scorer, candidates="mass", temperature=0.01)
+    loss = make(model, scorer, candidates="nearest", top_p=0.999, temperature=0.01)
     loss(features(model, columns), None)
     assert 24 <= loss.statistics.pairs < 24 * 24 / 2
     assert loss.statistics.pairs + loss.statistics.skipped_pairs == 24 * 24
@@ -335,25 +335,25 @@ def test_few_pairs_are_asked_for_where_few_matter(model: SentenceTransformer) ->
 def test_matryoshka_asks_for_a_pair_once(model: SentenceTransformer) -> None:
     columns, dims = texts(3, 8), [32, 16, 8]
     results = {}
-    for candidates in ("all", "mass"):
+    for candidates in ("all", "nearest"):
         scorer = MemoryScorer(random_scores())
-        inner = make(model, scorer, candidates=candidates, epsilon=1e-12)
+        inner = make(model, scorer, candidates=candidates, top_p=1 - 1e-12)
         results[candidates] = loss_and_gradients(MatryoshkaLoss(model, inner, dims), features(model, columns))
         assert inner.statistics.negatives == 8 * 15
-        if candidates == "mass":
+        if candidates == "nearest":
             later = [pair for job in scorer.jobs for pair in zip(job.queries, job.documents, strict=True)]
             assert len(set(later)) == len(later) == 8 * 16
-    assert results["mass"][0] == pytest.approx(results["all"][0], abs=1e-5)
-    assert_same_gradients(results["mass"][1], results["all"][1])
+    assert results["nearest"][0] == pytest.approx(results["all"][0], abs=1e-5)
+    assert_same_gradients(results["nearest"][1], results["all"][1])
 
 
 def test_scores_that_are_not_finite_are_refused(model: SentenceTransformer) -> None:
     scorer = MemoryScorer(lambda queries, documents: np.full((len(queries), len(documents)), np.nan, np.float32))
     with pytest.raises(ScoreError, match="4 of 4 scores are not finite"):
-        make(model, scorer, candidates="mass")(features(model, texts(2, 4)), None)
+        make(model, scorer, candidates="nearest", top_p=0.999)(features(model, texts(2, 4)), None)
 
 
-@pytest.mark.parametrize("candidates", ["all", "mass"])
+@pytest.mark.parametrize("candidates", ["all", "nearest"])
 @pytest.mark.parametrize("contrast", CONTRAST)
 def test_without_scores_a_step_can_go_on_unfiltered(
     model: SentenceTransformer, candidates: str, contrast: dict[str, Any], caplog: pytest.LogCaptureFixture
@@ -361,7 +361,7 @@ def test_without_scores_a_step_can_go_on_unfiltered(
     anchors, positives = texts(2, 6)
     columns = [anchors, [*positives[:5], positives[0]]]
     failing = MemoryScorer(random_scores(), RerankerUnavailableError("nobody there"))
-    loss = make(model, failing, candidates=candidates, on_error="unfiltered", **contrast)
+    loss = make(model, failing, candidates=candidates, top_p=0.999, on_error="unfiltered", **contrast)
     found = loss_and_gradients(loss, features(model, columns))
     # The mask of a reranker that finds no document relevant: only equal texts are masked.
     nothing = MemoryScorer(lambda queries, documents: np.zeros((len(queries), len(documents)), np.float32))

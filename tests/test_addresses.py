@@ -1,10 +1,10 @@
-"""Targets: the forms of address that a client understands."""
+"""Addresses: the forms that a client understands."""
 
 from __future__ import annotations
 
 import pytest
 
-from loss_client.client.targets import Target, parse_targets
+from loss_client.client.addresses import Address, parse_addresses
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ from loss_client.client.targets import Target, parse_targets
     ],
 )
 def test_right_forms(written: str, address: str, secure: bool) -> None:
-    assert parse_targets(written) == (Target(address, secure),)
+    assert parse_addresses(written) == (Address(address, secure),)
 
 
 @pytest.mark.parametrize(
@@ -63,24 +63,24 @@ def test_right_forms(written: str, address: str, secure: bool) -> None:
 )
 def test_wrong_forms_are_refused_with_the_right_ones(written: str) -> None:
     with pytest.raises(ValueError, match="right forms are 'host:port'") as caught:
-        parse_targets(written)
+        parse_addresses(written)
     assert repr(written) in str(caught.value)
 
 
 def test_a_list_keeps_its_order() -> None:
-    assert parse_targets(["b:1", "grpcs://a:2"]) == (Target("b:1", False), Target("a:2", True))
+    assert parse_addresses(["b:1", "grpcs://a:2"]) == (Address("b:1", False), Address("a:2", True))
 
 
 def test_an_empty_list_is_refused() -> None:
-    with pytest.raises(ValueError, match="the list of targets is empty"):
-        parse_targets([])
+    with pytest.raises(ValueError, match="the list of addresses is empty"):
+        parse_addresses([])
 
 
 def test_what_is_no_string_is_refused() -> None:
     with pytest.raises(TypeError, match="not 50051"):
-        parse_targets(["localhost:50051", 50051])  # type: ignore[list-item]
+        parse_addresses(["localhost:50051", 50051])  # type: ignore[list-item]
 
 
 def test_a_target_prints_as_it_can_be_written() -> None:
     for written in ("a:1", "grpcs://a:1", "unix:/run/a"):
-        assert str(*parse_targets(written)) == written
+        assert str(*parse_addresses(written)) == written

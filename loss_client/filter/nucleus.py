@@ -1,9 +1,9 @@
-"""Choice of the candidates to score: those that hold all but a small share of the softmax's mass.
+"""Nucleus: the candidates to score with ``top_p``, those that hold all but a small share of each row's softmax.
 
 An unscored candidate stays a negative. If the unscored candidates of a row hold the share u of the softmax denominator
 that is left after masking, the row's loss is above the loss with all scores by at most ``-log(1 - u)``, because further
 scores can at most remove all of their mass from the denominator. So each row has candidates scored, the most similar
-first, until u is at most epsilon.
+first, until u is at most epsilon, which is ``1 - top_p``.
 
 1. ``split`` looks once at the logits of each mini-batch, on the model's device. It lists the candidates that may have
    to be scored, and sums up all others: these hold at most epsilon whatever the scores are.
@@ -184,7 +184,7 @@ class Shortlist:
         return undecided, kept, rest
 
 
-def unscored_share(logits: Tensor, decided: Tensor, masked: Tensor) -> Tensor:
+def unscored_fraction(logits: Tensor, decided: Tensor, masked: Tensor) -> Tensor:
     """Return the share of each row's denominator, after masking, that undecided candidates hold, shape ``(rows,)``.
 
     Args:
