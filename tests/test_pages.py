@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -164,3 +165,24 @@ def test_the_tables_of_a_million_rows_have_the_figures_of_the_plan() -> None:
             assert f"| {' | '.join(cells)} |" in cost
         row = (name, f"{rate:,}", f"{near.gpu_hours:.2g} h", f"{near.mode.pairs / 256:.0f}", f"{hours:.2g} h")
         assert f"| {' | '.join(row)} |" in readme
+
+
+def test_the_versions_of_the_page_are_those_of_the_package() -> None:
+    """Ranges of pyproject.toml, and versions of the list that `make install DEVICE=cuda` installs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
+    pinned = (ROOT / "requirements" / "cuda.txt").read_text()
+    rows = re.findall(r"^\| .*?`([a-z-]+)`.*? \| `(>=[^`]+)`.*? \| ([\d.]+)", (DOCS / "install.md").read_text(), re.M)
+    assert [name for name, *_ in rows] == [
+        "torch",
+        "sentence-transformers",
+        "transformers",
+        "vllm",
+        "grpcio",
+        "protobuf",
+    ]
+    for name, supported, version in rows:
+        assert {re.sub(r"\[.*\]", "", one).removeprefix(name) for one in asked if re.match(rf"{name}[\[>]", one)} == {
+            supported
+        }
+        assert f"\n{name}=={version}" in pinned
