@@ -192,9 +192,6 @@ def unscored_fraction(logits: Tensor, decided: Tensor, masked: Tensor) -> Tensor
         decided: True for candidates that are known to be masked or kept, same shape.
         masked: True for candidates that are masked, same shape.
     """
-    if logits.device.type == "mps":  # MPS has no float64
-        logits, decided, masked = logits.cpu(), decided.cpu(), masked.cpu()
-    exact = logits.double().masked_fill(masked, -torch.inf)
-    weights = torch.exp(exact - exact.amax(dim=1, keepdim=True))
-    left = weights.masked_fill(decided, 0).sum(dim=1)
-    return left / weights.sum(dim=1)
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    weights = torch.softmax(logits.masked_fill(masked, -torch.inf), dim=1, dtype=exact)
+    return weights.masked_fill_(decided, 0).sum(dim=1)
