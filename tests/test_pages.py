@@ -26,9 +26,9 @@ from . import forked
 from .pages import ADDRESS, DOCS, ROOT, after_diff, before_diff, blocks, commands
 from .servers import ServerProcess
 
-PAGES = sorted([ROOT / "README.md", *DOCS.glob("*.md")])
+PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
 # Pages with a test of their own for their programs.
-TESTED_ELSEWHERE = {"security.md": "test_security.py"}
+TESTED_ELSEWHERE = {"docs/security.md": "test_security.py"}
 ROWS = [
     {"anchor": "read a file", "positive": "Open file and return a stream.", "negative": "Close the file."},
     {"anchor": "cosine of a number", "positive": "Return cos(x).", "negative": "Return sin(x)."},
@@ -49,11 +49,7 @@ MODEL_NAMES = re.compile(r'"(?:BAAI|sentence-transformers|cross-encoder|microsof
 
 
 def pages_with(*languages: str) -> list[str]:
-    return [page.name for page in PAGES if blocks(page, *languages)]
-
-
-def path_of(page: str) -> Path:
-    return ROOT / page if page == "README.md" else DOCS / page
+    return [str(page.relative_to(ROOT)) for page in PAGES if blocks(page, *languages)]
 
 
 def runnable(program: str, address: str) -> str:
@@ -75,7 +71,7 @@ def run(program: str, directory: Path) -> None:
 @pytest.mark.parametrize("page", [page for page in pages_with("python") if page not in TESTED_ELSEWHERE])
 def test_the_programs_of_a_page_run(page: str, cross_encoder_server: ServerProcess, tmp_path: Path) -> None:
     """A block that imports is a program of its own; the others are fragments, and run one after the other."""
-    found = [block.text for block in blocks(path_of(page), "python") if block.reason is None]
+    found = [block.text for block in blocks(ROOT / page, "python") if block.reason is None]
     programs = [text for text in found if re.search(r"^(import|from) ", text, re.M)]
     fragments = "\n".join(text for text in found if text not in programs)
     for program in [*programs, *([PRELUDE + fragments] if fragments else [])]:
@@ -128,7 +124,7 @@ def program_of(words: list[str]) -> tuple[str, ...] | None:
 @pytest.mark.parametrize("page", pages_with("sh", "bash", "console"))
 def test_the_commands_of_a_page_have_the_flags_that_they_name(page: str) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    for block in blocks(path_of(page), "sh", "bash", "console"):
+    for block in blocks(ROOT / page, "sh", "bash", "console"):
         text = block.text
         if block.language == "console":
             text = "\n".join(line for line in text.splitlines() if line.startswith("$ "))
