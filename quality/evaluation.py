@@ -6,7 +6,7 @@ from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
-from examples.student import RetrievalEvaluator
+from loss_client.compare.evaluation import RetrievalEvaluator
 from quality.intervals import pack
 
 

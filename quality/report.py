@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from benchmarks.report import Figure
 from benchmarks.rounds import Spread
-from examples.intervals import Interval
-from quality.intervals import bootstrap, unpack
+from loss_client.compare.intervals import Interval, bootstrap
+from quality.intervals import unpack
 from quality.ledger import Ledger, Record
 from quality.plan import HARDNESS, LOCAL, NO_FILTER
 

@@ -19,10 +19,11 @@ from sentence_transformers import SentenceTransformer
 
 from examples.docstrings import Pair
 from examples.serving import reranker_server
-from examples.student import RetrievalEvaluator, load_minilm, load_student, retrieval_evaluator
+from examples.student import load_minilm, load_student, retrieval_evaluator
 from examples.training import Recipe, train
 from loss_client import RerankerClient
 from loss_client.client.scores import ScoreType
+from loss_client.compare.evaluation import RetrievalEvaluator
 from loss_client.filter.jobs import ScoringClient
 from quality import batches, contenders, cross_encoder, evaluation, guides, report, sources, tuned
 from quality.contenders import SCORE_TYPES, max_length

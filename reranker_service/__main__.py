@@ -1,9 +1,10 @@
-"""Command line of the server: reads the settings, runs the server, and exits with its status."""
+"""Command line: ``reranker-service serve|check|health|bench|top``; without a command it serves."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import importlib
 import os
 import sys
 import threading
@@ -17,28 +18,36 @@ from .former_names import take_former_names
 from .observing.logs import configure_logs
 from .settings import Settings, variable_errors
 
+# Commands that ask a running server, and need none of its settings.
+_OF_SERVERS = ("health", "bench", "top")
+_COMMANDS = ("serve", "check", *_OF_SERVERS)
 _EXIT_SECONDS = 3.0
 
 
 def main() -> None:
-    """Run the server; exits 0 after SIGTERM or SIGINT, 2 for wrong settings, 1 for every other failure.
+    """Run the command that the first argument names; without one, run the server.
 
-    With the word "check" as first argument, a model is checked instead; see ``check.main`` for the exit status. With
-    "health", a server is asked for its health; see ``health.main``.
+    The server exits with 0 after SIGTERM or SIGINT, 2 for wrong settings, 1 for every other failure. For the exit
+    status of another command see the ``main`` of its module.
     """
-    if sys.argv[1:2] == ["health"]:
-        from .health import main as health
-
-        sys.exit(health(sys.argv[2:]))
+    command = sys.argv[1] if sys.argv[1:] and not sys.argv[1].startswith("-") else None
+    if command not in (None, *_COMMANDS):
+        print(f"reranker-service: there is no command {command!r}; right are {', '.join(_COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    if command in _OF_SERVERS:
+        module = importlib.import_module(f"reranker_service.commands.{command}")
+        sys.exit(module.main(sys.argv[2:]))
     former_names = take_former_names(sys.argv, os.environ)
     if unknown := variable_errors(os.environ.items()):
         for message in unknown:
             print(f"reranker-service: {message}", file=sys.stderr)
         sys.exit(2)
-    if sys.argv[1:2] == ["check"]:
+    if command == "check":
         from .check import main as check
 
         sys.exit(check(sys.argv[2:]))
+    if command == "serve":
+        del sys.argv[1]
     try:
         settings = CliApp.run(Settings)
     except ValidationError as error:

@@ -55,3 +55,8 @@ def commands(text: str) -> list[list[str]]:
         command = ""
         found.append(list(dropwhile(re.compile(r"\w+=").match, words)))
     return [words for words in found if words]
+
+
+def shell_blocks(page: str, containing: str) -> list[str]:
+    """The blocks of shell commands on a page of docs/ that contain a text."""
+    return [block.text for block in blocks(DOCS / page, "sh") if containing in block.text]

@@ -199,7 +199,7 @@ def test_a_small_run_measures_draws_and_writes(tmp_path: Path) -> None:
     assert by_name["minilm, batch 64, T 0.05: loss - full loss"].reached
     assert by_name["student, batch 64, T 0.01: rounds"].spread.value <= 10
     assert by_name["batch 32, 2 columns, all: processor time a pair"].target == 1.0
-    assert by_name["2 columns, nearest: step / without a reranker"].spread.value > 0
+    assert by_name["batch 32, 2 columns, nearest: step / without a reranker"].spread.value > 0
     assert len(json.loads((tmp_path / "loss.json").read_text())) == len(figures)
     assert by_name["auto, score all/train 64: step / max(train, own documents)"].spread.value > 0.9
     share = by_name["random, margin 0.05, nearest by minilm: masks found with 2 pairs a mask"].spread.value

@@ -21,7 +21,7 @@ from sentence_transformers.sentence_transformer.losses import CachedGISTEmbedLos
 
 from examples.contenders import CountingGISTEmbedLoss, FilterCounts
 from examples.docstrings import Pair, collect
-from examples.intervals import Interval, ndcg, paired_difference
+from examples.intervals import paired_difference
 from examples.prefetch import FixedTimeReranker, StepTimes
 from examples.processes import ProcessError
 from examples.report import Result, draw, table, verdict
@@ -29,6 +29,7 @@ from examples.serving import reranker_server
 from examples.student import load_minilm, load_student, mine_triplets, retrieval_evaluator
 from examples.train import train
 from examples.triplets import Judged, lines, striking
+from loss_client.compare.intervals import Interval, ndcg
 
 from . import forked
 from .servers import ServerProcess

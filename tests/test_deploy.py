@@ -168,7 +168,7 @@ def test_the_image_runs_as_the_user_of_the_manifests_and_copies_what_exists() ->
     copied = [name for line in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE) for name in line.split()]
     assert sorted(copied) == sorted(allowed)
     assert all((ROOT / name).exists() for name in copied)
-    assert '["python", "-m", "reranker_service.health"]' in text
+    assert '["python", "-m", "reranker_service.commands.health"]' in text
     assert not re.search(r"https?://|--(extra-)?index-url", text)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from pydantic.fields import FieldInfo
+from pydantic_settings import CliApp
 
 from reranker_service.rpc.limits import Limits
 from reranker_service.settings import Settings
@@ -50,9 +52,30 @@ def test_the_page_has_variable_default_and_meaning_of_each_flag() -> None:
     assert ROW.findall(PAGE.read_text()) == rows, f"the table of docs/flags.md should be:\n{table}"
 
 
-@pytest.mark.parametrize("page", ["caches.md", "limits.md", "metrics.md", "security.md", "serving.md", "start-up.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "caches.md",
+        "flags.md",
+        "limits.md",
+        "metrics.md",
+        "security.md",
+        "serving.md",
+        "start-up.md",
+        "troubleshooting.md",
+    ],
+)
 def test_other_pages_name_no_flag_that_the_server_does_not_have(page: str) -> None:
     named = set(re.findall(r"`(--[a-z][a-z.-]+[a-z])\b", (PAGE.parent / page).read_text()))
     assert named
     off = {f"--no-{flag.removeprefix('--')}" for flag, _, default, _ in expected() if default in ("on", "off")}
     assert named - {"--limits"} <= {flag for flag, *_ in expected()} | off
+
+
+def test_typical_uses_are_settings_that_the_server_takes() -> None:
+    uses = [line.split("|")[2] for line in PAGE.read_text().partition("## Typical use")[2].splitlines()[4:]]
+    assert len(uses) > 10
+    for use in uses:
+        for flags in re.findall(r"`(--[^`]+)`", use):
+            if " " in flags:  # others are named without their value
+                CliApp.run(Settings, cli_args=shlex.split(flags))

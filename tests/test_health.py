@@ -15,7 +15,7 @@ import pytest
 
 from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
-from reranker_service import health
+from reranker_service.commands import health
 
 from .certificates import Authority, channel
 from .holding import RELEASE
@@ -87,7 +87,7 @@ import sys
 sys.argv = ["health", {probed(server)!r}]
 import runpy
 try:
-    runpy.run_module("reranker_service.health", run_name="__main__")
+    runpy.run_module("reranker_service.commands.health", run_name="__main__")
 except SystemExit as end:
     print(end.code, sorted({{"torch", "pydantic", "transformers", "structlog"}} & set(sys.modules)))
 """

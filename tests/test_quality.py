@@ -23,11 +23,12 @@ from sklearn.metrics import ndcg_score  # type: ignore[import-untyped]
 from examples.docstrings import Pair
 from examples.student import load_minilm, load_student, retrieval_evaluator
 from loss_client import Distillation
+from loss_client.compare.intervals import bootstrap
 from loss_client.loss import RerankerCachedGISTEmbedLoss
 from quality import batches, contenders, evaluation, report
 from quality.cross_encoder import examples
 from quality.guides import RememberingGuide, ScoredBatch, count_masked, evaluate, score
-from quality.intervals import bootstrap, pack, unpack
+from quality.intervals import pack, unpack
 from quality.ledger import Ledger
 from quality.mean_guide import MeanScorer, Member, onto
 from quality.plan import FULL, Margin, Served, quick

@@ -1,6 +1,6 @@
 """Health check of a running server, for containers and scripts; it imports neither torch nor the server.
 
-python -m reranker_service.health [HOST:PORT] [--tls-ca FILE] [--timeout SECONDS]
+python -m reranker_service.commands.health [HOST:PORT] [--tls-ca FILE] [--timeout SECONDS]
 """
 
 from __future__ import annotations

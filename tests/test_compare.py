@@ -1,0 +1,132 @@
+"""The command ``compare``: trainings of a tiny student against a real server, and the report of their results."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loss_client.__main__ import main
+from loss_client.compare import training
+from loss_client.compare.evaluation import evaluator_of
+from loss_client.compare.methods import METHODS
+from loss_client.compare.report import Result, report
+from loss_client.rows import RowsError
+
+from .models import build_bi_encoder
+from .servers import ServerProcess
+from .training import texts
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tiny student, 48 training rows with a mined negative, and 16 held-out rows."""
+    directory = tmp_path_factory.mktemp("compare")
+    build_bi_encoder(directory / "student")
+    rows = [dict(zip(("anchor", "positive", "negative"), row, strict=True)) for row in zip(*texts(3, 64), strict=True)]
+    for name, part in (("train", rows[:48]), ("eval", rows[48:])):
+        (directory / f"{name}.jsonl").write_text("".join(f"{json.dumps({'id': 1, **row})}\n" for row in part))
+    return directory
+
+
+def compare(files: Path, server: ServerProcess, output: Path, *flags: str) -> int:
+    paths = ("--model", files / "student", "--train", files / "train.jsonl", "--eval", files / "eval.jsonl")
+    sizes = ("--steps", "2", "--batch-size", "8", "--mini-batch-size", "4", "--learning-rate", "1e-3")
+    return main(
+        [
+            "compare",
+            *map(str, paths),
+            "--address",
+            server.address,
+            "--output",
+            str(output),
+            "--seeds",
+            "2",
+            *sizes,
+            *flags,
+        ]
+    )
+
+
+def test_a_comparison_trains_evaluates_and_goes_on_after_a_stop(
+    files: Path,
+    cross_encoder_server: ServerProcess,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output, trained, train = tmp_path / "comparison.jsonl", [], training.train
+    batches: dict[tuple[str, int], list[Any]] = {}
+
+    def watched(name: str, method: str, seed: int, dataset: Any, *rest: Any) -> Any:
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        trained.append((method, seed))
+        take = training.RerankerTrainer.training_step
+
+        def step(self: Any, model: Any, inputs: Any, *more: Any) -> Any:
+            batches.setdefault((method, seed), []).append(
+                [value.tolist() for key, value in sorted(inputs.items()) if key.endswith("input_ids")]
+            )
+            return take(self, model, inputs, *more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training.RerankerTrainer, "training_step", step)
+            return train(name, method, seed, dataset, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training, "train", watched)
+    assert compare(files, cross_encoder_server, output) == 130
+    trained.append(("interrupted", 0))  # no further interrupt
+    assert compare(files, cross_encoder_server, output) == 0
+    del trained[3]
+    assert trained == [(method, seed) for seed in (1, 2) for method in METHODS], "each was trained once"
+    for seed in (1, 2):
+        first = batches[METHODS[0], seed]
+        assert len(first) == 2
+        assert all(batches[method, seed] == first for method in METHODS), "the same batches for every method"
+    assert batches[METHODS[0], 1] != batches[METHODS[0], 2]
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(rows) == 9
+    of = {(row["method"], row["seed"]): np.array(row["ndcg"]) for row in rows}
+    assert all(values.shape == (16,) for values in of.values())
+    printed = capsys.readouterr().out
+    for method in METHODS:
+        mean = np.mean([of[method, seed] for seed in (1, 2)])
+        assert re.search(rf"^{re.escape(method)} +{mean:.3f} ", printed, flags=re.MULTILINE)
+    assert "95% intervals over 2 seeds and 16 queries" in printed
+    with pytest.raises(SystemExit, match="2"):
+        compare(files, cross_encoder_server, output, "--seeds", "0")
+    assert compare(files, cross_encoder_server, output, "--margin", "0.1") == 1
+    assert "was begun with margin 0.05, not 0.1" in capsys.readouterr().err
+
+
+def test_the_report_says_what_the_intervals_say() -> None:
+    draw = np.random.default_rng(0)
+    base = draw.uniform(0, 0.5, (3, 200))
+    gain = {"no filter": 0.0, "hardness": 0.02, "filter": 0.1, "filter + distillation": 0.0}
+    noise = {method: draw.normal(0, 0.01, (3, 200)) for method in METHODS}
+    results = [
+        Result(method, seed, list(base[seed] + gain[method] + noise[method][seed]), 1.0, None)
+        for seed in range(3)
+        for method in METHODS
+    ]
+    printed = report(results, list(base[0])).splitlines()
+    assert printed[-2].startswith("filter is better than hardness, the best without a reranker: +0.08")
+    assert printed[-1].startswith("filter + distillation is worse than hardness, the best without a reranker: -0.0")
+    equal = [Result(method, 1, list(base[0] + draw.normal(0, 0.1, 200)), 1.0, None) for method in METHODS]
+    assert "cannot be told from" in report(equal, list(base[0])).splitlines()[-1]
+    assert "200 queries of 1 seed" in report(equal, list(base[0]))
+
+
+def test_held_out_rows_make_queries_and_documents() -> None:
+    rows = [{"id": 1, "q": "a", "d": "one", "n": "no"}, {"id": 2, "q": "a", "d": ["two", "three"], "n": None}]
+    evaluator = evaluator_of(rows, [{"text": "four"}])
+    assert evaluator.queries == ["a"]
+    assert set(evaluator.corpus) == {"one", "no", "two", "three", "four"}
+    assert evaluator.relevant_docs == {"a": {"one", "two", "three"}}
+    with pytest.raises(RowsError, match="row 1 of the evaluation has to hold a query"):
+        evaluator_of([{"q": "a"}])
