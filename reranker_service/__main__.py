@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+from importlib import metadata
 
 from pydantic import ValidationError
 from pydantic_settings import CliApp, SettingsError
@@ -21,8 +22,12 @@ _EXIT_SECONDS = 3.0
 def main() -> None:
     """Run the server; exits 0 after SIGTERM or SIGINT, 2 for wrong settings, 1 for every other failure.
 
-    With the word "check" as first argument, a model is checked instead; see ``check.main`` for the exit status.
+    With the word "check" as first argument, a model is checked instead; see ``check.main`` for the exit status. With
+    ``--version`` alone, the version of the package is printed.
     """
+    if sys.argv[1:] == ["--version"]:
+        print(f"reranker-grpc {metadata.version('reranker-grpc')}")
+        return
     if unknown := variable_errors(os.environ.items()):
         for message in unknown:
             print(f"reranker-service: {message}", file=sys.stderr)

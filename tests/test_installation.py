@@ -67,7 +67,7 @@ def run(*command: str | Path, folder: Path) -> None:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel that pip builds from the source archive; both builds are isolated.
 
-    The archive is made from a tagged copy without stubs: the build must generate them, and other tests import those here.
+    The archive is made from a tagged copy without stubs: the build must generate them. Other tests import those here.
     """
     tree = tmp_path_factory.mktemp("tree")
     for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", ".gitignore"):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from tools import last_release
+from tools.release_check import CheckError, check_changelog, check_lock, check_metadata
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -64,3 +68,58 @@ def test_answers_differ_by_more_than_rounding() -> None:
     assert last_release.differences(rounded, answers) == []
     other = {**answers, "grid": [[0.51]], "pairs": [0.5, 0.5], "refused": []}
     assert [one.split(":")[0] for one in last_release.differences(other, answers)] == ["grid", "pairs", "refused"]
+
+
+CHANGES = """# Changelog
+
+## [Unreleased]
+
+## [0.2.0] - 2026-11-30
+
+### Added
+
+- One thing.
+- Another thing.
+
+## [0.1.0]
+
+- No date.
+"""
+
+
+def test_a_release_needs_entries_with_a_date_in_the_changelog() -> None:
+    assert check_changelog(CHANGES, "0.2.0") == "2 entries for 0.2.0 with a date"
+    for version in ("0.1.0", "0.3.0", None):
+        with pytest.raises(CheckError, match=r"CHANGELOG\.md"):
+            check_changelog(CHANGES, version)
+    assert "Unreleased" in check_changelog((ROOT / "CHANGELOG.md").read_text(), None)
+
+
+def test_the_pinned_lists_satisfy_every_requirement() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for name in ("cpu.txt", "cuda.txt"):
+        assert check_lock(project, (ROOT / "requirements" / name).read_text(), name) > 30
+
+
+def test_a_pin_out_of_range_and_a_requirement_without_a_pin_are_found() -> None:
+    extras = {"dev": ["own[more]"], "more": ["first-name>=2", "second"]}
+    project = {"name": "own", "dependencies": ["third<3"], "optional-dependencies": extras}
+    assert check_lock(project, "first.name==2.1\nsecond==1 ; python_version > '3.11'\nthird==2\n", "list") == 3
+    with pytest.raises(CheckError, match=r"first-name>=2 \(pinned: 1\.9\)") as error:
+        check_lock(project, "first_name==1.9\nthird==2\n", "list")
+    assert "second (pinned: nothing)" in str(error.value)
+
+
+def test_metadata_that_an_index_would_refuse_are_found() -> None:
+    head = "Metadata-Version: 2.4\nName: own\nVersion: 1.0\nSummary: One\n"
+    head += "License-Expression: MIT\nRequires-Python: >=3.11\n"
+    described = "Description-Content-Type: text/markdown\n\nText"
+    assert check_metadata(head + described, "1.0") == "own 1.0"
+    with pytest.raises(CheckError, match="not the tag's"):
+        check_metadata(head + described, "1.1")
+    with pytest.raises(CheckError, match="description"):
+        check_metadata(head, "1.0")
+    with pytest.raises(CheckError, match="other @ file"):
+        check_metadata(head + "Requires-Dist: other @ file:///other.whl\n" + described, None)
+    with pytest.raises(CheckError, match="version"):
+        check_metadata(head.replace("1.0", "one") + described, None)
