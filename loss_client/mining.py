@@ -69,7 +69,8 @@ class _Candidates:
         """Score all noted pairs, in streams of about a quarter of a million."""
         begin = 0
         while begin < len(self._calls):
-            end, pairs = begin, []
+            end = begin
+            pairs: list[tuple[str, str]] = []
             while end < len(self._calls) and len(pairs) < _PAIRS_AT_ONCE:
                 pairs += self._calls[end]
                 end += 1
@@ -123,7 +124,7 @@ def mine_hard_negatives(
             f"{', '.join(bounds[:-1])}, or mine with sentence-transformers' function and without the cross-encoder"
         )
     anchors = dataset[anchor_column_name or dataset.column_names[0]]
-    candidates = _Candidates(len(set(anchors)))
+    candidates: Any = _Candidates(len(set(anchors)))  # not a CrossEncoder for a type checker
     with ExitStack() as stack:
         options["cache_folder"] = cache_folder or stack.enter_context(tempfile.TemporaryDirectory())
         options["anchor_column_name"] = anchor_column_name

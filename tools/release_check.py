@@ -96,7 +96,7 @@ def interpreters(versions: Sequence[str] = PYTHONS) -> Iterator[Path]:
     """The supported Pythons of this machine: on the PATH, or among those of pyenv."""
     of_pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     for version in versions:
-        for python in (f"python{version}", *sorted(of_pyenv.glob(f"{version}.*/bin/python"))):
+        for python in (f"python{version}", *map(str, sorted(of_pyenv.glob(f"{version}.*/bin/python")))):
             program = "import sys; print(sys.executable, '%d.%d' % sys.version_info[:2])"
             try:
                 found = subprocess.run([python, "-c", program], capture_output=True, text=True, check=True).stdout
