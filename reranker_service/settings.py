@@ -20,7 +20,8 @@ class Settings(BaseSettings):
     Every flag is also an environment variable: --max-length is RERANKER_MAX_LENGTH, --limits.max-text-bytes is
     RERANKER_LIMITS__MAX_TEXT_BYTES. A flag overrides its variable.
 
-    Commands: reranker-service serve (the default), check MODEL, health ADDRESS, bench ADDRESS, top ADDRESS; each has its own --help.
+    Commands: reranker-service serve (the default), check MODEL, health ADDRESS, bench ADDRESS, top ADDRESS;
+    each has its own --help.
     """
 
     model_config = SettingsConfigDict(
