@@ -117,7 +117,7 @@ $(SITE_TOOLS): requirements/docs.txt
 	    --requirement requirements/docs.txt
 	touch $@
 
-docs: $(SITE_TOOLS) ## Build the site of docs/ into build/site; a warning or a broken link is an error
+docs: $(SITE_TOOLS) reference ## Build the site of docs/ into build/site; a warning or a broken link is an error
 	rm -rf build/site
 	NO_COLOR=1 build/site-tools/bin/zensical build --strict --clean
 	$(PYTHON) tools/check_site.py zensical.toml README.md

@@ -102,7 +102,7 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
             embeddings are gathered; each device has its own anchors scored.
         candidates: ``"all"``: every pair is scored. ``"nearest"``: each anchor's own documents, and the pairs whose
             document the ``preselector`` finds nearest to the anchor, compared with the anchor's own positive; with
-            ``top_p`` further ones. A candidate without a score stays a negative. ``docs/training.md`` says which to
+            ``top_p`` further ones. A candidate without a score stays a negative. ``docs/candidates.md`` says which to
             take.
         top_p: With ``candidates="nearest"``, such as 0.999: further candidates are scored, in the order of the model's
             own similarities, until those with a score hold this share of each anchor's softmax denominator. The loss is

@@ -1,13 +1,11 @@
-"""The server that ``make serve`` starts, with the embedded all-MiniLM-L6-v2 on vLLM; the README's examples use it."""
+"""The server that ``make serve`` starts, with the embedded all-MiniLM-L6-v2 on vLLM."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,9 +19,10 @@ from sentence_transformers import SentenceTransformer
 from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
 
-from . import forked, models, references
+from . import models, references
+from .pages import ADDRESS, DOCS, blocks
 from .servers import ServerProcess
-from .test_readme import ADDRESS, GRPCURL, README
+from .test_readme import GRPCURL
 from .test_rpcs import DOCUMENTS, QUERIES, assert_all_close, through_every_rpc
 
 
@@ -68,31 +67,19 @@ def test_embeddings_on_vllm_at_any_length(default_server: ServerProcess, max_len
     np.testing.assert_allclose(found, (left @ right.T)[0], atol=1e-5, rtol=0)
 
 
-def blocks(language: str) -> list[str]:
-    """The README's fenced blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-
-
-def test_the_readmes_examples_run_as_they_stand(default_server: ServerProcess, tmp_path: Path) -> None:
+def test_the_call_by_hand_runs_as_it_stands(default_server: ServerProcess, tmp_path: Path) -> None:
     """Only the address is replaced by that of a running server."""
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "grpcurl").symlink_to(GRPCURL)
-    call = next(block for block in blocks("sh") if "grpcurl" in block)
-    programs = blocks("python")
-    assert len(programs) == 2
-    call, *programs = (text.replace(ADDRESS, default_server.address) for text in (call, *programs))
-    results = [
-        subprocess.run(["bash", "-euc", call], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False),
-        *(forked.run([sys.executable, "-c", program], cwd=tmp_path, timeout=240) for program in programs),
-    ]
-    for result in results:
-        assert result.returncode == 0, result.stderr
-    printed = [result.stdout for result in results]
-    results = json.loads(printed[0])["results"]
+    call = next(block.text for block in blocks(DOCS / "serving.md", "sh") if "grpcurl" in block.text)
+    call = call.replace(ADDRESS, default_server.address)
+    result = subprocess.run(
+        ["bash", "-euc", call], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    results = json.loads(result.stdout)["results"]
     assert len(results) == 2
     assert "file" in results[0]["document"]
-    assert printed[1].startswith("0 ")
-    assert "train_loss" in printed[2]
 
 
 def test_calls_in_flight_finish_after_ctrl_c_which_also_reaches_vllm(default_server: ServerProcess) -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from .pages import ADDRESS
 from .servers import ServerProcess
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 GRPCURL = Path(sys.executable).parent / "grpcurl"
-ADDRESS = "127.0.0.1:50051"
 
 
 def grpcurl(*arguments: str, data: str | None = None) -> str:

@@ -64,11 +64,12 @@ def link_faults(site: Path, base: str) -> Iterator[str]:
     """Links without a target, and files loaded from elsewhere; ``base`` is the path of the site's address."""
     pages = {path: Page(path) for path in sorted(site.rglob("*.html"))}
     for path, page in pages.items():
+        here = path.relative_to(site)
         for address in [*page.links, *page.loaded]:
             parts = urlsplit(address)
             if parts.scheme or parts.netloc:
                 if address in page.loaded and parts.scheme != "data":
-                    yield f"{path.name}: loads {address}, which is not part of the site"
+                    yield f"{here}: loads {address}, which is not part of the site"
                 continue
             name = unquote(parts.path)
             target = path
@@ -77,9 +78,9 @@ def link_faults(site: Path, base: str) -> Iterator[str]:
             elif name:
                 target = (path.parent / name).resolve()
             if not target.exists():
-                yield f"{path.name}: {address} does not exist"
+                yield f"{here}: {address} does not exist"
             elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].ids:
-                yield f"{path.name}: {address} has no such heading"
+                yield f"{here}: {address} has no such heading"
 
 
 def readme_faults(readme: Path, site: Path, documents: Path) -> Iterator[str]:
@@ -87,12 +88,12 @@ def readme_faults(readme: Path, site: Path, documents: Path) -> Iterator[str]:
     for address in re.findall(r"\]\(([^)\s]+)\)", readme.read_text(encoding="utf-8")):
         name, _, fragment = address.partition("#")
         path = readme.parent / name
-        page = fragment and path.suffix == ".md" and path.parent == documents
+        page = fragment and path.suffix == ".md" and documents in path.parents
         if urlsplit(address).scheme:
             continue
         if not path.exists():
             yield f"{readme.name}: {address} does not exist"
-        elif page and fragment not in Page(site / f"{path.stem}.html").ids:
+        elif page and fragment not in Page(site / path.relative_to(documents).with_suffix(".html")).ids:
             yield f"{readme.name}: {address} has no such heading"
 
 
