@@ -92,6 +92,8 @@ T = TypeVar("T")
 def accept_mass(function: Callable[P, T]) -> Callable[P, T]:
     """Accept the former mode ``candidates="mass"`` and the former argument ``epsilon``, with a ``DeprecationWarning``.
 
+    To be used below ``accept_former_names``, whose caller the warnings name.
+
     The mode is ``candidates="nearest"`` with ``top_p``, 0.999 by default; ``epsilon`` is ``1 - top_p``.
     """
 
@@ -102,7 +104,7 @@ def accept_mass(function: Callable[P, T]) -> Callable[P, T]:
             if kwargs.get("top_p") is not None:
                 raise TypeError("top_p is given twice, also as epsilon, which is 1 - top_p.")
             warnings.warn(
-                f"epsilon is now 1 - top_p: write top_p={1 - epsilon:.12g}.", DeprecationWarning, stacklevel=2
+                f"epsilon is now 1 - top_p: write top_p={1 - epsilon:.12g}.", DeprecationWarning, stacklevel=3
             )
             kwargs["top_p"] = 1 - epsilon
         if kwargs.get("candidates") == "mass":
@@ -111,7 +113,7 @@ def accept_mass(function: Callable[P, T]) -> Callable[P, T]:
             warnings.warn(
                 f"candidates='mass' is now candidates='nearest' with top_p={kwargs['top_p']:.12g}.",
                 DeprecationWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
             kwargs["candidates"] = "nearest"
         return function(*args, **kwargs)

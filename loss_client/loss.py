@@ -196,8 +196,8 @@ class RerankerCachedGISTEmbedLoss(CachedLossMixin, nn.Module):
     max_length = former_attribute("max_length", "reranker_max_length")
     epsilon = former_attribute("epsilon", "top_p", complement=True)
 
-    @accept_mass
     @accept_former_names(reranker_url="reranker", reranker_batch_size="chunk_pairs", max_length="reranker_max_length")
+    @accept_mass
     def __init__(
         self,
         model: SentenceTransformer,
