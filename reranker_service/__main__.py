@@ -44,6 +44,10 @@ def main() -> None:
         print(f"reranker-service: {error}", file=sys.stderr)
         sys.exit(2)
     configure_logs(settings.log_format, settings.log_level)
+    if settings.replicas != 1:
+        from .replicas import supervise
+
+        sys.exit(asyncio.run(supervise(settings)))
     # Imported here, so that --help and wrong settings do not wait for the server's imports.
     from .server import serve
 

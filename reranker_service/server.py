@@ -26,6 +26,7 @@ from .loading import Loaded, load
 from .models import UnsupportedModelError, fingerprint
 from .observing.logs import adopt_handlers
 from .observing.metrics import Metrics
+from .observing.notify import notify_ready
 from .observing.observers import ObserverError, Observers, observers
 from .rpc.admission import Admission
 from .rpc.call_limit import CallLimit
@@ -158,6 +159,7 @@ async def _serve(settings: Settings, guard: Guard, stop: asyncio.Event, observin
             dtype=loaded.engine.dtype,
             seconds=round(time.monotonic() - began, 1),
         )
+        notify_ready(address)
         if settings.stall_seconds:
             watchdog = asyncio.create_task(
                 watch_stalls(

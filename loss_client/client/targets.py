@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 _FORMS = (
     "right forms are 'host:port', '[IPv6]:port', 'grpc://host:port', 'grpcs://host:port' (TLS), "
     "gRPC's own ('dns:///host:port', 'ipv4:1.2.3.4:port', 'ipv6:[::1]:port', 'unix:/path', 'unix-abstract:name', "
-    "'xds:///service'), or a list of these"
+    "'xds:///service'), several of the first four with commas between them, or a list of these"
 )
 _NATIVE_SCHEMES = frozenset({"dns", "ipv4", "ipv6", "unix", "unix-abstract", "vsock", "xds"})
 _SCHEME = re.compile(r"([a-z][a-z0-9+.\-]*):", re.IGNORECASE)
@@ -69,16 +69,23 @@ class Target:
 
 
 def parse_targets(target: str | Sequence[str]) -> tuple[Target, ...]:
-    """Read one address or a list of them.
+    """Read one address, several with commas between them, or a list of them.
 
     Raises:
         ValueError: An address has none of the right forms, or the list is empty.
         TypeError: An address is not a string.
     """
-    addresses = [target] if isinstance(target, str) else list(target)
+    addresses = _split(target) if isinstance(target, str) else list(target)
     if not addresses:
         raise ValueError(f"the list of targets is empty: {_FORMS}")
     return tuple(_parse(address) for address in addresses)
+
+
+def _split(text: str) -> list[str]:
+    named = _SCHEME.match(text)
+    if named and named[1].lower() in _NATIVE_SCHEMES and not _is_host_and_port(text.partition(",")[0]):
+        return [text]  # gRPC's own forms may have commas inside
+    return text.split(",")
 
 
 def _parse(address: str) -> Target:
