@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -25,11 +26,14 @@ class Target:
         address: The address in gRPC's form.
         secure: Whether the connection uses TLS.
         authority: ``host:port`` of the host name that ``address`` was found for; None for an address that a user wrote.
+        copy: Number of equal addresses before this one in a list: a job then opens a stream for each, which a proxy may
+            send to different servers.
     """
 
     address: str
     secure: bool
     authority: str | None = None
+    copy: int = 0
 
     @property
     def name(self) -> tuple[str, int] | None:
@@ -78,7 +82,13 @@ def parse_targets(target: str | Sequence[str]) -> tuple[Target, ...]:
     addresses = _split(target) if isinstance(target, str) else list(target)
     if not addresses:
         raise ValueError(f"the list of targets is empty: {_FORMS}")
-    return tuple(_parse(address) for address in addresses)
+    seen: Counter[Target] = Counter()
+    targets = []
+    for address in addresses:
+        parsed = _parse(address)
+        targets.append(replace(parsed, copy=seen[parsed]))
+        seen[parsed] += 1
+    return tuple(targets)
 
 
 def _split(text: str) -> list[str]:
