@@ -49,9 +49,7 @@ def pairs_per_second(
     try:
         for client in clients:
             run_grid(client, ledger, 64)  # connections, and the model's fingerprint
-        threads = [
-            threading.Thread(target=run_grid, args=(client, ledger, pairs, chunk_pairs)) for client in clients
-        ]
+        threads = [threading.Thread(target=run_grid, args=(client, ledger, pairs, chunk_pairs)) for client in clients]
         begun = time.perf_counter()
         for thread in threads:
             thread.start()

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 from unittest import mock
 
-from chaos.served import _make_engine
 from ray import serve
+
+from chaos.served import _make_engine
 from reranker_service import loading
 from reranker_service.ray_app import Reranker, application
 from reranker_service.settings import Settings

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -34,12 +35,14 @@ from chaos.servers import START_SECONDS, Server, free_port
 from examples.processes import Child
 from loss_client import RerankerClient
 
-RATE = 125.0
-"""Pairs that one server scores in a second: 32 servers then leave most of two cores to others."""
+RATE = 250.0
+"""Pairs that one server scores in a second: 32 servers then take a part of two cores, with their client."""
 COUNTS = (1, 2, 4, 8, 16, 32)
 PARTS = ("direct", "envoy", "partition")
 TARGET = 0.95
 _SECONDS = 12.0
+_STREAMS = 2
+"""Streams of a job behind Envoy for each server: a server that got no stream would be idle."""
 _HOSTS = 3
 _PARTITION_SECONDS = 24.0
 _STALL_SECONDS = 2.0
@@ -116,17 +119,27 @@ def _in_front(
     if part == "direct":
         yield addresses
         return
-    port = free_port()
+    port, admin = free_port(), free_port()
     path = directory / "envoy.yaml"
-    path.write_text(yaml.safe_dump(without_tls(yaml.safe_load(options.envoy_config.read_text()), port, addresses)))
+    configuration = without_tls(yaml.safe_load(options.envoy_config.read_text()), port, addresses)
+    configuration["admin"] = {"address": _socket_address("127.0.0.1", admin)}
+    path.write_text(yaml.safe_dump(configuration))
     command = [str(options.envoy), "--config-path", str(path), "--disable-hot-restart", "--concurrency", "1"]
     envoy = Child(command, name="Envoy")
     try:
         envoy.wait_for("starting main dispatch loop", START_SECONDS)
-        # Calls fail until the health checks have found the servers; the client repeats them.
-        yield [f"127.0.0.1:{port}"] * len(addresses)
+        while _healthy(admin) < len(addresses):
+            time.sleep(0.1)
+        yield [f"127.0.0.1:{port}"] * (_STREAMS * len(addresses))
     finally:
         envoy.stop()
+
+
+def _healthy(admin: int) -> int:
+    """Return the number of servers whose health Envoy has checked."""
+    url = f"http://127.0.0.1:{admin}/stats?filter=membership_healthy&format=json"
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return sum(one["value"] for one in json.load(answer)["stats"] if "name" in one)
 
 
 def without_tls(configuration: dict[str, Any], port: int, addresses: Sequence[str]) -> dict[str, Any]:
@@ -136,7 +149,6 @@ def without_tls(configuration: dict[str, Any], port: int, addresses: Sequence[st
     listener["address"] = _socket_address("127.0.0.1", port)
     for chain in listener["filter_chains"]:
         chain.pop("transport_socket", None)
-    configuration["admin"] = {"address": _socket_address("127.0.0.1", 0)}
     ends = [address.rpartition(":") for address in addresses]
     cluster["load_assignment"]["endpoints"] = [
         {"lb_endpoints": [{"endpoint": {"address": _socket_address(host, int(end))}} for host, _, end in ends]}

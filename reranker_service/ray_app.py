@@ -56,7 +56,8 @@ class Reranker:
         settings: The settings, as keyword arguments of ``Settings``.
     """
 
-    async def __init__(self, settings: Mapping[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, settings: Mapping[str, Any]) -> None:  # type: ignore[misc]
+        # Serve awaits it.
         self._settings = Settings(**settings)
         self._dead: asyncio.Task[Exception] | None = None
         admission = Admission(
@@ -156,7 +157,7 @@ class PairsInFlight:
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """Return the wanted number of replicas; Serve applies bounds and delays."""
         metrics = context.aggregated_metrics or {}
-        pairs = sum(metrics.get("pairs_in_flight", {}).values())
+        pairs = sum(metrics.get(PAIRS_METRIC, {}).values())
         return max(math.ceil(pairs / self.target_pairs), 1), {}
 
 
