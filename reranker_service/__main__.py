@@ -68,6 +68,10 @@ def main() -> None:
     configure_logs(settings.log_format, settings.log_level)
     for former, present in former_names.items():
         structlog.get_logger().warning("former name", name=former, use=present)
+    if settings.replicas != 1:
+        from .replicas import supervise
+
+        sys.exit(asyncio.run(supervise(settings)))
     # Imported here, so that --help and wrong settings do not wait for the server's imports.
     from .server import serve
 

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from .observing.logs import REPLICA_VARIABLE
 from .rpc.limits import Limits
 
 
@@ -100,7 +101,14 @@ class Settings(BaseSettings):
         "auto", description="number format of the computation; auto: float32 on a CPU, 16 bits on a GPU"
     )
     device: str = Field(
-        "auto", description="torch engine only: device, such as cpu, cuda or cuda:1; auto: the GPU if there is one"
+        "auto",
+        description="device, such as cpu, cuda or cuda:1; auto: the GPU if there is one. vLLM takes auto, cuda and "
+        "cuda:N",
+    )
+    replicas: Literal["auto"] | PositiveInt = Field(
+        1,
+        description="servers to start, each pinned to a device of its own, at --port and the ports after it; auto: one "
+        "for each visible GPU, or one on a CPU. A server that dies is started again",
     )
     threads: int | None = Field(
         None, ge=1, description="torch engine only: CPU threads of one operation; if not given, torch decides"
@@ -245,7 +253,7 @@ def variable_errors(environment: Iterable[tuple[str, str]]) -> list[str]:
     messages, links = [], []
     for name, value in environment:
         upper = name.upper()
-        if not upper.startswith("RERANKER_") or upper.startswith("RERANKER_CLIENT_"):
+        if not upper.startswith("RERANKER_") or upper.startswith("RERANKER_CLIENT_") or upper == REPLICA_VARIABLE:
             continue
         if _SERVICE_LINK.fullmatch(upper) or _SERVICE_ADDRESS.match(value):
             links.append(name)
