@@ -24,10 +24,11 @@ from torch.nn import functional
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ..models import ModelSpec, Pooling, TokenSequence, UnsupportedModelError
-from .answers import answer_head, answer_scores
+from .answers import answer_head, answer_scores, narrow_to_answers
 from .base import EngineDeadError
 from .chain import ModuleChain
 from .checks import EngineMemoryError, finite
+from .head import head_in_float32
 from .library import LibraryModel, check_weights, merge_adapter
 from .packed import (
     Packed,
@@ -115,6 +116,7 @@ class TorchEngine:
         self._chain: ModuleChain | None = None
         self._library: LibraryModel | None = None
         self._head: torch.Tensor | None = None
+        self._answers = spec.answers
         self._padding = 0
         self._death: EngineDeadError | None = None
         self._died = asyncio.Event()
@@ -215,7 +217,9 @@ class TorchEngine:
         if spec.answers is not None:
             model.config.use_cache = False
             self._head = answer_head(model, spec.answers)
-            if self._head is not None:
+            if self._head is None:
+                self._answers = narrow_to_answers(model, spec.answers)
+            else:
                 model = model.base_model
         elif spec.kind == "causal-reranker":
             # The classifier finds the last token by the padding's id, which may also be the template's last token.
@@ -229,6 +233,8 @@ class TorchEngine:
             self._head = self._head.detach().to(self._device)
         if self._packed and (spec.answers is None or self._head is not None):
             self._pack(model)
+        if spec.kind == "cross-encoder" and self._chain is None and self._classifier is None:
+            head_in_float32(model)
 
     def _pack(self, model: Any) -> None:
         """Compute packed batches from now on, if the model's numbers stay the same."""
@@ -373,8 +379,8 @@ class TorchEngine:
             return cast(torch.Tensor, self._chain(self._model(**inputs).last_hidden_state, mask))  # (n,)
         if self._spec.kind == "cross-encoder":
             return cast(torch.Tensor, self._model(**inputs).logits[:, 0])  # (n,)
-        if self._spec.answers is not None and self._head is None:
-            return answer_scores(self._model, self._spec.answers, inputs["input_ids"], mask)
+        if self._answers is not None and self._head is None:
+            return answer_scores(self._model, self._answers, inputs["input_ids"], mask)
         if self._spec.model_type == "qwen3":
             inputs["use_cache"] = False
         tokens: torch.Tensor = self._model(**inputs).last_hidden_state.float()  # (n, longest, hidden)
