@@ -13,9 +13,9 @@ import torch
 def head_in_float32(model: Any) -> None:
     """Let the head of a model of transformers compute in float32; the backbone keeps its format.
 
-    The head is all that the model has beside its backbone, and the backbone's pooler. What the model's own code computes
-    from the backbone's output, such as a mean of token vectors, is in float32 as well. A model whose code does not tell
-    a backbone apart is left as it was.
+    The head is all that the model has beside its backbone, and the backbone's pooler. What the model's own code
+    computes from the backbone's output, such as a mean of token vectors, is in float32 as well. A model whose code does
+    not tell a backbone apart is left as it was.
 
     Args:
         model: A ``*ForSequenceClassification``; changed in place.

@@ -28,6 +28,7 @@ from .answers import answer_head, answer_scores, narrow_to_answers
 from .base import EngineDeadError
 from .chain import ModuleChain
 from .checks import EngineMemoryError, finite
+from .formats import auto_format, has_bfloat16
 from .head import head_in_float32
 from .library import LibraryModel, check_weights, merge_adapter
 from .packed import (
@@ -72,7 +73,8 @@ class TorchEngine:
 
         Args:
             spec: The model.
-            dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, bfloat16 elsewhere.
+            dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU; elsewhere vLLM's choice, which
+                is the checkpoint's own, and float16 for float32 ones.
             device: A device as torch names it, or "auto": the GPU if there is one.
             threads: Threads of one operation on a CPU; ``None`` leaves it to torch.
             batch_tokens: Most tokens of a batch, padding included; ``None`` means 4,096 on a CPU, and elsewhere a
@@ -93,7 +95,7 @@ class TorchEngine:
             raise ValueError(f"device {device!r} is unknown to torch: {error}") from error
         on_cpu = self._device.type == "cpu"
         if dtype == "auto":
-            dtype = "float32" if on_cpu else "bfloat16"
+            dtype = "float32" if on_cpu else auto_format(spec, has_bfloat16(self._device))
         if dtype not in _DTYPES:
             raise ValueError(f"dtype {dtype!r} is unknown; known are auto, {', '.join(_DTYPES)}")
         self.dtype = dtype

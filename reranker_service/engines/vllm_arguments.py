@@ -85,7 +85,8 @@ def engine_arguments(spec: ModelSpec, dtype: str, on_cpu: bool) -> dict[str, Any
     from vllm.config import PoolerConfig
 
     # Otherwise vLLM takes sentence-transformers' length limit for the most that the model can take.
-    overrides: dict[str, Any] = {"model_max_length": spec.max_length}
+    # The head in float32 is vLLM's own default for scores; a model's config.json could say otherwise.
+    overrides: dict[str, Any] = {"model_max_length": spec.max_length, "head_dtype": "float32"}
     if spec.answers is not None:
         tokens = _answer_tokens(spec)
         overrides |= {
