@@ -98,7 +98,9 @@ class Settings(BaseSettings):
         "client certificate, and is open only on a loopback address without --token-file",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="number format of the computation; auto: float32 on a CPU, 16 bits on a GPU"
+        "auto",
+        description="number format of the computation; auto: float32 on a CPU; on a GPU that of the checkpoint, and "
+        "float16 if that is float32",
     )
     device: str = Field(
         "auto",
