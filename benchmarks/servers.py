@@ -93,8 +93,8 @@ def servers_figures(bench: Bench, plot: Path) -> list[Figure]:
                 alone = 0.0
                 for count in counts:
                     with RerankerClient([server.address for server in servers[:count]]) as client:
-                        _score(client, ledger, 0.2 * RATE * count)  # connections, and the models' fingerprints
-                        rate = _score(client, ledger, seconds * RATE * count)
+                        score(client, ledger, 0.2 * RATE * count)  # connections, and the models' fingerprints
+                        rate = score(client, ledger, seconds * RATE * count)
                     alone = alone or rate
                     shares[count].append(rate / (count * alone))
                     bench.say(f"round {number + 1}: {count} servers, {rate:,.0f} pairs/s, {shares[count][-1]:.3f}")
@@ -161,10 +161,10 @@ def _servers(served: Path, directory: Path, count: int, rate: float = RATE) -> I
 def _half(served: Path, directory: Path, ledger: Ledger, seconds: float, bench: Bench) -> float:
     with _servers(served, directory, 3) as full, _servers(served, directory, 1, RATE / 2) as half:
         with RerankerClient([full[0].address]) as client:
-            alone = _score(client, ledger, seconds / 2 * RATE)
+            alone = score(client, ledger, seconds / 2 * RATE)
         with RerankerClient([server.address for server in (*full, *half)]) as client:
-            _score(client, ledger, 0.2 * RATE * 4)
-            share = _score(client, ledger, seconds * 3.5 * RATE) / (3.5 * alone)
+            score(client, ledger, 0.2 * RATE * 4)
+            share = score(client, ledger, seconds * 3.5 * RATE) / (3.5 * alone)
     bench.say(f"4 servers, one at half speed: {share:.3f}")
     return share
 
@@ -187,7 +187,7 @@ def _changes(served: Path, directory: Path, ledger: Ledger, seconds: float, benc
         for server in servers:
             server.wait_ready()
         client = stack.enter_context(RerankerClient(f"{_HOST}:{port}"))
-        _score(client, ledger, 0.2 * RATE * 3)
+        score(client, ledger, 0.2 * RATE * 3)
 
         def change() -> None:
             time.sleep(seconds / 3)
@@ -201,14 +201,14 @@ def _changes(served: Path, directory: Path, ledger: Ledger, seconds: float, benc
         begun = time.monotonic()
         changing.start()
         curves: list[Curve] = []
-        _score(client, ledger, seconds * 2.7 * RATE, curves.append)
+        score(client, ledger, seconds * 2.7 * RATE, curves.append)
         changing.join()
     made = Changes(curves[0], times[0] - begun, times[1] - begun)
     bench.say("one killed: {:.2f} s, one added: {:.2f} s until the new speed".format(*made.followed))
     return made
 
 
-def _score(
+def score(
     client: RerankerClient, ledger: Ledger, pairs: float, watch: Callable[[Curve], object] | None = None
 ) -> float:
     """Run a grid of about ``pairs`` pairs, count its scores and return pairs a second; ``watch`` gets the curve."""

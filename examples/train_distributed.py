@@ -10,7 +10,7 @@ spread over the servers.
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import torch
 from datasets import Dataset  # type: ignore[import-untyped]
@@ -54,4 +54,9 @@ def train(rerankers: list[str], output: str, steps: int = 20, batch_size: int = 
 
 
 if __name__ == "__main__":
-    train(sys.argv[1].split(","), output="build/trained-distributed")
+    parser = argparse.ArgumentParser(prog="python -m examples.train_distributed", description=__doc__)
+    parser.add_argument("rerankers", help="addresses of servers, separated by commas")
+    parser.add_argument("--tiny", action="store_true", help="train for two steps of four pairs a rank")
+    options = parser.parse_args()
+    steps, batch_size = (2, 4) if options.tiny else (20, 16)
+    train(options.rerankers.split(","), "build/trained-distributed", steps, batch_size)

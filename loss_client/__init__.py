@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from loss_client.cross_encoder import RemoteCrossEncoder
     from loss_client.filter.distillation import Distillation
     from loss_client.loss import RerankerCachedGISTEmbedLoss
+    from loss_client.mining import mine_hard_negatives
     from loss_client.trainer import RerankerTrainer
 
 _LAZY = {
@@ -43,6 +44,7 @@ _LAZY = {
     "RerankerMetricsCallback": "loss_client.callbacks",
     "RerankerResumeCallback": "loss_client.callbacks",
     "RerankerTrainer": "loss_client.trainer",
+    "mine_hard_negatives": "loss_client.mining",
 }
 
 __all__ = [
@@ -71,6 +73,7 @@ __all__ = [
     "ScoreType",
     "ScoreUsage",
     "ServerState",
+    "mine_hard_negatives",
 ]
 
 

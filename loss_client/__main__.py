@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 
 from loss_client.compare import command as compare
 from loss_client.plan import command as plan
@@ -21,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 for success, 1 for a failure, 130 after an interrupt. Wrong arguments exit with 2.
     """
     parser = argparse.ArgumentParser(prog="python -m loss_client", description="Commands for training with a reranker.")
+    parser.add_argument("--version", action="version", version=f"reranker-grpc {metadata.version('reranker-grpc')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     plan.add_parser(commands)
     score.add_parser(commands)

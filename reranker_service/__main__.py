@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import time
+from importlib import metadata
 
 import structlog
 from pydantic import ValidationError
@@ -28,8 +29,12 @@ def main() -> None:
     """Run the command that the first argument names; without one, run the server.
 
     The server exits with 0 after SIGTERM or SIGINT, 2 for wrong settings, 1 for every other failure. For the exit
-    status of another command see the ``main`` of its module.
+    status of another command see the ``main`` of its module. With ``--version`` alone, the version of the package is
+    printed.
     """
+    if sys.argv[1:] == ["--version"]:
+        print(f"reranker-grpc {metadata.version('reranker-grpc')}")
+        return
     command = sys.argv[1] if sys.argv[1:] and not sys.argv[1].startswith("-") else None
     if command not in (None, *_COMMANDS):
         print(f"reranker-service: there is no command {command!r}; right are {', '.join(_COMMANDS)}", file=sys.stderr)
@@ -63,6 +68,10 @@ def main() -> None:
     configure_logs(settings.log_format, settings.log_level)
     for former, present in former_names.items():
         structlog.get_logger().warning("former name", name=former, use=present)
+    if settings.replicas != 1:
+        from .replicas import supervise
+
+        sys.exit(asyncio.run(supervise(settings)))
     # Imported here, so that --help and wrong settings do not wait for the server's imports.
     from .server import serve
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 from dataclasses import dataclass
 from typing import Literal
 
 import structlog
 
+from . import devices
 from .engines import Engine
 from .models import ModelSpec, PairLayout, TextLayout, UnsupportedModelError, make_layout, read_model
 from .settings import Settings
@@ -38,7 +40,7 @@ def load(settings: Settings) -> Loaded:
     # With "auto" a model of the user's may turn out to be one that vLLM cannot serve: vLLM is imported after that.
     certain = settings.engine == "vllm" or settings.model is None
     if engine == "vllm" and certain:
-        _start_importing_vllm()
+        _start_importing_vllm(settings)
     spec = choose_model(settings)
     if engine == "vllm" and not certain:
         if reason := refused_by_vllm(spec):
@@ -46,7 +48,7 @@ def load(settings: Settings) -> Loaded:
             check_flags(settings, "torch")
             log.info("the engine is torch", reason=reason)
         else:
-            _start_importing_vllm()
+            _start_importing_vllm(settings)
     layout = make_layout(spec)
     least = layout.smallest_length(None)
     if spec.default_length < least:
@@ -134,10 +136,10 @@ def check_flags(settings: Settings, engine: Literal["vllm", "torch"]) -> None:
                 f"--adapter {settings.adapter} is for the torch engine; for vLLM save the merged model, or use "
                 "--engine torch"
             )
-        if settings.device != "auto":
+        if settings.device != "auto" and not settings.device.startswith("cuda"):
             raise UnsupportedModelError(
-                f"--device {settings.device} is for the torch engine; for vLLM set CUDA_VISIBLE_DEVICES, or use "
-                "--engine torch"
+                f"--device {settings.device} is for the torch engine; vLLM takes auto, cuda and cuda:N. Leave the flag "
+                "out, or use --engine torch"
             )
         if settings.threads is not None:
             raise UnsupportedModelError(
@@ -156,7 +158,16 @@ def check_flags(settings: Settings, engine: Literal["vllm", "torch"]) -> None:
         )
 
 
-def _start_importing_vllm() -> None:
+def _start_importing_vllm(settings: Settings) -> None:
+    """Pin vLLM to its device, because libraries read the variable when they start, and begin to import vLLM.
+
+    Raises:
+        UnsupportedModelError: There is no such device.
+    """
+    try:
+        devices.pin(settings.device, settings.engine_args, os.environ)
+    except devices.DeviceError as error:
+        raise UnsupportedModelError(str(error)) from None
     from .engines.vllm_processes import start_importing
 
     start_importing()

@@ -26,6 +26,7 @@ from .loading import Loaded, load
 from .models import UnsupportedModelError, fingerprint
 from .observing.logs import adopt_handlers
 from .observing.metrics import Metrics
+from .observing.notify import notify_ready
 from .observing.observers import ObserverError, Observers, observers
 from .rpc.admission import Admission
 from .rpc.call_limit import CallLimit
@@ -158,9 +159,9 @@ async def _serve(settings: Settings, guard: Guard, stop: asyncio.Event, observin
             return int(unserved.done())
         loaded = prepared.result()
         adopt_handlers()
-        if not await _unless(stop, _start(loaded)):
+        if not await _unless(stop, start_engine(loaded)):
             return int(unserved.done())
-        scorer = await _open(settings, loaded, servicer, metrics)
+        scorer = await open_servicer(settings, loaded, servicer, metrics)
         await _set_health(checks, _SERVING)
         log.info(
             "ready",
@@ -171,6 +172,7 @@ async def _serve(settings: Settings, guard: Guard, stop: asyncio.Event, observin
             dtype=loaded.engine.dtype,
             seconds=round(time.monotonic() - began, 1),
         )
+        notify_ready(address)
         if settings.stall_seconds:
             watchdog = asyncio.create_task(
                 watch_stalls(
@@ -260,7 +262,7 @@ def _make_server(settings: Settings, interceptors: Sequence[aio.ServerIntercepto
     )
 
 
-async def _start(loaded: Loaded) -> None:
+async def start_engine(loaded: Loaded) -> None:
     """Start the engine and ask it a known answer: SERVING promises that the engine answers.
 
     Raises:
@@ -292,7 +294,7 @@ async def _start(loaded: Loaded) -> None:
         )
 
 
-async def _open(settings: Settings, loaded: Loaded, servicer: RerankerServicer, metrics: Metrics) -> Scorer:
+async def open_servicer(settings: Settings, loaded: Loaded, servicer: RerankerServicer, metrics: Metrics) -> Scorer:
     """Open the servicer for calls, with a scorer over the started engine."""
     spec, engine = loaded.spec, loaded.engine
     facts = {"name": engine.name, "dtype": engine.dtype, "versions": engine.versions}

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from .observing.logs import REPLICA_VARIABLE
 from .rpc.limits import Limits
 
 
@@ -20,7 +21,8 @@ class Settings(BaseSettings):
     Every flag is also an environment variable: --max-length is RERANKER_MAX_LENGTH, --limits.max-text-bytes is
     RERANKER_LIMITS__MAX_TEXT_BYTES. A flag overrides its variable.
 
-    Commands: reranker-service serve (the default), check MODEL, health ADDRESS, bench ADDRESS, top ADDRESS; each has its own --help.
+    Commands: reranker-service serve (the default), check MODEL, health ADDRESS, bench ADDRESS, top ADDRESS;
+    each has its own --help.
     """
 
     model_config = SettingsConfigDict(
@@ -96,10 +98,19 @@ class Settings(BaseSettings):
         "client certificate, and is open only on a loopback address without --token-file",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="number format of the computation; auto: float32 on a CPU, 16 bits on a GPU"
+        "auto",
+        description="number format of the computation; auto: float32 on a CPU; on a GPU that of the checkpoint, and "
+        "float16 if that is float32",
     )
     device: str = Field(
-        "auto", description="torch engine only: device, such as cpu, cuda or cuda:1; auto: the GPU if there is one"
+        "auto",
+        description="device, such as cpu, cuda or cuda:1; auto: the GPU if there is one. vLLM takes auto, cuda and "
+        "cuda:N",
+    )
+    replicas: Literal["auto"] | PositiveInt = Field(
+        1,
+        description="servers to start, each pinned to a device of its own, at --port and the ports after it; auto: one "
+        "for each visible GPU, or one on a CPU. A server that dies is started again",
     )
     threads: int | None = Field(
         None, ge=1, description="torch engine only: CPU threads of one operation; if not given, torch decides"
@@ -244,7 +255,7 @@ def variable_errors(environment: Iterable[tuple[str, str]]) -> list[str]:
     messages, links = [], []
     for name, value in environment:
         upper = name.upper()
-        if not upper.startswith("RERANKER_") or upper.startswith("RERANKER_CLIENT_"):
+        if not upper.startswith("RERANKER_") or upper.startswith("RERANKER_CLIENT_") or upper == REPLICA_VARIABLE:
             continue
         if _SERVICE_LINK.fullmatch(upper) or _SERVICE_ADDRESS.match(value):
             links.append(name)

@@ -94,7 +94,7 @@ def test_a_chain_is_compared_with_the_library(
     exact = check._library_scores
     monkeypatch.setattr(check, "_library_scores", lambda spec, say: exact(spec, say) + 0.001)
     assert check.main([str(model), "--engine", "torch"]) == 1
-    assert "FAULT: torch float32 differs from sentence-transformers by 0.001" in capsys.readouterr().out
+    assert "FAULT: torch float32 differs from sentence-transformers in float32 by 0.001" in capsys.readouterr().out
 
 
 def test_a_lost_head_is_a_fault(cross_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,6 +110,30 @@ def test_a_causal_reranker_is_shown_with_its_template(
     assert "score from  the logit of 'yes' minus that of 'no'" in report
     assert "<Instruct>: Given a web search query, retrieve relevant passages" in report
     assert "not compared" in report
+
+
+def test_engines_are_compared_with_each_other_where_the_library_gives_no_scores(
+    causal_reranker: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = check.make_engine
+    engines: list[Any] = []
+
+    def second_is_off(settings: Settings, spec: Any) -> Any:
+        engine: Any = made(settings, spec)
+        engines.append(engine)
+        if len(engines) == 2:
+            right = engine.run
+
+            async def run(*arguments: Any, **options: Any) -> Any:
+                return await right(*arguments, **options) + 0.01
+
+            engine.name, engine.run = "other", run
+        return engine
+
+    monkeypatch.setattr(check, "make_engine", second_is_off)
+    assert check.main([str(causal_reranker), "--engine", "torch", "torch"]) == 1
+    report = capsys.readouterr().out
+    assert "FAULT: other float32 differs from torch float32 by 0.01" in report
 
 
 def test_a_model_that_is_refused_is_a_failure_of_the_command(tmp_path: Path) -> None:

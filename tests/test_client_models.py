@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from loss_client import ModelChangedError, RerankerClient, ServerState
+from loss_client.client import endpoints
 from loss_client.client.turns import first_turn
 from reranker.v1 import reranker_pb2 as pb
 from tests.stub_server import Abort, ReceivedChunk, ReceivedStream, StubServer, hash_scores
@@ -25,6 +26,33 @@ def test_ranks_begin_at_different_servers_whatever_seed_the_training_sets() -> N
     random.seed(42)
     assert sorted(first_turn(4, {**MASTER, "RANK": str(rank)}) for rank in range(4)) == [0, 1, 2, 3]
     assert {first_turn(1000, {}) for _ in range(20)} != {first_turn(1000, {})}
+
+
+def test_ranks_that_start_together_spread_their_first_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = [endpoints.connect_seconds({"WORLD_SIZE": str(ranks)}) for ranks in (1, 8, 512, 4096)]
+    assert seconds == [0, 0.016, 1.0, 1.0]
+    assert endpoints.connect_seconds({}) == endpoints.connect_seconds({"WORLD_SIZE": "x"}) == 0
+    monkeypatch.setenv("WORLD_SIZE", "512")
+    asked: list[tuple[float, float]] = []
+
+    class Generator:
+        def uniform(self, low: float, high: float) -> float:
+            asked.append((low, high))
+            return 0.0
+
+    monkeypatch.setattr(endpoints, "_generator", Generator())
+    with StubServer() as server, RerankerClient(server.target) as client:
+        for _ in range(2):
+            client.stream_grid(["a"], ["b"]).result(timeout=WAIT_SECONDS)
+    assert asked == [(0, 1.0)]  # not again for a connection that is open
+
+
+def test_an_address_that_is_given_twice_gets_two_streams_of_a_job() -> None:
+    with StubServer(contract=(1, 1)) as server, RerankerClient([server.target] * 2) as client:
+        texts = [str(number) for number in range(64)]
+        matrix = client.stream_grid(texts, texts, score_type="raw", chunk_pairs=16)
+        matrix.result(timeout=WAIT_SECONDS)
+        assert len(server.streams) == 2
 
 
 def test_four_ranks_spread_over_four_servers_and_leave_the_global_random_state_alone(

@@ -227,4 +227,6 @@ def test_serve_takes_the_flags_of_the_bare_program() -> None:
     bare, named = (forked.run([*program, *words, "--help"], timeout=120) for words in ((), ("serve",)))
     assert bare.returncode == named.returncode == 0
     assert bare.stdout == named.stdout
-    assert "serve (the default), check MODEL, health ADDRESS, bench ADDRESS, top ADDRESS" in " ".join(bare.stdout.split())
+    assert "serve (the default), check MODEL, health ADDRESS, bench ADDRESS, top ADDRESS" in " ".join(
+        bare.stdout.split()
+    )

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import itertools
 import pickle
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -22,7 +23,7 @@ from sentence_transformers.cross_encoder.evaluation import (
 )
 from sentence_transformers.util import mine_hard_negatives
 
-from loss_client import ClientClosedError, RemoteCrossEncoder, RerankerClient, RerankerRequestError, ScoreError
+from loss_client import ClientClosedError, RemoteCrossEncoder, RerankerClient, RerankerRequestError, ScoreError, mining
 from reranker.v1 import reranker_pb2 as pb
 
 from . import families, models
@@ -370,6 +371,32 @@ def test_mined_hard_negatives_are_the_same(
     assert found == expected
     assert len(expected["query"]) > 5
     assert expected != unfiltered
+
+
+@pytest.mark.parametrize(
+    "options", [{"relative_margin": 0.05}, {"absolute_margin": 0.0, "sampling_strategy": "random"}]
+)
+def test_mining_in_streams_gives_the_same_with_few_streams(
+    server: StubServer, bi_encoder: Path, dataset: Dataset, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mining, "_PAIRS_AT_ONCE", 200)
+    model = SentenceTransformer(str(bi_encoder), device="cpu")
+    options = {**options, "num_negatives": 2, "range_max": 10, "output_scores": True, "verbose": False}
+    with RemoteCrossEncoder(server.target, priority="bulk") as remote:
+        random.seed(0)
+        expected = mine_hard_negatives(dataset, model, cross_encoder=remote, **options)
+        each = len(server.streams)
+        random.seed(0)
+        found = mining.mine_hard_negatives(dataset, model, cross_encoder=remote, **options)
+    assert found.to_dict() == expected.to_dict()
+    assert len(expected) > 5
+    assert each == 26  # 25 queries, and the positives
+    assert len(server.streams) - each == 2  # 25 queries of 12 candidates
+
+
+def test_mining_in_streams_needs_a_bound(bi_encoder: Path, dataset: Dataset, server: StubServer) -> None:
+    with RemoteCrossEncoder(server.target) as remote, pytest.raises(ValueError, match="only with a margin"):
+        mining.mine_hard_negatives(dataset, None, cross_encoder=remote, num_negatives=2)
 
 
 def flattened(values: Any) -> Iterator[float]:

@@ -540,7 +540,7 @@ def test_every_setting_may_be_a_variable() -> None:
 @pytest.mark.parametrize(
     ("settings", "engine", "words"),
     [
-        ({"device": "cuda:1"}, "vllm", "CUDA_VISIBLE_DEVICES"),
+        ({"device": "cpu"}, "vllm", "--device cpu is for the torch engine"),
         ({"threads": 3}, "vllm", "--threads 3"),
         ({"engine_args": {"max_model_len": 64}}, "torch", "--engine-args is for vLLM"),
     ],
@@ -555,7 +555,7 @@ def test_flags_that_the_engine_would_ignore_are_errors(settings: dict[str, objec
     ("settings", "engine", "words"),
     [
         ({"engine": "torch", "engine_args": {"max_model_len": 64}}, "torch", "--engine-args is for vLLM"),
-        ({"engine": "vllm", "device": "cuda:1"}, "vllm", "--device cuda:1 is for the torch engine"),
+        ({"engine": "vllm", "device": "cuda:99"}, "vllm", "--device cuda:99"),
         # A model that vLLM refuses is left to torch, which ignores other flags.
         ({"engine_args": {"max_model_len": 64}}, "vllm", "--engine-args is for vLLM"),
     ],

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from sentence_transformers import SentenceTransformer
 
-from examples import qwen3_reranker
+from examples import ettin_reranker, mine_and_train, qwen3_reranker, train_lora
+from examples.student import load_student
 
-from . import forked
+from . import forked, test_chain
 from .servers import ServerProcess
+
+
+def differs(trained: SentenceTransformer) -> bool:
+    """Whether a model embeds a text otherwise than the untrained student."""
+    return not torch.equal(*(model.encode("a file", convert_to_tensor=True) for model in (trained, load_student())))
 
 
 def test_training_on_two_ranks(bi_encoder_server: ServerProcess, tmp_path: Path) -> None:
@@ -29,10 +38,12 @@ ranks(["{bi_encoder_server.address}"], "trained", 2, 4, 64)
 
 
 @pytest.mark.usefixtures("forked_children")
-def test_a_qwen3_reranker_is_served_and_ranks_documents(
-    causal_reranker: Path, capsys: pytest.CaptureFixture[str]
+def test_a_qwen3_reranker_is_served_ranks_documents_and_guides(
+    causal_reranker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert qwen3_reranker.main([str(causal_reranker), "--engine", "torch"]) == 0
+    flags = ["--engine", "torch", "--tiny", "--output", str(tmp_path / "trained")]
+    assert qwen3_reranker.main([str(causal_reranker), *flags]) == 0
+    assert differs(SentenceTransformer(str(tmp_path / "trained"), device="cpu"))
     lines = capsys.readouterr().out.splitlines()
     ranked = [line.split()[0] for line in lines if line.startswith("  ")]
     assert len(ranked) == 6
@@ -45,3 +56,35 @@ def test_a_qwen3_reranker_is_served_and_ranks_documents(
 def test_a_server_that_does_not_start_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert qwen3_reranker.main([str(tmp_path / "nothing")]) == 1
     assert "ended before it was ready" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("forked_children")
+def test_an_ettin_reranker_guides(tmp_path: Path) -> None:
+    model = test_chain.build(tmp_path / "ettin")
+    flags = ["--device", "cpu", "--max-length", "64", "--tiny", "--output", str(tmp_path / "trained")]
+    assert ettin_reranker.main([str(model), *flags]) == 0
+    assert differs(SentenceTransformer(str(tmp_path / "trained"), device="cpu"))
+
+
+def test_negatives_are_mined_and_trained_on(bi_encoder_server: ServerProcess, tmp_path: Path) -> None:
+    mine_and_train.main([bi_encoder_server.address, "--tiny", "--output", str(tmp_path)])
+    rows = [json.loads(line) for line in (tmp_path / "mined.jsonl").read_text().splitlines()]
+    assert rows
+    for row in rows:
+        assert set(row) == {"anchor", "positive", "negative_1", "negative_2"}
+        assert row["positive"] not in (row["negative_1"], row["negative_2"])
+    assert differs(SentenceTransformer(str(tmp_path / "model"), device="cpu"))
+
+
+def test_only_the_adapter_is_trained_and_saved(bi_encoder_server: ServerProcess, tmp_path: Path) -> None:
+    trained = train_lora.train(bi_encoder_server.address, str(tmp_path), steps=2, batch_size=4)
+    assert differs(trained)
+    before = load_student()
+    after = dict(trained.named_parameters())
+    for name, weights in before.named_parameters():
+        wrapped = name.replace("query.", "query.base_layer.").replace("value.", "value.base_layer.")
+        assert torch.equal(weights, after[wrapped]), name
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    before.load_adapter(str(tmp_path))
+    texts = ["a file", "a date"]
+    assert torch.allclose(*(one.eval().encode(texts, convert_to_tensor=True) for one in (before, trained)), atol=1e-6)

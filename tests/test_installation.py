@@ -52,6 +52,9 @@ assert (Path(find_spec("reranker_service").origin).parent / "py.typed").exists()
 assert find_spec("torch") is None
 """
 
+# Any version that the project itself will not have.
+TAG = "v9.8.7"
+
 
 def run(*command: str | Path, folder: Path) -> None:
     result = subprocess.run(
@@ -64,17 +67,25 @@ def run(*command: str | Path, folder: Path) -> None:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel that pip builds from the source archive; both builds are isolated.
 
-    The archive is made from a copy without stubs: the build must generate them, and other tests import those here.
+    The archive is made from a tagged copy without stubs: the build must generate them. Other tests import those here.
     """
     tree = tmp_path_factory.mktemp("tree")
-    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", ".gitignore"):
         shutil.copy(ROOT / name, tree)
     for name in ("protos", "reranker_service", "loss_client"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*_pb2*", "__pycache__"))
+    git = ("git", "-c", "user.name=A tester", "-c", "user.email=tester@localhost")
+    for command in (("init", "--quiet"), ("add", "--all"), ("commit", "--quiet", "--message", "All"), ("tag", TAG)):
+        run(*git, *command, folder=tree)
     run(UV, "build", "--sdist", "--out-dir", tree / "dist", tree, folder=tree)
     (archive,) = (tree / "dist").glob("*.tar.gz")
     run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", tree / "dist", archive, folder=tree)
     return next((tree / "dist").glob("*.whl"))
+
+
+def test_the_tag_gives_the_version_of_the_archive_and_of_its_wheel(wheel: Path) -> None:
+    version = TAG.removeprefix("v")
+    assert {one.name.split("-")[1].removesuffix(".tar.gz") for one in wheel.parent.glob("reranker_grpc-*")} == {version}
 
 
 @pytest.mark.parametrize("resolution", ["lowest", "highest"])

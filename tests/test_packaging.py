@@ -85,3 +85,16 @@ def test_the_stubs_are_there_with_their_types() -> None:
         assert Path(module.__file__).with_suffix(".pyi").exists()
     methods = {one.name for one in reranker_pb2.DESCRIPTOR.services_by_name["RerankerService"].methods}
     assert methods == {"Rerank", "RerankBatch", "RerankStream", "GetModelInfo"}
+
+
+def test_both_command_lines_print_the_version(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import loss_client.__main__
+    import reranker_service.__main__
+
+    monkeypatch.setattr(sys, "argv", ["reranker-service", "--version"])
+    reranker_service.__main__.main()
+    with pytest.raises(SystemExit):
+        loss_client.__main__.main(["--version"])
+    assert capsys.readouterr().out.splitlines() == [f"reranker-grpc {metadata.version('reranker-grpc')}"] * 2

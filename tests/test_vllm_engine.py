@@ -11,6 +11,7 @@ import importlib.util
 import os
 import signal
 from collections.abc import AsyncIterator, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,14 +21,17 @@ import psutil
 import pytest
 import torch
 from numpy.typing import NDArray
+from transformers import AutoConfig, AutoModel
 
 from reranker_service.engines import EngineDeadError, TokenSequence, vllm_engine
+from reranker_service.engines.formats import auto_format
 from reranker_service.engines.vllm_engine import VllmEngine
-from reranker_service.models import read_model
+from reranker_service.models import ModelSpec, read_model
 
 from . import families, models, references
 from .forked import ensure_fork_server
 from .test_engines import TOLERANCE, inputs
+from .test_model import edit
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -36,6 +40,7 @@ BUILDERS = {
     "causal": models.build_qwen3_reranker,
 }
 """Bi-encoders are tested in ``test_default_server``."""
+BARE = ModelSpec("a model", Path(), "cross-encoder", "bert", "BertForSequenceClassification", 256, 256)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -255,6 +260,30 @@ def test_the_answers_of_another_family(tmp_path: Path) -> None:
     wanted = references.mxbai_logits(model, texts)
     assert np.abs(found - wanted).max() < TOLERANCE * np.abs(wanted).max()
     assert wanted.std() > 0.1
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_the_number_format_of_the_torch_engine_on_a_gpu_is_the_one_that_vllm_decides(
+    bfloat16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.config import model as of_vllm
+
+    usable = [*([torch.bfloat16] if bfloat16 else []), torch.float16, torch.float32]
+    monkeypatch.setattr(type(of_vllm.current_platform), "supported_dtypes", property(lambda _: usable))
+    for model_type in ("bert", "qwen3", "gemma2"):
+        for saved in (torch.float32, torch.float16, torch.bfloat16):
+            for named in (True, False):
+                tokenizer = families.tokenizer_of(model_type)
+                config = families.config(model_type, tokenizer)
+                directory = tmp_path / f"{model_type}-{saved}-{named}"
+                auto: Any = AutoModel
+                auto.from_config(config, dtype=saved).save_pretrained(directory)
+                if not named:
+                    edit(directory / "config.json", dtype=None)
+                spec = replace(BARE, path=directory, model_type=model_type)
+                read = AutoConfig.from_pretrained(directory)
+                decided = of_vllm._get_and_verify_dtype(str(directory), read, "auto", is_pooling_model=True)
+                assert f"torch.{auto_format(spec, bfloat16)}" == str(decided), directory.name
 
 
 def test_urgent_requests_overtake_others_for_a_limited_time(

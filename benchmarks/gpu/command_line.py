@@ -37,6 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="number formats of the part speed",
     )
     parser.add_argument("--engine", nargs="*", choices=("torch", "vllm"), default=["torch", "vllm"], help="our engines")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        type=Path,
+        default=[],
+        help="part formats: directories of trained models, measured instead of shapes; see benchmarks.gpu.trained",
+    )
     parser.add_argument("--tiny", action="store_true", help="tiny models of the same families, to rehearse on a CPU")
     parser.add_argument("--output", type=Path, default=Path("bench-results"), help="directory for results and logs")
     options = parser.parse_args(arguments)
@@ -69,7 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for shape in chosen[:2]:
             record = loss.measure(shape, options.output, batch=batch, rehearsal=options.tiny, say=say)
             keep("gpu-loss.jsonl", record)
-    if "formats" in options.part:
+    if options.model:
+        for record in formats.measure_trained(options.model, rows=64, engines=options.engine, say=say):
+            keep("formats.jsonl", record)
+    elif "formats" in options.part:
         if options.tiny:
             chosen = [shapes.tiny(shape) for shape in chosen]
         elif on_cpu and options.shape is None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from benchmarks.gpu import shapes
 from benchmarks.gpu.pairs import PairSource, training_texts, words
 from benchmarks.gpu.shapes import Shape
 from benchmarks.gpu.sides import EngineSide, PredictSide, Side, missing
+from benchmarks.gpu.trained import real_grid
+from benchmarks.texts import Grid
 
 MARGINS = (0.0, 0.02, 0.05, 0.1)
 """Margins of the loss, in units of probability."""
@@ -47,10 +51,12 @@ class Errors:
     masked: dict[str, float]
 
     @classmethod
-    def of(cls, shape: str, side: str, scores: NDArray[np.float32], exact: NDArray[np.float32]) -> Errors:
+    def of(
+        cls, shape: str, side: str, scores: NDArray[np.float32], exact: NDArray[np.float32], cosines: bool = False
+    ) -> Errors:
         """Compare raw scores, shape ``(n, n)``, with the own documents' scores on the diagonal."""
         apart = np.abs(scores - exact)
-        wanted, found = _masks(exact), _masks(scores)
+        wanted, found = _masks(exact, cosines), _masks(scores, cosines)
         return cls(
             shape=shape,
             side=side,
@@ -63,9 +69,10 @@ class Errors:
         )
 
 
-def _masks(raw: NDArray[np.float32]) -> dict[float, NDArray[np.bool_]]:
+def _masks(raw: NDArray[np.float32], cosines: bool) -> dict[float, NDArray[np.bool_]]:
     """Masks of the negatives for each margin, as the loss makes them: above the positive's probability - margin."""
-    probabilities = 1 / (1 + np.exp(-raw.astype(np.float64)))
+    exact = raw.astype(np.float64)
+    probabilities = (1 + exact) / 2 if cosines else 1 / (1 + np.exp(-exact))
     negatives = ~np.eye(len(raw), dtype=bool)
     limits = probabilities.diagonal()[:, None]
     return {margin: (probabilities > limits - margin)[negatives] for margin in MARGINS}
@@ -102,6 +109,82 @@ def measure(
                 errors = Errors.of(shape.name, side.name, scores, exact)
                 say(f"{shape.name}, {side.name}: largest {errors.largest:.2g}, flipped {errors.flipped}")
                 yield asdict(errors)
+
+
+class ScoredSide:
+    """An engine of ours with tokenizing and scheduler, without RPCs; for models of every kind."""
+
+    weights: int | None = None
+
+    def __init__(self, model: Path, engine: str, dtype: str) -> None:
+        from reranker_service.loading import make_engine
+        from reranker_service.models import make_layout, read_model
+        from reranker_service.scheduling import Scheduler
+        from reranker_service.scoring import Scorer
+        from reranker_service.settings import Settings
+
+        spec = read_model(str(model))
+        settings = Settings(model=str(model), engine=engine, dtype=dtype)  # type: ignore[arg-type]
+        self._runner = asyncio.Runner()
+        self._engine = make_engine(settings, spec)
+        self._runner.run(self._engine.start())
+        self._scorer = self._runner.run(_call(lambda: Scorer(spec, make_layout(spec), Scheduler(self._engine))))
+        self.name = f"{engine} engine {dtype}"
+
+    def score(self, grid: Grid) -> tuple[float, NDArray[np.float32]]:
+        """See ``Side.score``."""
+        from reranker_service.scheduling import Ticket
+        from reranker_service.scoring import Pairs, TextTable
+
+        rows, columns = len(grid.queries), len(grid.documents)
+        options = replace(self._scorer.ranges.defaults, raw=True)
+        table = TextTable(options, Ticket("formats", interactive=False), [*grid.queries, *grid.documents])
+        began = time.perf_counter()
+        try:
+            pairs = Pairs(np.arange(rows), np.arange(columns) + rows, grid=True)
+            scores = self._runner.run(self._scorer.score(table, pairs)).scores
+        finally:
+            table.close()
+        return time.perf_counter() - began, scores.reshape(rows, columns)
+
+    def close(self) -> None:
+        """See ``Side.close``."""
+        self._runner.run(_call(self._scorer.close))
+        self._runner.run(self._engine.close())
+        self._runner.close()
+
+
+async def _call(make: Callable[[], Any]) -> Any:
+    """Call a function inside an event loop."""
+    return make()
+
+
+def measure_trained(
+    models: Sequence[Path], *, rows: int, engines: Sequence[str], say: Callable[[str], object]
+) -> Iterator[dict[str, Any]]:
+    """Yield a record for each trained model, engine and format, on real pairs; see ``measure``.
+
+    The reference is our torch engine in float32, which the tests compare with sentence-transformers.
+    """
+    from reranker_service.models import read_model
+
+    grid = real_grid(rows)
+    for model in models:
+        cosines = read_model(str(model)).kind == "bi-encoder"
+        exact: NDArray[np.float32] | None = None
+        for engine in engines:
+            if engine == "vllm" and missing("vllm"):
+                continue
+            for dtype in DTYPES:
+                side = ScoredSide(model, engine, dtype)
+                try:
+                    scores = side.score(grid)[1]
+                finally:
+                    side.close()
+                exact = scores if exact is None else exact
+                errors = Errors.of(model.name, side.name, scores, exact, cosines)
+                say(f"{model.name}, {side.name}: largest {errors.largest:.2g}, flipped {errors.flipped}")
+                yield {**asdict(errors), "trained": True}
 
 
 def _makers(shape: Shape, model: Path, device: torch.device, engines: Sequence[str]) -> Iterator[Callable[[], Side]]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 _FORMS = (
     "right forms are 'host:port', '[IPv6]:port', 'grpc://host:port', 'grpcs://host:port' (TLS), "
     "gRPC's own ('dns:///host:port', 'ipv4:1.2.3.4:port', 'ipv6:[::1]:port', 'unix:/path', 'unix-abstract:name', "
-    "'xds:///service'), or a list of these"
+    "'xds:///service'), several of the first four with commas between them, or a list of these"
 )
 _NATIVE_SCHEMES = frozenset({"dns", "ipv4", "ipv6", "unix", "unix-abstract", "vsock", "xds"})
 _SCHEME = re.compile(r"([a-z][a-z0-9+.\-]*):", re.IGNORECASE)
@@ -25,11 +26,14 @@ class Address:
         target: The address as gRPC's channels take it.
         secure: Whether the connection uses TLS.
         authority: ``host:port`` of the host name that ``target`` was found for; None for an address that a user wrote.
+        copy: Number of equal addresses before this one in a list: a job then opens a stream for each, which a proxy may
+            send to different servers.
     """
 
     target: str
     secure: bool
     authority: str | None = None
+    copy: int = 0
 
     @property
     def name(self) -> tuple[str, int] | None:
@@ -69,16 +73,28 @@ class Address:
 
 
 def parse_addresses(address: str | Sequence[str]) -> tuple[Address, ...]:
-    """Read one address or a list of them.
+    """Read one address, several with commas between them, or a list of them.
 
     Raises:
         ValueError: An address has none of the right forms, or the list is empty.
         TypeError: An address is not a string.
     """
-    addresses = [address] if isinstance(address, str) else list(address)
+    addresses = _split(address) if isinstance(address, str) else list(address)
     if not addresses:
         raise ValueError(f"the list of addresses is empty: {_FORMS}")
-    return tuple(_parse(one) for one in addresses)
+    seen: Counter[Address] = Counter()
+    parsed = []
+    for one in map(_parse, addresses):
+        parsed.append(replace(one, copy=seen[one]))
+        seen[one] += 1
+    return tuple(parsed)
+
+
+def _split(text: str) -> list[str]:
+    named = _SCHEME.match(text)
+    if named and named[1].lower() in _NATIVE_SCHEMES and not _is_host_and_port(text.partition(",")[0]):
+        return [text]  # gRPC's own forms may have commas inside
+    return text.split(",")
 
 
 def _parse(address: str) -> Address:

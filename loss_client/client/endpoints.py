@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from random import SystemRandom
 from typing import TYPE_CHECKING
@@ -26,6 +28,10 @@ _LONGEST_BACKOFF_SECONDS = 5.0
 _LONGEST_REST_LIMITS = 16
 # A server of another model may be replaced by one of the right model; this is how soon the client finds out.
 _OTHER_MODEL_SECONDS = 30.0
+# Ranks that start together connect within so many seconds a rank, so that a server sees no burst of connections.
+_CONNECT_SECONDS_A_RANK = 0.002
+_LONGEST_CONNECT_SECONDS = 1.0
+_WORLD_VARIABLES = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 # Not the global generator of ``random``: training code seeds it alike on all ranks, and restores its state.
 _generator = SystemRandom()
 _CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
@@ -58,6 +64,17 @@ class ChannelSettings:
     credentials: Credentials = field(default_factory=Credentials)
 
 
+def connect_seconds(environment: Mapping[str, str]) -> float:
+    """Return the time over which the ranks of one training run spread their first connections; 0 for one process.
+
+    Args:
+        environment: Variables that launchers of distributed training set.
+    """
+    sizes = (environment.get(name, "") for name in _WORLD_VARIABLES)
+    ranks = next((int(size) for size in sizes if size.isdigit()), 1)
+    return min(ranks * _CONNECT_SECONDS_A_RANK, _LONGEST_CONNECT_SECONDS) if ranks > 1 else 0.0
+
+
 class Endpoint:
     """One address with its channel, which is made at first use, and its failures since the last success.
 
@@ -85,7 +102,7 @@ class Endpoint:
         self._metadata = settings.metadata
         self._channel: aio.Channel | None = None
         self._stub: RerankerServiceAsyncStub | None = None
-        self._checked = False
+        self._checked = self._spread = False
 
     @property
     def metadata(self) -> aio.Metadata:
@@ -98,6 +115,8 @@ class Endpoint:
     async def stub(self, timeout: float) -> RerankerServiceAsyncStub:
         """Return the stub; at the first use of a connection, check the server's contract before.
 
+        The ranks of one training run make their first connections at random times of a second or less.
+
         Args:
             timeout: Most seconds of the check.
 
@@ -105,6 +124,9 @@ class Endpoint:
             IncompatibleServerError: The server has another major version of the contract, or no reranker service.
             grpc.aio.AioRpcError: The server did not answer.
         """
+        if not self._spread:
+            self._spread = True
+            await asyncio.sleep(_generator.uniform(0, connect_seconds(os.environ)))
         if self._channel is None:
             target, authority, options = self.address.target, self.address.authority, _CHANNEL_OPTIONS
             if authority is not None:  # proxies route by the name, and the certificate is for the name

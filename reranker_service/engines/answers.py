@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import structlog
 import torch
 
 # Settings of models that change the logits after the output embedding.
 _CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 # Relative to the largest logit. In 16 bits the same product differs by rounding from one shape of the batch to another.
 _TOLERANCE, _TOLERANCE_16_BITS = 1e-4, 0.05
+
+log = structlog.get_logger()
 
 
 def answer_head(model: Any, answers: tuple[int, int | None]) -> torch.Tensor | None:
@@ -43,6 +46,52 @@ def answer_head(model: Any, answers: tuple[int, int | None]) -> torch.Tensor | N
     return head if difference <= tolerance * scale else None
 
 
+class _AnswerLogits(torch.nn.Module):
+    """Output embedding that has the answers' rows only, and computes in float32."""
+
+    def __init__(self, outputs: torch.nn.Linear, rows: list[int]) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(outputs.weight.detach()[rows].float(), requires_grad=False)
+        self.bias = None
+        if outputs.bias is not None:
+            self.bias = torch.nn.Parameter(outputs.bias.detach()[rows].float(), requires_grad=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(hidden.float(), self.weight, self.bias)
+
+
+def narrow_to_answers(model: Any, answers: tuple[int, int | None]) -> tuple[int, int | None]:
+    """Let a causal language model compute the answers' logits only, in float32 whatever its format.
+
+    The model stays as it is if that would change its logits; this is tried with one input.
+
+    Args:
+        model: A causal language model of transformers; changed in place.
+        answers: Token ids; see ``ModelSpec.answers``.
+
+    Returns:
+        The answers' places among the logits that the model gives from now on.
+    """
+    outputs = model.get_output_embeddings()
+    if not isinstance(outputs, torch.nn.Linear):
+        return answers
+    rows = [one for one in answers if one is not None]
+    ids = torch.arange(12, device=outputs.weight.device)[None] % len(outputs.weight)
+    with torch.inference_mode():
+        wanted = model(input_ids=ids).logits[0, -1].float()
+        model.set_output_embeddings(_AnswerLogits(outputs, rows))
+        try:
+            found = model(input_ids=ids).logits[0, -1]
+            tolerance = _TOLERANCE if outputs.weight.dtype == torch.float32 else _TOLERANCE_16_BITS
+            scale = wanted.abs().max().clamp(min=1)
+            if found.shape == (len(rows),) and bool((found - wanted[rows]).abs().max() <= tolerance * scale):
+                return 0, None if answers[1] is None else 1
+        except (RuntimeError, IndexError, ValueError, TypeError):
+            log.debug("the model's code needs the logits of all tokens")
+    model.set_output_embeddings(outputs)
+    return answers
+
+
 def answer_scores(model: Any, answers: tuple[int, int | None], ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Scores from the model's own logits, shape ``(n,)``, of inputs that are padded at their end.
 
@@ -50,7 +99,7 @@ def answer_scores(model: Any, answers: tuple[int, int | None], ids: torch.Tensor
 
     Args:
         model: A causal language model of transformers.
-        answers: Token ids; see ``ModelSpec.answers``.
+        answers: Places of the answers' logits; see ``narrow_to_answers``.
         ids: Token ids, shape ``(n, longest)``.
         mask: 1 for tokens and 0 for padding, shape ``(n, longest)``.
     """

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from ..models import ModelSpec, TokenSequence, UnsupportedModelError
+from .head import head_in_float32, widen_output
 
 # Largest difference, relative to the largest number, between a padded input and the same without padding.
 _TOLERANCE, _TOLERANCE_16_BITS = 1e-4, 0.05
@@ -99,6 +100,10 @@ class LibraryModel:
                 f"{spec.name}: sentence-transformers cannot load it: {type(error).__name__}: {error}"
             ) from error
         self._model.to(device).eval().requires_grad_(False)
+        head_in_float32(self._model[0].model)
+        widen_output(self._model[0])
+        for behind in list(self._model)[1:]:
+            behind.float()
         self._spec = spec
         self._device = device
         module: Any = self._model[0]

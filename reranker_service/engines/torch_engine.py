@@ -24,10 +24,12 @@ from torch.nn import functional
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ..models import ModelSpec, Pooling, TokenSequence, UnsupportedModelError
-from .answers import answer_head, answer_scores
+from .answers import answer_head, answer_scores, narrow_to_answers
 from .base import EngineDeadError
 from .chain import ModuleChain
 from .checks import EngineMemoryError, finite
+from .formats import auto_format, has_bfloat16
+from .head import head_in_float32
 from .library import LibraryModel, check_weights, merge_adapter
 from .packed import (
     Packed,
@@ -71,7 +73,8 @@ class TorchEngine:
 
         Args:
             spec: The model.
-            dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, bfloat16 elsewhere.
+            dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU; elsewhere vLLM's choice, which
+                is the checkpoint's own, and float16 for float32 ones.
             device: A device as torch names it, or "auto": the GPU if there is one.
             threads: Threads of one operation on a CPU; ``None`` leaves it to torch.
             batch_tokens: Most tokens of a batch, padding included; ``None`` means 4,096 on a CPU, and elsewhere a
@@ -92,7 +95,7 @@ class TorchEngine:
             raise ValueError(f"device {device!r} is unknown to torch: {error}") from error
         on_cpu = self._device.type == "cpu"
         if dtype == "auto":
-            dtype = "float32" if on_cpu else "bfloat16"
+            dtype = "float32" if on_cpu else auto_format(spec, has_bfloat16(self._device))
         if dtype not in _DTYPES:
             raise ValueError(f"dtype {dtype!r} is unknown; known are auto, {', '.join(_DTYPES)}")
         self.dtype = dtype
@@ -115,6 +118,7 @@ class TorchEngine:
         self._chain: ModuleChain | None = None
         self._library: LibraryModel | None = None
         self._head: torch.Tensor | None = None
+        self._answers = spec.answers
         self._padding = 0
         self._death: EngineDeadError | None = None
         self._died = asyncio.Event()
@@ -215,7 +219,9 @@ class TorchEngine:
         if spec.answers is not None:
             model.config.use_cache = False
             self._head = answer_head(model, spec.answers)
-            if self._head is not None:
+            if self._head is None:
+                self._answers = narrow_to_answers(model, spec.answers)
+            else:
                 model = model.base_model
         elif spec.kind == "causal-reranker":
             # The classifier finds the last token by the padding's id, which may also be the template's last token.
@@ -229,6 +235,8 @@ class TorchEngine:
             self._head = self._head.detach().to(self._device)
         if self._packed and (spec.answers is None or self._head is not None):
             self._pack(model)
+        if spec.kind == "cross-encoder" and self._chain is None and self._classifier is None:
+            head_in_float32(model)
 
     def _pack(self, model: Any) -> None:
         """Compute packed batches from now on, if the model's numbers stay the same."""
@@ -373,8 +381,8 @@ class TorchEngine:
             return cast(torch.Tensor, self._chain(self._model(**inputs).last_hidden_state, mask))  # (n,)
         if self._spec.kind == "cross-encoder":
             return cast(torch.Tensor, self._model(**inputs).logits[:, 0])  # (n,)
-        if self._spec.answers is not None and self._head is None:
-            return answer_scores(self._model, self._spec.answers, inputs["input_ids"], mask)
+        if self._answers is not None and self._head is None:
+            return answer_scores(self._model, self._answers, inputs["input_ids"], mask)
         if self._spec.model_type == "qwen3":
             inputs["use_cache"] = False
         tokens: torch.Tensor = self._model(**inputs).last_hidden_state.float()  # (n, longest, hidden)

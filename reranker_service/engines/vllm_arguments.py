@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from math import prod
+from typing import Any, Literal, cast
 
 from transformers import AutoConfig
 
@@ -63,6 +65,64 @@ def check_supported(spec: ModelSpec) -> None:
         raise UnsupportedModelError(f"{spec.name}: vLLM has no {spec.pooling} pooling; use the torch engine")
 
 
+# Arguments that decide what the numbers are; flags of the server set them.
+_DECIDED: Mapping[str, str] = {
+    "model": "--model",
+    "revision": "--revision",
+    "trust_remote_code": "--trust-remote-code",
+    "dtype": "--dtype",
+    "tokenizer": "--model",
+    "runner": "--kind",
+    "convert": "--kind",
+}
+_PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+
+
+def check_arguments(arguments: Mapping[str, object], known: Collection[str], devices: int | None) -> None:
+    """Check the settings' arguments for vLLM before it starts.
+
+    Args:
+        arguments: The settings' arguments.
+        known: Names that vLLM's ``AsyncEngineArgs`` has.
+        devices: GPUs that vLLM may use; ``None`` if it computes on something else.
+
+    Raises:
+        UnsupportedModelError: An argument is unknown, is set by a flag of the server, has no effect here, or asks for
+            more devices than there are.
+    """
+    for name in arguments:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "; see vLLM's engine arguments, with _ for -"
+            raise UnsupportedModelError(f"--engine-args: vLLM has no argument {name}{hint}")
+        if flag := _DECIDED.get(name):
+            raise UnsupportedModelError(f"--engine-args: {name} is set by the flag {flag}; leave it out")
+    if arguments.get("enable_lora"):
+        raise UnsupportedModelError(
+            "--engine-args: enable_lora would have no effect, because requests name no adapter; save the merged model, "
+            "or use --engine torch --adapter DIR"
+        )
+    sizes = {name: arguments[name] for name in _PARALLEL if name in arguments}
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise UnsupportedModelError(f"--engine-args: {name} must be a whole number of at least 1, not {size!r}")
+    wanted = prod(cast("Mapping[str, int]", sizes).values())
+    if devices is not None and wanted > devices:
+        raise UnsupportedModelError(
+            f"--engine-args: {' times '.join(sizes)} needs {wanted} GPUs, and vLLM sees {devices}; lower it, or set "
+            "CUDA_VISIBLE_DEVICES"
+        )
+
+
+def with_given(arguments: dict[str, Any], given: Mapping[str, object]) -> dict[str, Any]:
+    """Chosen arguments with the settings' ones above them; ``hf_overrides`` of both are joined."""
+    merged = {**arguments, **given}
+    overrides = given.get("hf_overrides")
+    if isinstance(overrides, Mapping):
+        merged["hf_overrides"] = {**arguments.get("hf_overrides", {}), **overrides}
+    return merged
+
+
 def bind_cores() -> None:
     """Give vLLM's threads every core of a small machine; for CPUs."""
     cores = sorted(os.sched_getaffinity(0))
@@ -85,7 +145,8 @@ def engine_arguments(spec: ModelSpec, dtype: str, on_cpu: bool) -> dict[str, Any
     from vllm.config import PoolerConfig
 
     # Otherwise vLLM takes sentence-transformers' length limit for the most that the model can take.
-    overrides: dict[str, Any] = {"model_max_length": spec.max_length}
+    # The head in float32 is vLLM's own default for scores; a model's config.json could say otherwise.
+    overrides: dict[str, Any] = {"model_max_length": spec.max_length, "head_dtype": "float32"}
     if spec.answers is not None:
         tokens = _answer_tokens(spec)
         overrides |= {

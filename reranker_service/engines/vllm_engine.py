@@ -10,10 +10,12 @@ import gc
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ..models import ModelSpec, TokenSequence
@@ -23,9 +25,11 @@ from .vllm_arguments import (
     NEUTRAL_ARGUMENTS,
     PRIORITY_POLICY,
     bind_cores,
+    check_arguments,
     check_supported,
     engine_arguments,
     library_versions,
+    with_given,
 )
 from .vllm_processes import fork_engine_core, kill_loading, start_importing
 
@@ -198,10 +202,12 @@ class VllmEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         on_cpu = bool(current_platform.is_cpu())
+        devices = torch.cuda.device_count() if current_platform.is_cuda() else None
+        check_arguments(self._engine_args, {field.name for field in fields(AsyncEngineArgs)}, devices)
         if on_cpu:
             bind_cores()
         self.versions = library_versions()
-        arguments = AsyncEngineArgs(**{**engine_arguments(self._spec, self.dtype, on_cpu), **self._engine_args})
+        arguments = AsyncEngineArgs(**with_given(engine_arguments(self._spec, self.dtype, on_cpu), self._engine_args))
         # numactl can only wrap a new interpreter.
         if not arguments.numa_bind:
             fork_engine_core()

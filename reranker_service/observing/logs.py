@@ -34,6 +34,9 @@ _VLLM_LINE = re.compile(
 _GLOG_LINE = re.compile(r"\[?(?P<level>[IWEF])\d{4} [\d:.]+ +(?:\d+ )?(?P<source>\S+:\d+)\] (?P<event>.*)")
 _GLOG_LEVELS = {"I": "info", "W": "warning", "E": "error", "F": "error"}
 
+REPLICA_VARIABLE = "RERANKER_REPLICA"
+"""Variable with the number of this server among those of ``--replicas``, which each of its log lines then has."""
+
 log = structlog.get_logger()
 
 
@@ -43,6 +46,7 @@ def configure_logs(log_format: Format, level: Level) -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     stderr = sys.stderr.stream if isinstance(sys.stderr, LineWriter) else sys.stderr
     shared: list[structlog.typing.Processor] = [
+        *([_numbered(int(replica))] if (replica := os.environ.get(REPLICA_VARIABLE)) else []),
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -72,6 +76,14 @@ def configure_logs(log_format: Format, level: Level) -> None:
     sys.excepthook = _on_exception
     threading.excepthook = lambda found: _on_exception(found.exc_type, found.exc_value, found.exc_traceback)
     sys.unraisablehook = lambda found: _on_exception(found.exc_type, found.exc_value, found.exc_traceback)
+
+
+def _numbered(replica: int) -> structlog.typing.Processor:
+    def add(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        event.setdefault("replica", replica)
+        return event
+
+    return add
 
 
 def adopt_handlers() -> None:

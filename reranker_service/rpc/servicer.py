@@ -27,7 +27,7 @@ from ..scoring import Pairs, Scored, Scorer, TextTable, Ticket
 from .admission import Admission
 from .errors import RerankError, as_rerank_error, invalid, not_ready
 from .messages import usage_message
-from .stream import StreamSession
+from .stream import StreamSession, Write
 from .validation import Ranking, Validator
 from .wire import SMALL_BYTES
 
@@ -105,6 +105,11 @@ class RerankerServicer:
     def open(self, scorer: Scorer, validator: Validator, info: pb.GetModelInfoResponse) -> None:
         """Answer calls from now on with these."""
         self._scorer, self._validator, self._info = scorer, validator, info
+
+    @property
+    def pairs_in_flight(self) -> int:
+        """Pairs that were read and have no score yet."""
+        return self._admission.pairs
 
     def load(self) -> Load:
         """Work of the server and the bytes held for it at this moment; may be called from any thread."""
@@ -187,15 +192,19 @@ class RerankerServicer:
         self._ready()
         return self._info
 
+    async def rerank_stream(self, requests: AsyncIterator[pb.RerankStreamRequest], write: Write) -> None:
+        """Score the chunks of a stream; see ``StreamSession.run``. Raises ``RerankError``."""
+        scorer, validator = self._ready()
+        session = StreamSession(scorer, validator, self._info, self._admission, self._metrics, self._thread)
+        await session.run(requests, write)
+
     async def _rerank_stream(self, _: AsyncIterator[bytes], context: Context) -> AsyncIterator[pb.RerankStreamResponse]:
         with self._metrics.call("RerankStream") as call:
             _judge(call, context, grpc.StatusCode.CANCELLED)
             try:
-                scorer, validator = self._ready()
-                session = StreamSession(scorer, validator, self._info, self._admission, self._metrics, self._thread)
                 # A cancelled write ends this handler at once. gRPC writes what a handler yields, and leaves the
                 # handler and the span around it to the garbage collector where that write is cancelled.
-                await session.run(_Requests(context, self._parse), context.write)
+                await self.rerank_stream(_Requests(context, self._parse), context.write)
                 # The requests of a cancelled call end like those of a half-closed one, up to a few milliseconds before
                 # gRPC cancels this task. gRPC finishes another read only after it has reported the cancellation.
                 await context.read()

@@ -29,7 +29,9 @@ def names_page(package: Path) -> str:
         file = package.parent / f"{origins[name].replace('.', '/')}.py"
         body = ast.parse(file.read_text()).body
         found = next(node for node in body if _name(node) == name)
-        if isinstance(found, ast.ClassDef):
+        if isinstance(found, ast.FunctionDef):
+            others.append(_function(found, package.name))
+        elif isinstance(found, ast.ClassDef):
             (errors if name.endswith("Error") else others).append(_class(found, package.name))
         else:
             following = body[body.index(found) + 1]
@@ -63,6 +65,13 @@ def _alias(name: str, node: ast.stmt, following: ast.stmt) -> str:
     if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
         text += f"\n\n{to_markdown(str(following.value.value), {})}"
     return text
+
+
+def _function(node: ast.FunctionDef, package: str) -> str:
+    documented = ast.get_docstring(node)
+    if documented is None:
+        raise ValueError(f"{node.name} has no docstring")
+    return f"## {node.name}\n\n`from {package} import {node.name}`\n\n{_method(node, documented)}"
 
 
 def _class(node: ast.ClassDef, package: str) -> str:
