@@ -115,7 +115,7 @@ def test_a_causal_reranker_is_shown_with_its_template(
 def test_engines_are_compared_with_each_other_where_the_library_gives_no_scores(
     causal_reranker: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = check.make_engine
+    made = loading.make_engine
     engines: list[Any] = []
 
     def second_is_off(settings: Settings, spec: Any) -> Any:

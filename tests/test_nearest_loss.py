@@ -22,6 +22,7 @@ from loss_client import RerankerClient
 from loss_client.callbacks import _metrics
 from loss_client.client.errors import RerankerUnavailableError
 from loss_client.filter.distillation import Distillation
+from loss_client.filter.nearest import nearest
 from loss_client.loss import RerankerCachedGISTEmbedLoss
 
 from .stub_server import Gate, ReceivedChunk, ReceivedStream, StubServer, hash_scores
@@ -151,6 +152,22 @@ def test_metrics_name_the_pairs_and_what_is_missed(model: SentenceTransformer) -
     missed = 1 - counts.masked_negatives / 10 / masks
     assert entry["reranker/missed_mask_fraction"] == pytest.approx(missed, abs=0.2)
     assert not {"reranker/late_pairs", "reranker/late_choices", "reranker/unscored_anchor_fraction"} & entry.keys()
+
+
+def test_what_top_p_alone_misses_is_estimated(model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nearest, "DRAWN", 40)
+    batch = features(model, texts(2, 12))
+    full = make(model, MemoryScorer(random_scores()))
+    full(batch, None)
+    loss = make(model, MemoryScorer(random_scores()), candidates="nearest", preselector=None, top_p=0.3)
+    for _ in range(10):
+        loss(batch, None)
+    counts = loss.statistics
+    missed = full.statistics.masked_negatives - counts.masked_negatives / 10
+    assert missed > 10
+    assert counts.missed_masks / 10 == pytest.approx(missed, rel=0.2)
+    assert counts.probed_pairs == 40 * 10
+    assert counts.preselected_pairs == 0
 
 
 @pytest.mark.parametrize("contrast", CONTRAST[::3])
@@ -318,7 +335,7 @@ def test_what_has_not_arrived_in_time_stays_a_negative(
         if found.shape[1] > 1:
             scores = found
             continue
-        random = 8 if candidates == "nearest" and number == 1 else 0  # pairs at the end, for the estimate alone
+        random = 8 if candidates != "all" and number == 1 else 0  # pairs at the end, for the estimate alone
         for query, document, score in list(zip(job.queries, job.documents, found[:, 0], strict=True))[
             : -random or None
         ]:

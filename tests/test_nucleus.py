@@ -17,6 +17,7 @@ from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from torch import Tensor
 
 from loss_client.client.errors import RerankerUnavailableError, ScoreError
+from loss_client.filter.nearest import nearest
 from loss_client.filter.nucleus import Shortlist, split, unscored_fraction
 from loss_client.loss import RerankerCachedGISTEmbedLoss
 
@@ -294,7 +295,10 @@ def test_rows_that_lose_most_of_their_mass_are_looked_at_again(model: SentenceTr
     assert few.statistics.unscored_fraction <= 12 * 0.3
 
 
-def test_each_pair_is_asked_for_once_and_equal_texts_are_one(model: SentenceTransformer) -> None:
+def test_each_pair_is_asked_for_once_and_equal_texts_are_one(
+    model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nearest, "DRAWN", 0)  # no random pairs for the estimate of missed masks
     anchors, positives = texts(2, 6)
     columns = [[*anchors[:5], anchors[0]], [*positives[:5], positives[1]], [positives[2]] * 6]
     scorer = MemoryScorer(random_scores())
@@ -332,7 +336,10 @@ def test_few_pairs_are_asked_for_where_few_matter(model: SentenceTransformer) ->
     assert loss.statistics.pairs + loss.statistics.skipped_pairs == 24 * 24
 
 
-def test_matryoshka_asks_for_a_pair_once(model: SentenceTransformer) -> None:
+def test_matryoshka_asks_for_a_pair_once(
+    model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nearest, "DRAWN", 0)  # no random pairs for the estimate of missed masks
     columns, dims = texts(3, 8), [32, 16, 8]
     results = {}
     for candidates in ("all", "nearest"):

@@ -267,9 +267,10 @@ def test_the_number_format_of_the_torch_engine_on_a_gpu_is_the_one_that_vllm_dec
     bfloat16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm.config import model as of_vllm
+    from vllm.platforms import current_platform
 
     usable = [*([torch.bfloat16] if bfloat16 else []), torch.float16, torch.float32]
-    monkeypatch.setattr(type(of_vllm.current_platform), "supported_dtypes", property(lambda _: usable))
+    monkeypatch.setattr(type(current_platform), "supported_dtypes", property(lambda _: usable))
     for model_type in ("bert", "qwen3", "gemma2"):
         for saved in (torch.float32, torch.float16, torch.bfloat16):
             for named in (True, False):

@@ -124,7 +124,7 @@ class ScoredSide:
         from reranker_service.settings import Settings
 
         spec = read_model(str(model))
-        settings = Settings(model=str(model), engine=engine, dtype=dtype)  # type: ignore[arg-type]
+        settings = Settings(model=str(model), engine=engine, dtype=dtype)
         self._runner = asyncio.Runner()
         self._engine = make_engine(settings, spec)
         self._runner.run(self._engine.start())

@@ -63,7 +63,8 @@ class Scoring:
     def __init__(self, client: ScoringClient, preselector: Preselector | None = None) -> None:
         self._client = client
         self._texts = TextReader()
-        self._nearest = None if preselector is None else Nearest(preselector)
+        self._preselector = preselector
+        self._nearest = Nearest(preselector)
 
     def begin(
         self, columns: Sequence[Sequence[str]], settings: ScoringSettings, instruction: str | None = None
@@ -93,11 +94,10 @@ class Scoring:
         if settings.candidates == "all":
             step = GridStep(columns, contrast, partial(client.stream_grid, **options))
         else:
-            ask, preselect = partial(client.stream_pairs, **options), None
-            if self._nearest is not None:
-                preselect = partial(self._nearest.begin, per_anchor=settings.per_anchor, contrast=contrast, ask=ask)
-            elif settings.top_p is None:
+            if self._preselector is None and settings.top_p is None:
                 raise ValueError("candidates='nearest' needs a preselector or top_p.")
+            ask = partial(client.stream_pairs, **options)
+            preselect = partial(self._nearest.begin, per_anchor=settings.per_anchor, contrast=contrast, ask=ask)
             step = CandidateStep(columns, settings.top_p, settings.max_candidates, ask, preselect)
         step.source = self._source(settings)
         step.gathers = settings.gather
@@ -105,7 +105,7 @@ class Scoring:
 
     def record(self, step: FilterStep, training: bool) -> None:
         """Measure a step that the loss has worked on, for ``per_anchor="auto"``; ``take`` came before."""
-        if self._nearest is not None and training:
+        if training:
             self._nearest.record(step.rows.sizes[step.rows.rank], step.jobs)
 
     def take(self, features: list[dict[str, Any]], settings: ScoringSettings, model: Any) -> FilterStep:
@@ -119,8 +119,7 @@ class Scoring:
         Raises:
             ValueError: The batch has fewer than two columns, columns of different lengths, or no texts.
         """
-        if self._nearest is not None:
-            self._nearest.take(model.training)
+        self._nearest.take(model.training)
         ticket: Ticket | None = features[0].pop(TICKET, None) if features else None
         columns = self._texts.take(features, model)
         begun = None if ticket is None else ticket.take()

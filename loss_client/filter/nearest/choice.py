@@ -184,7 +184,7 @@ class _Laid:
 
 
 def choose(
-    preselector: Preselector,
+    preselector: Preselector | None,
     sides: Sequence[Side],
     count: int,
     drawn: int,
@@ -194,7 +194,7 @@ def choose(
     """Choose pairs of a batch.
 
     Args:
-        preselector: Compares texts.
+        preselector: Compares texts. Without one no pair is chosen.
         sides: The first has the anchors. A second one has the positives as queries.
         count: Most pairs to choose.
         drawn: Most random pairs of the first side to draw.
@@ -210,6 +210,8 @@ def choose(
     best, query, document = Best(count, len(documents)), 0, 0
     own = np.full(len(sides[0].queries), np.nan, dtype=np.float32)
     for side in laid:
+        if preselector is None:
+            break
         cancellation.check()
         similar = preselector.compare(side.queries, side.documents, cancellation)
         side.add(best, query, document, similar, own)

@@ -27,10 +27,10 @@ class Nearest:
     """Chooses pairs by a preselector, one batch after the other, in a background thread.
 
     Args:
-        preselector: Compares anchors with documents.
+        preselector: Compares anchors with documents. Without one no pair is chosen; only random ones are drawn.
     """
 
-    def __init__(self, preselector: Preselector) -> None:
+    def __init__(self, preselector: Preselector | None) -> None:
         self._preselector = preselector
         self._worker = Worker()
         self._pace = Pace()
@@ -58,6 +58,8 @@ class Nearest:
             ask: Begins the scoring job.
         """
         rows = len(columns[0])
+        if self._preselector is None:
+            per_anchor = 0
         if per_anchor == "auto":
             count = self._pace.per_anchor * rows
         else:
