@@ -121,7 +121,7 @@ lint: $(STUBS) ## Check style, types and imports between rooms: ruff, mypy, impo
 	$(BIN)/buf breaking protos --against build/released
 	@echo "Checked: no fault in $(SOURCES) protos"
 
-# An environment of its own, with seven small packages: the site needs nothing of this project.
+# An environment of its own, with a dozen small packages.
 $(SITE_TOOLS): requirements/docs.txt
 	@echo "Installing requirements/docs.txt into build/site-tools: some ten seconds"
 	$(PYTHON) -m venv --clear build/site-tools
@@ -131,7 +131,8 @@ $(SITE_TOOLS): requirements/docs.txt
 
 docs: $(SITE_TOOLS) reference ## Build the site of docs/ into build/site; a warning or a broken link is an error
 	rm -rf build/site
-	NO_COLOR=1 build/site-tools/bin/zensical build --strict --clean
+	sed 's#](docs/#](#g' CHANGELOG.md > build/reference/changelog.md
+	build/site-tools/bin/zensical build --strict --clean 2>&1 | sed 's/\x1b\[[0-9;]*m//g'
 	$(PYTHON) tools/check_site.py zensical.toml README.md
 	@echo "Built: build/site/index.html"
 

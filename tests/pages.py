@@ -30,11 +30,6 @@ def blocks(page: Path, *languages: str) -> list[Block]:
     return [one for one in found if one.language in languages]
 
 
-def shell_blocks(page: str, containing: str) -> list[str]:
-    """The blocks of shell commands on a page of docs/ that contain a text."""
-    return [block.text for block in blocks(DOCS / page, "sh") if containing in block.text]
-
-
 def after_diff(text: str) -> str:
     """The program that a block in the language "diff" leads to."""
     return "".join(line[1:] for line in text.splitlines(keepends=True) if not line.startswith("-") and line[1:])
@@ -60,3 +55,8 @@ def commands(text: str) -> list[list[str]]:
         command = ""
         found.append(list(dropwhile(re.compile(r"\w+=").match, words)))
     return [words for words in found if words]
+
+
+def shell_blocks(page: str, containing: str) -> list[str]:
+    """The blocks of shell commands on a page of docs/ that contain a text."""
+    return [block.text for block in blocks(DOCS / page, "sh") if containing in block.text]

@@ -12,6 +12,7 @@ import shlex
 import sys
 import tomllib
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,9 @@ model = SentenceTransformer("BAAI/bge-base-en-v1.5")
 train_dataset = dataset = load_dataset("json", data_files="train.jsonl", split="train")
 args = SentenceTransformerTrainingArguments("output", per_device_train_batch_size=4)
 loss = RerankerCachedGISTEmbedLoss(model, "127.0.0.1:50051")
+trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=train_dataset, loss=loss)
 """
+TORCHRUN = {"--nproc-per-node", "--nnodes", "--node-rank", "--rdzv-id", "--rdzv-backend", "--rdzv-endpoint"}
 MODEL_NAMES = re.compile(r'"(?:BAAI|sentence-transformers|cross-encoder|microsoft|Qwen)/[\w.-]+"')
 
 
@@ -132,10 +135,12 @@ def test_the_commands_of_a_page_have_the_flags_that_they_name(page: str) -> None
             command = shlex.join(words)
             if words[0] == "make":
                 assert words[1] in targets, command
-            if (program := program_of(words)) is not None:
-                known = set(re.findall(r"--[a-z][\w.-]*", help_of(*program)))
-                named = {word.split("=")[0] for word in words if word.startswith("--") and word != "--"}
-                named -= {"--nproc-per-node", "--nnodes", "--help"}
+            program = program_of(words)
+            named = {word.split("=")[0] for word in words if word.startswith("--") and word != "--"}
+            if program is not None:
+                assert find_spec(program[0]) is not None, command
+            if program is not None and named - {*TORCHRUN, "--help"}:
+                known = {*re.findall(r"--[a-z][\w.-]*", help_of(*program)), *TORCHRUN, "--help"}
                 assert {re.sub("^--no-", "--", one) if one not in known else one for one in named} <= known, command
 
 

@@ -83,7 +83,7 @@ def test_docstrings_become_tables_code_and_text() -> None:
     assert to_markdown(docstring, {"pairs": Parameter("list", None)}) == (
         "Score pairs, as `CrossEncoder` does.\n\n"
         "| parameter | type | default | meaning |\n|---|---|---|---|\n"
-        "| `pairs` | `list` | required | The pairs, `a \\| b`. |\n\n"
+        "| `pairs` | `list` | required | The pairs, `a | b`. |\n\n"
         "*Example*\n\n```python\nscore([])\n```\n\nThat was all.\n\n"
         "*Raises*\n\n- `ValueError`: There is none."
     )

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from tools.reference.tables import row
+
 _RPC = re.compile(r"rpc (\w+)\((stream )?(\w+)\) returns \((stream )?(\w+)\);")
 _FIELD = re.compile(r"(optional |repeated )?(map<\w+, \w+>|[\w.]+) (\w+) = (\d+);")
 _VALUE = re.compile(r"(\w+) = (\d+);")
@@ -86,7 +88,7 @@ def _row(text: str, blocks: list[str], choice: str, comment: list[str], messages
             f"{label}{_type(found[2], messages)}",
             f"{choice}{': ' * bool(choice)}{meaning}",
         ]
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" if cells else None
+    return row(cells) if cells else None
 
 
 def _type(name: str, messages: set[str]) -> str:

@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tools.reference.tables import row
+
 _SECTION = re.compile(r"^([A-Z][A-Za-z ]+):$")
 _ENTRY = re.compile(r"^(\*{0,2}\w+(?:, \*{0,2}\w+)*): (.*)$")
 #: Sections that list names with a meaning.
@@ -92,7 +94,7 @@ def _table(entries: list[tuple[str, str]], parameters: Mapping[str, Parameter], 
         meaning = _text(" ".join(meanings.pop(name, "").split()))
         annotation = f"`{parameter.annotation}`" if parameter.annotation else ""
         cells = (f"`{name}`", annotation, "" if name.startswith("*") else default, meaning)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append(row(cells))
     for name in [*meanings] if inherits else []:
         lines.append(f"| `{name}` | | that of the base class | {_text(' '.join(meanings.pop(name).split()))} |")
     if meanings:
