@@ -266,7 +266,7 @@ def draw(path: Path, shares: dict[int, list[float]], changes: Changes) -> None:
         [3 * RATE, 2 * RATE, 3 * RATE], edges, color="black", linestyle="--", linewidth=0.8, label="servers' speed"
     )
     right.set_ylim(0, None)
-    right.set_xlabel("seconds; one of three servers is killed, later one is added")
+    right.set_xlabel("seconds; one of three is killed, one is added")
     right.set_ylabel("pairs/s")
     right.legend(frameon=False, fontsize="small", loc="lower right")
     for axes in (left, right):
