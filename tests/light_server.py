@@ -14,11 +14,12 @@ from reranker_service.observing.notify import notify_ready
 
 def serve(flags: list[str]) -> None:
     """Take the part of one server."""
+    # Before it says that it is ready: SIGTERM may follow at once.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     (port,) = [flag.removeprefix("--port=") for flag in flags if flag.startswith("--port=")]
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     print(f"event=light pid={os.getpid()} port={port} cores={cores}", file=sys.stderr, flush=True)
     notify_ready(f"127.0.0.1:{port}")
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     signal.sigwait({signal.SIGTERM})
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from reranker_service import check, loading
 from reranker_service.models import UnsupportedModelError
-from reranker_service.server import _start
+from reranker_service.server import start_engine
 from reranker_service.settings import Settings
 from tests.test_chain import build as build_chain
 from tests.test_engines import copy
@@ -46,7 +46,7 @@ def start(model: Path) -> list[Any]:
     async def work() -> None:
         loaded = loading.load(Settings(model=str(model), engine="torch"))
         try:
-            await _start(loaded)
+            await start_engine(loaded)
         finally:
             await loaded.engine.close()
 

@@ -566,10 +566,12 @@ def test_what_was_begun_for_a_bad_batch_is_cancelled(model: SentenceTransformer,
         loss(inputs, None)
     del inputs
     gc.collect()
-    assert [job.cancelled for job in scorer.jobs] == [True]
+    begun = len(scorer.jobs)
+    assert [job.cancelled for job in scorer.jobs] == [True] * begun
+    assert begun
     with pytest.raises(ValueError, match="at least two columns"):
         loss(batch_of(collator([{"anchor": "alone"}])), None)
-    assert len(scorer.jobs) == 1
+    assert len(scorer.jobs) == begun
 
 
 def test_static_embeddings_are_refused_behind_a_router_and_a_compiler(model: SentenceTransformer) -> None:
