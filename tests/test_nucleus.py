@@ -336,9 +336,7 @@ def test_few_pairs_are_asked_for_where_few_matter(model: SentenceTransformer) ->
     assert loss.statistics.pairs + loss.statistics.skipped_pairs == 24 * 24
 
 
-def test_matryoshka_asks_for_a_pair_once(
-    model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_matryoshka_asks_for_a_pair_once(model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nearest, "DRAWN", 0)  # no random pairs for the estimate of missed masks
     columns, dims = texts(3, 8), [32, 16, 8]
     results = {}
