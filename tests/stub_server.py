@@ -210,6 +210,7 @@ class StubServer:
         self.contract = contract
         self.preferred_pairs = preferred_pairs
         self.on_info: Callable[[], Awaitable[None]] | None = None  # awaited before each answer of GetModelInfo
+        self.on_open: Callable[[ReceivedStream], Awaitable[None]] | None = None  # awaited before a stream is opened
         self.finished = 0  # pairs, reported in progress messages
         self.ahead = 0  # pairs of other calls, reported in progress messages
         self.silent = False  # sends no progress
@@ -398,6 +399,9 @@ class _Servicer(reranker_pb2_grpc.RerankerServiceServicer):
                     fingerprint = stub.next_fingerprints.pop(0) if stub.next_fingerprints else stub.fingerprint
                     opened = pb.StreamOpened(fingerprint=fingerprint, limits=stub.limits)
                     opened.preferred_pairs_per_chunk = stub.preferred_pairs
+                    if stub.on_open is not None:
+                        stub.note()
+                        await stub.on_open(stream)
                     replies.put_nowait(pb.RerankStreamResponse(opened=opened))
             stream.half_closed = True
             stub.note()

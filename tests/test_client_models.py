@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 
@@ -10,10 +11,10 @@ import numpy as np
 import pytest
 
 from loss_client import ModelChangedError, RerankerClient, ServerState
-from loss_client.client import endpoints
+from loss_client.client import endpoints, spread
 from loss_client.client.turns import first_turn
 from reranker.v1 import reranker_pb2 as pb
-from tests.stub_server import Abort, ReceivedChunk, ReceivedStream, StubServer, hash_scores
+from tests.stub_server import Abort, Gate, ReceivedChunk, ReceivedStream, StubServer, hash_scores
 
 WAIT_SECONDS = 30.0
 MASTER = {"MASTER_ADDR": "host", "MASTER_PORT": "29500"}
@@ -53,6 +54,34 @@ def test_an_address_that_is_given_twice_gets_two_streams_of_a_job() -> None:
         matrix = client.stream_grid(texts, texts, score_type="raw", chunk_pairs=16)
         matrix.result(timeout=WAIT_SECONDS)
         assert len(server.streams) == 2
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_streams_at_one_address_open_one_after_the_other(monkeypatch: pytest.MonkeyPatch, hangs: bool) -> None:
+    monkeypatch.setattr(spread, "_OPEN_SECONDS", 0.2 if hangs else WAIT_SECONDS)
+    gate, opening, most = Gate(), 0, 0
+
+    async def hold(stream: ReceivedStream) -> None:
+        nonlocal opening, most
+        opening += 1
+        most = max(most, opening)
+        if hangs and stream.number == 0:
+            await gate.wait()
+        await asyncio.sleep(0.02)  # a burst of streams would arrive within this time
+        opening -= 1
+
+    async def hold_chunk(stream: ReceivedStream, chunk: ReceivedChunk) -> None:
+        await gate.wait()
+
+    with StubServer(contract=(1, 1), on_chunk=hold_chunk) as server, RerankerClient([server.target] * 4) as client:
+        server.on_open = hold
+        texts = [str(number) for number in range(64)]
+        matrix = client.stream_grid(texts, texts, score_type="raw", chunk_pairs=16)
+        # One that hangs keeps the others waiting for a moment only.
+        server.wait_for(lambda: len(server.streams) == 4 and opening == int(hangs))
+        gate.open()
+        matrix.result(timeout=WAIT_SECONDS)
+    assert most == 1 + hangs
 
 
 def test_four_ranks_spread_over_four_servers_and_leave_the_global_random_state_alone(

@@ -26,6 +26,8 @@ from loss_client.client.window import first_pairs
 _LOOK_SECONDS = 0.1
 # Time after which a job looks for new addresses of host names.
 _LOOK_FOR_NAMES_SECONDS = 0.5
+# Longest time that a stream waits for the one before it, at the same address, to open.
+_OPEN_SECONDS = 0.5
 # Time that streams have to end in order once the job has all scores.
 _END_SECONDS = 0.5
 
@@ -49,6 +51,7 @@ class Spread:
         self._busy: set[Endpoint] = set()
         self._without_streams: set[Endpoint] = set()
         self._helpers: dict[asyncio.Task[None], Endpoint] = {}
+        self._opening: dict[Endpoint, float] = {}  # endpoints without an open stream, and since when
 
     async def run(self) -> None:
         """Score all pairs of the job.
@@ -101,12 +104,29 @@ class Spread:
         wanted = math.ceil((progress.pairs_free - room) / usual)
         now = asyncio.get_running_loop().time()
         spare = self._channels.turns.spare(self._job.pin, self._busy | self._without_streams, now)
-        for endpoint in spare[: max(wanted, 0)]:
+        opening = self._addresses_that_open(now)
+        for endpoint in spare:
+            if wanted <= 0:
+                break
+            if endpoint.address.target in opening:
+                continue
+            wanted -= 1
+            opening.add(endpoint.address.target)
             self._busy.add(endpoint)
             patience = self._patience.branch()
             helper = asyncio.get_running_loop().create_task(self._channels.help(self._attempt, endpoint, patience))
             self._helpers[helper] = endpoint
             helper.add_done_callback(lambda _: self._changed.set())
+
+    def _addresses_that_open(self, now: float) -> set[str]:
+        """Return the addresses at which a stream is opening and has not been for long.
+
+        A proxy behind an address chooses the server with the fewest streams. Envoy counts a stream once it is connected
+        to its server: of 16 streams that were opened at once, one of eight servers got ten.
+        """
+        opened = {one.endpoint for one in self._streams.members if one.window is not None}
+        self._opening = {one: self._opening.get(one, now) for one in self._busy - opened}
+        return {one.address.target for one, since in self._opening.items() if now - since < _OPEN_SECONDS}
 
     def _end_helpers(self) -> None:
         """Free the endpoints of helpers that have ended. Raises ``RerankerError`` if one failed for good."""

@@ -85,6 +85,7 @@ class _Stream:
     """The sending and the receiving side of one call. Implements ``Member``.
 
     Attributes:
+        endpoint: The server.
         unanswered: Chunks that were taken from the job's progress and have no answer yet, by their ids on this stream.
         window: Limit of the pairs of these chunks, which counts only if the client has several servers; None before the
             server has opened the stream.
@@ -96,7 +97,7 @@ class _Stream:
         self._job = job
         self._streams = streams
         self._progress = streams.progress
-        self._endpoint = endpoint
+        self.endpoint = endpoint
         self._call = call
         self._columns = Columns() if job.pairs.grid else None
         self._woken = asyncio.Event()
@@ -112,7 +113,7 @@ class _Stream:
         chunk_id = next(one for one, mine in self.unanswered.items() if mine == chunk)
         del self.unanswered[chunk_id]
         self._given_up.add(chunk_id)
-        if self._endpoint.reports:
+        if self.endpoint.reports:
             self._to_cancel.append(chunk_id)
         self.wake()
 
@@ -149,7 +150,7 @@ class _Stream:
         first = min(job.pairs_per_chunk(preferred), limits.max_pairs_per_chunk)
         # Without progress messages an answer is the only sign of work: large chunks of a slow server would look like a
         # stall.
-        grows = self._endpoint.reports
+        grows = self.endpoint.reports
         pairs = min(job.most_pairs_per_chunk(preferred), limits.max_pairs_per_chunk) if grows else first
         self.window = Window(first, limits.max_pairs_in_flight or sys.maxsize, grown_pairs=pairs)
         progress.plan(first, limits, most=pairs)
@@ -197,13 +198,13 @@ class _Stream:
         """
         progress, streams = self._progress, self._streams
         if not streams.parallel:
-            return None if self._endpoint.leaving else progress.next_chunk(pairs)
+            return None if self.endpoint.leaving else progress.next_chunk(pairs)
         try:
             while True:
                 if self._to_cancel:
                     ids, self._to_cancel = self._to_cancel, []
                     await self._call.write(pb.RerankStreamRequest(cancel=pb.StreamCancel(chunk_ids=ids)))
-                if not progress.pairs_left or self._endpoint.leaving:
+                if not progress.pairs_left or self.endpoint.leaving:
                     return None
                 if window.open and (room := streams.room(self, window)) > 0:
                     chunk = progress.next_chunk(min(window.chunk_pairs, room), self._columns)
@@ -260,7 +261,7 @@ class _Stream:
         if not np.isfinite(scores).all():
             raise ScoreError("the server sent a score that is not finite")
         del self.unanswered[result.id]
-        self._progress.take(chunk, scores, [result.usage], str(self._endpoint.address))
+        self._progress.take(chunk, scores, [result.usage], str(self.endpoint.address))
         self._streams.answered(self, chunk)
         if self._streams.parallel:
             assert self.window is not None  # made before the first chunk was sent

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from loss_client.client.chunks import Chunk
+from loss_client.client.endpoints import Endpoint
 from loss_client.client.progress import Progress
 from loss_client.client.window import LEAST_CHUNK_PAIRS, Window
 
@@ -25,10 +26,12 @@ class Member(Protocol):
     """A stream of the job.
 
     Attributes:
+        endpoint: The server.
         unanswered: Chunks without an answer by their ids on the stream, in order of sending.
         window: Limit of its unanswered pairs; None before the server has opened the stream.
     """
 
+    endpoint: Endpoint
     unanswered: dict[int, Chunk]
     window: Window | None
 
