@@ -41,8 +41,8 @@ COUNTS = (1, 2, 4, 8, 16, 32)
 PARTS = ("direct", "envoy", "partition")
 TARGET = 0.95
 _SECONDS = 12.0
-_STREAMS = 2
-"""Streams of a job behind Envoy for each server: a server that got no stream would be idle."""
+_STREAMS = 1
+"""Streams of a job behind Envoy for each server: a server without a stream would be idle."""
 _HOSTS = 3
 _PARTITION_SECONDS = 24.0
 _STALL_SECONDS = 2.0
