@@ -10,7 +10,7 @@ import contextlib
 import importlib.util
 import os
 import signal
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -294,9 +294,12 @@ def test_urgent_requests_overtake_others_for_a_limited_time(
     now, seen = 1000.0, []
 
     class Recorder:
-        async def encode(self, *_: object, priority: int, **__: object) -> AsyncIterator[object]:
+        async def add_request(self, *_: object, priority: int) -> Recorder:
             seen.append(priority)
-            yield SimpleNamespace(outputs=SimpleNamespace(data=torch.ones(1)))
+            return self
+
+        async def get(self) -> object:
+            return SimpleNamespace(outputs=SimpleNamespace(data=torch.ones(1)))
 
     monkeypatch.setattr(vllm_engine.time, "monotonic", lambda: now)
     engine = VllmEngine(read_model(str(causal_reranker)), dtype="float32")
@@ -306,7 +309,7 @@ def test_urgent_requests_overtake_others_for_a_limited_time(
         nonlocal now
         for seconds, urgent in ((0.0, False), (1.0, True), (4.9, True), (0.1, True), (0.0, False), (0.0, True)):
             now += seconds
-            await engine._encode(cast(Any, Recorder()), sequence, urgent)
+            await engine._encode(cast(Any, Recorder()), [sequence], urgent)
 
     asyncio.run(scenario())
     bulk, *later = seen

@@ -11,8 +11,8 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING
-from uuid import uuid4
+from itertools import count
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -34,7 +34,9 @@ from .vllm_arguments import (
 from .vllm_processes import fork_engine_core, kill_loading, start_importing
 
 if TYPE_CHECKING:
+    from vllm.outputs import PoolingRequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import RequestOutputCollector
 
 _CACHED_PROMPTS = 4
 _SHUTDOWN_SECONDS = 20.0
@@ -78,6 +80,7 @@ class VllmEngine:
         self.scoring_args = {name: value for name, value in self._engine_args.items() if name not in NEUTRAL_ARGUMENTS}
         self.overtakes = self._engine_args.get("scheduling_policy", PRIORITY_POLICY) == PRIORITY_POLICY
         self._engine: AsyncLLM | None = None
+        self._request_ids = count()
         self._loading: asyncio.Future[None] | None = None
         self._closed = asyncio.Event()
 
@@ -124,15 +127,10 @@ class VllmEngine:
         assert self._engine is not None, "run() before start()"
         if not sequences:
             return np.empty(0, dtype=np.float32)
-        tasks = [asyncio.create_task(self._encode(self._engine, sequence, urgent)) for sequence in sequences]
         try:
-            values = np.stack(await asyncio.gather(*tasks))
+            values = np.stack(await self._encode(self._engine, sequences, urgent))
         except VllmDeadError as error:
             raise EngineDeadError(f"vLLM's engine has died: {error}") from error
-        finally:
-            # Cancelling a task aborts its request inside vLLM.
-            for task in tasks:
-                task.cancel()
         if self._spec.kind != "bi-encoder":
             return finite(self._spec.name, self.dtype, values[:, 0])
         vectors = finite(self._spec.name, self.dtype, values[:, : self._spec.dimensions])
@@ -174,26 +172,41 @@ class VllmEngine:
         gc.unfreeze()
         gc.collect()
 
-    async def _encode(self, engine: AsyncLLM, sequence: TokenSequence, urgent: bool) -> NDArray[np.float32]:
+    async def _encode(
+        self, engine: AsyncLLM, sequences: Sequence[TokenSequence], urgent: bool
+    ) -> list[NDArray[np.float32]]:
+        """Compute one result a sequence. If one fails, or the call is cancelled, the others are aborted inside vLLM."""
         from vllm import PoolingParams
         from vllm.inputs.engine import tokens_input
 
-        if self._spec.kind == "bi-encoder":
-            params = PoolingParams(task="embed")
-        else:
-            params = PoolingParams(task="classify", use_activation=False)
-            if sequence.first_segment < len(sequence.ids):
-                # vLLM takes token types only in this form: the index of the first 1.
-                params.extra_kwargs = {"compressed_token_type_ids": sequence.first_segment}
-        prompt, request_id = tokens_input(sequence.ids.tolist()), uuid4().hex
         # vLLM runs the request of the smallest number first, and requests of one number in order of arrival.
         priority = int(time.monotonic()) + (0 if urgent else _OVERTAKEN_SECONDS)
-        async for output in engine.encode(prompt, params, request_id=request_id, priority=priority):
-            values = output.outputs.data
-            # An aborted request ends with an empty tensor, not with an error.
-            if values.numel():
-                return values.float().reshape(-1).numpy()
-        raise NoResultError(f"vLLM gave no result for an input of {len(sequence.ids)} tokens")
+        requests = [(str(next(self._request_ids)), sequence) for sequence in sequences]
+        pending: list[RequestOutputCollector] = []
+        values: list[NDArray[np.float32]] = []
+        try:
+            # add_request instead of encode, which needs a task for each request: 0.71 of the processor time of this process.
+            for request_id, sequence in requests:
+                if self._spec.kind == "bi-encoder":
+                    params = PoolingParams(task="embed")
+                else:
+                    params = PoolingParams(task="classify", use_activation=False)
+                    if sequence.first_segment < len(sequence.ids):
+                        # vLLM takes token types only in this form: the index of the first 1.
+                        params.extra_kwargs = {"compressed_token_type_ids": sequence.first_segment}
+                prompt = tokens_input(sequence.ids.tolist())
+                pending.append(await engine.add_request(request_id, prompt, params, priority=priority))
+            for sequence, request in zip(sequences, pending, strict=True):
+                data = cast("PoolingRequestOutput", await request.get()).outputs.data
+                # An aborted request ends with an empty tensor, not with an error.
+                if not data.numel():
+                    raise NoResultError(f"vLLM gave no result for an input of {len(sequence.ids)} tokens")
+                values.append(data.float().reshape(-1).numpy())
+        except BaseException:
+            # Requests that have ended are unknown to vLLM, which ignores them.
+            await engine.abort([request_id for request_id, _ in requests])
+            raise
+        return values
 
     def _load(self) -> None:
         start_importing()
