@@ -72,10 +72,8 @@ def _run(directory: Path, served: Path, counts: list[int], ledger: Ledger, recor
     address = f"127.0.0.1:{port}"
 
     def deploy(count: int, rate: float, **more: Any) -> None:
-        own = {"seed": 0, "rate": rate, "scored": str(directory / "scored")}
-        given = {"model": str(served), "engine": "torch", "engine_args": own, "cache_bytes": 0, "grace": 5.0}
         scaled = {"min_replicas": count, "max_replicas": count}
-        serve.run(ray_served.app({**given, **scaled, **more}), name="reranker")
+        serve.run(ray_served.app({**settings(served, directory, rate), **scaled, **more}), name="reranker")
 
     def running() -> int:
         states = serve.status().applications["reranker"].deployments["Reranker"].replica_states
@@ -105,6 +103,18 @@ def _run(directory: Path, served: Path, counts: list[int], ledger: Ledger, recor
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def settings(served: Path, directory: Path, rate: float) -> dict[str, Any]:
+    """Return the settings of a replica of fixed speed.
+
+    Args:
+        served: Directory of the model.
+        directory: Gets the counts of the scored pairs.
+        rate: Pairs a second.
+    """
+    own = {"seed": 0, "rate": rate, "scored": str(directory / "scored")}
+    return {"model": str(served), "engine": "torch", "engine_args": own, "cache_bytes": 0, "graceful_timeout": 5.0}
 
 
 def _check_error(address: str, ledger: Ledger) -> None:
