@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import sys
@@ -27,7 +28,8 @@ from loss_client import RerankerClient
 
 RATE = 500.0
 """Pairs that one replica scores in a second."""
-_SECONDS = 8.0
+_SECONDS = (8.0, 24.0)
+"""Length of the jobs. Opening a job's streams, one after the other, takes part of the first half second."""
 _STREAMS = 3
 """Streams of the job for each replica."""
 _INSTANT_RATE = 1e7
@@ -72,28 +74,31 @@ def _run(directory: Path, served: Path, counts: list[int], ledger: Ledger, recor
     address = f"127.0.0.1:{port}"
 
     def deploy(count: int, rate: float, **more: Any) -> None:
-        own = {"seed": 0, "rate": rate, "scored": str(directory / "scored")}
-        given = {"model": str(served), "engine": "torch", "engine_args": own, "cache_bytes": 0, "grace": 5.0}
         scaled = {"min_replicas": count, "max_replicas": count}
-        serve.run(ray_served.app({**given, **scaled, **more}), name="reranker")
+        serve.run(ray_served.app({**settings(served, directory, rate), **scaled, **more}), name="reranker")
 
     def running() -> int:
         states = serve.status().applications["reranker"].deployments["Reranker"].replica_states
         return int(states.get("RUNNING", 0))
 
     try:
-        alone = 0.0
-        for count in counts:
-            deploy(count, RATE)
+        alone: dict[float, float] = {}
+        for count, seconds in itertools.product(counts, _SECONDS):
+            if seconds == _SECONDS[0]:
+                deploy(count, RATE)
             # Serve sends a stream to the replica with fewer streams of two that it draws: streams of equal length would
             # end at different times. The streams of one job share its chunks by speed.
-            rate = pairs_per_second([address] * (_STREAMS * count), 1, _SECONDS * RATE * count, ledger)
-            alone = alone or rate
-            record[f"replicas {count}"] = share = rate / (count * alone)
-            print(f"{count} replicas: {rate:,.0f} pairs/s, {share:.3f} of {count} x one replica's", flush=True)
+            rate = pairs_per_second([address] * (_STREAMS * count), 1, seconds * RATE * count, ledger)
+            share = rate / (count * alone.setdefault(seconds, rate / count))
+            record.setdefault(f"jobs of {seconds:.0f} s", {})[str(count)] = [share]
+            print(
+                f"{count} replicas, {seconds:.0f} s: {rate:,.0f} pairs/s, {share:.3f} of {count} x one replica's",
+                flush=True,
+            )
         _check_error(address, ledger)
         record["rolling update"] = _update(deploy, counts[-1], address, ledger)
         print("rolling update: {:.1f} s, longest pause of a job {:.1f} s".format(*record["rolling update"]), flush=True)
+        serve.delete("reranker")  # scaled down, the replicas from before would stay for minutes
         deploy(1, RATE, max_replicas=2, target_pairs=int(RATE))
         record["second replica"] = _scale_up(running, address, ledger)
         print(f"autoscaling: a second replica after {record['second replica']:.0f} s of work", flush=True)
@@ -105,6 +110,18 @@ def _run(directory: Path, served: Path, counts: list[int], ledger: Ledger, recor
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def settings(served: Path, directory: Path, rate: float) -> dict[str, Any]:
+    """Return the settings of a replica of fixed speed.
+
+    Args:
+        served: Directory of the model.
+        directory: Gets the counts of the scored pairs.
+        rate: Pairs a second.
+    """
+    own = {"seed": 0, "rate": rate, "scored": str(directory / "scored")}
+    return {"model": str(served), "engine": "torch", "engine_args": own, "cache_bytes": 0, "graceful_timeout": 5.0}
 
 
 def _check_error(address: str, ledger: Ledger) -> None:
@@ -134,14 +151,20 @@ def _update(deploy: Any, count: int, address: str, ledger: Ledger) -> tuple[floa
 
 def _scale_up(running: Callable[[], int], address: str, ledger: Ledger) -> float:
     """Work until the autoscaler has started a second replica; returns the seconds."""
+    _wait("one replica alone", lambda: running() == 1, ledger)
     begun = time.perf_counter()
     with _working(2, address, ledger):
-        while running() < 2:
-            if time.perf_counter() - begun > _SCALE_SECONDS:
-                ledger.error(f"no second replica within {_SCALE_SECONDS:.0f} s")
-                break
-            time.sleep(0.5)
+        _wait("a second replica", lambda: running() == 2, ledger)
     return time.perf_counter() - begun
+
+
+def _wait(awaited: str, reached: Callable[[], bool], ledger: Ledger) -> None:
+    deadline = time.perf_counter() + _SCALE_SECONDS
+    while not reached():
+        if time.perf_counter() > deadline:
+            ledger.error(f"not seen within {_SCALE_SECONDS:.0f} s: {awaited}")
+            break
+        time.sleep(0.5)
 
 
 @contextmanager

@@ -213,10 +213,8 @@ def draw(path: Path, record: dict[str, Any], ray: Path) -> None:
     left.set_xscale("log", base=2)
     curves = {part: record[part] for part in ("direct", "envoy") if part in record}
     if ray.exists():
-        found = json.loads(ray.read_text())
-        curves["ray"] = {
-            name.removeprefix("replicas "): [share] for name, share in found.items() if name.startswith("replicas ")
-        }
+        # Jobs as long as those of the other parts.
+        curves["ray"] = json.loads(ray.read_text())["jobs of 8 s"]
     for part, shares in curves.items():
         counts = [int(count) for count in shares]
         values = [float(np.median(shares[str(count)])) for count in counts]

@@ -30,8 +30,7 @@ SCHEMAS = "1.34"
 
 
 def graceful_seconds() -> float:
-    fields = Settings.model_fields
-    return float((fields.get("graceful_timeout") or fields["grace"]).default)
+    return float(Settings.model_fields["graceful_timeout"].default)
 
 
 def read(path: Path) -> Any:

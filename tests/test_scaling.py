@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks import ray_serve
 from benchmarks.on_paper import FLEETS, Fleet, ranks_table, table
 from benchmarks.scaling import without_tls
 from reranker_service.settings import Settings
@@ -38,6 +39,11 @@ def test_the_configuration_for_ray_has_settings_of_the_server() -> None:
     arguments = application["args"]
     Settings(**{name: value for name, value in arguments.items() if name not in OF_DEPLOYMENT})
     assert arguments.keys() >= OF_DEPLOYMENT
+
+
+def test_the_benchmark_with_ray_has_settings_of_the_server(tmp_path: Path) -> None:
+    given = ray_serve.settings(tmp_path, tmp_path, 500.0)
+    Settings(**given, preferred_chunk_pairs=4096)
 
 
 def test_envoy_is_measured_in_plaintext_in_front_of_the_given_servers() -> None:

@@ -42,7 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         nargs="+",
         type=Path,
         default=[],
-        help="part formats: directories of trained models, measured instead of shapes; see benchmarks.gpu.trained",
+        help="part formats: directories of trained models, measured instead of shapes, such as the cross-encoder that "
+        "`make quality` leaves in bench-results/quality",
+    )
+    parser.add_argument(
+        "--rows", type=int, help="part formats: anchors, and documents; default: 64 for trained models, 32 on a CPU"
     )
     parser.add_argument("--tiny", action="store_true", help="tiny models of the same families, to rehearse on a CPU")
     parser.add_argument("--output", type=Path, default=Path("bench-results"), help="directory for results and logs")
@@ -77,13 +81,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             record = loss.measure(shape, options.output, batch=batch, rehearsal=options.tiny, say=say)
             keep("gpu-loss.jsonl", record)
     if options.model:
-        for record in formats.measure_trained(options.model, rows=64, engines=options.engine, say=say):
+        for record in formats.measure_trained(options.model, rows=options.rows or 64, engines=options.engine, say=say):
             keep("formats.jsonl", record)
     elif "formats" in options.part:
         if options.tiny:
             chosen = [shapes.tiny(shape) for shape in chosen]
         elif on_cpu and options.shape is None:
             chosen = [shape for shape in chosen if shape.name in _SMALL]
-        rows = 8 if options.tiny else 32 if on_cpu else 128
+        rows = options.rows or (8 if options.tiny else 32 if on_cpu else 128)
         for record in formats.measure(chosen, machine.device, rows=rows, engines=options.engine, say=say):
             keep("formats.jsonl", record)

@@ -15,10 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.gpu import shapes
-from benchmarks.gpu.pairs import PairSource, training_texts, words
+from benchmarks.gpu.pairs import PairSource, real_grid, training_texts, words
 from benchmarks.gpu.shapes import Shape
 from benchmarks.gpu.sides import EngineSide, PredictSide, Side, missing
-from benchmarks.gpu.trained import real_grid
 from benchmarks.texts import Grid
 
 MARGINS = (0.0, 0.02, 0.05, 0.1)

@@ -24,6 +24,25 @@ def words() -> list[str]:
     return " ".join(f"{pair.summary} {pair.body}" for pair in collect(4_000, _PACKAGES)).split()
 
 
+def real_grid(rows: int) -> Grid:
+    """Summaries of docstrings and their bodies; query and document of a row belong together.
+
+    They are the quality study's held-out pairs: none of its guides was trained on them.
+
+    Args:
+        rows: Number of queries, and of documents.
+    """
+    # A GPU machine may lack what the study needs.
+    from quality import sources
+    from quality.plan import FULL
+
+    pairs = sources.read("docstrings", FULL.pairs, FULL.packages)
+    held_out = sources.split(pairs, FULL.guide_share, FULL.held_out_share).held_out
+    chosen = list({pair.summary: pair for pair in {pair.body: pair for pair in held_out}.values()}.values())
+    chosen = chosen[:: max(len(chosen) // rows, 1)][:rows]
+    return Grid(tuple(pair.summary for pair in chosen), tuple(pair.body for pair in chosen))
+
+
 def training_texts(source: Sequence[str]) -> list[str]:
     """Texts of 60 words, to train a tokenizer on."""
     return [" ".join(source[start : start + 60]) for start in range(0, len(source) - 60, 60)]
