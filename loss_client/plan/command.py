@@ -19,7 +19,6 @@ from loss_client.plan.batch import Batch
 from loss_client.plan.measure import Measurement, measure
 from loss_client.plan.texts import RandomWords, TextSource, read_rows
 
-_CHUNK_PAIRS = 128  # of the loss, if the server prefers no number
 _ANSWER_SECONDS = 10.0
 _QUERY_WORDS, _DOCUMENT_WORDS, _COLUMNS = 10, 100, 2
 
@@ -164,7 +163,7 @@ def run(options: argparse.Namespace) -> int:
         speed=Speed(options.pairs_per_second) if measured is None else measured.speed,
         servers=options.servers,
         texts=source.sizes(),
-        chunk_pairs=(measured and measured.chunk_pairs) or _CHUNK_PAIRS,
+        chunk_pairs=(measured and measured.chunk_pairs) or None,
         steps=options.steps_per_epoch or (math.ceil(rows / batch.anchors) if rows else None),
     )
     write = report.as_json if options.json else report.as_text
