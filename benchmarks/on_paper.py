@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from loss_client.client.chunks import MOST_CHUNK_PAIRS, STREAM_CHUNK_PAIRS
 from loss_client.plan.batch import Batch
 from loss_client.plan.wire import Texts, wire_bytes
 
@@ -18,9 +19,6 @@ ROW_SECONDS = 0.73 / 256  # of a student of bge-base's shape on one H100, two co
 CHUNK_SECONDS = 0.4e-3  # processor time of the client (docs/loss-performance.md)
 PAIR_SECONDS = 0.1e-6 + 0.05e-6  # of the client and of the loss, for each pair (docs/loss-performance.md)
 TEXTS = Texts(query_bytes=61, document_bytes=618)  # docstrings (docs/cost.md)
-# Taken from the code.
-USUAL_CHUNK_PAIRS = 128
-GROWN_CHUNK_PAIRS = 4096
 SCORE_BYTES = 4
 SERVER_PAIR_BYTES = 256  # that the server charges for a pair in flight (docs/serving.md)
 ID_BYTES = 2 * 4  # of a listed pair in the client
@@ -68,7 +66,7 @@ class Fleet:
     @property
     def chunk_pairs(self) -> int:
         """Pairs of most chunks: they grow with the part of the job that one server gets."""
-        return min(max(USUAL_CHUNK_PAIRS, self.pairs // self.each // 32), GROWN_CHUNK_PAIRS)
+        return min(max(STREAM_CHUNK_PAIRS, self.pairs // self.each // 32), MOST_CHUNK_PAIRS)
 
     @property
     def chunks(self) -> int:

@@ -6,6 +6,7 @@ Start the server with ``make serve``, then run ``python -m examples.train 127.0.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from datasets import Dataset  # type: ignore[import-untyped]
 from sentence_transformers import SentenceTransformerTrainingArguments
@@ -38,10 +39,18 @@ def train(reranker: str, output: str, steps: int = 20, batch_size: int = 32, ins
     model.save_pretrained(output)
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train with a running server."""
     parser = argparse.ArgumentParser(prog="python -m examples.train", description=__doc__)
     parser.add_argument("reranker", help="address of the server, such as 127.0.0.1:50051")
+    parser.add_argument(
+        "--output", default="build/trained", metavar="DIR", help="directory for the model; default: build/trained"
+    )
     parser.add_argument("--tiny", action="store_true", help="train for two steps of four pairs")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     steps, batch_size = (2, 4) if options.tiny else (20, 32)
-    train(options.reranker, "build/trained", steps, batch_size)
+    train(options.reranker, options.output, steps, batch_size)
+
+
+if __name__ == "__main__":
+    main()

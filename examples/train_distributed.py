@@ -11,6 +11,7 @@ spread over the servers.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 from datasets import Dataset  # type: ignore[import-untyped]
@@ -53,10 +54,21 @@ def train(rerankers: list[str], output: str, steps: int = 20, batch_size: int = 
         torch.distributed.destroy_process_group()
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train with a running server."""
     parser = argparse.ArgumentParser(prog="python -m examples.train_distributed", description=__doc__)
     parser.add_argument("rerankers", help="addresses of servers, separated by commas")
+    parser.add_argument(
+        "--output",
+        default="build/trained-distributed",
+        metavar="DIR",
+        help="directory for the model; default: build/trained-distributed",
+    )
     parser.add_argument("--tiny", action="store_true", help="train for two steps of four pairs a rank")
-    options = parser.parse_args()
-    steps, batch_size = (2, 4) if options.tiny else (20, 16)
-    train(options.rerankers.split(","), "build/trained-distributed", steps, batch_size)
+    options = parser.parse_args(arguments)
+    steps, batch_size, pairs = (2, 4, 64) if options.tiny else (20, 16, 4096)
+    train(options.rerankers.split(","), options.output, steps, batch_size, pairs)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,18 +7,19 @@ Start the server with ``make serve``, then run ``python -m examples.train_lora 1
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from datasets import Dataset  # type: ignore[import-untyped]
 from peft import LoraConfig, TaskType
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformerTrainingArguments
 
 from examples.docstrings import collect
 from examples.student import load_student
 from loss_client import RerankerCachedGISTEmbedLoss, RerankerTrainer
 
 
-def train(reranker: str, output: str, steps: int = 20, batch_size: int = 32) -> SentenceTransformer:
-    """Train an adapter with the reranker at this address, save it in the directory ``output``, and return the student.
+def train(reranker: str, output: str, steps: int = 20, batch_size: int = 32) -> None:
+    """Train an adapter with the reranker at this address, and save it in the directory ``output``.
 
     ``SentenceTransformer(base)`` and ``load_adapter(output)`` load it again.
     """
@@ -39,13 +40,23 @@ def train(reranker: str, output: str, steps: int = 20, batch_size: int = 32) -> 
     trainer = RerankerTrainer(model=model, args=args, train_dataset=dataset, loss=loss)
     trainer.train()
     model.save_pretrained(output)
-    return model
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train with a running server."""
+    parser = argparse.ArgumentParser(prog="python -m examples.train_lora", description=__doc__)
+    parser.add_argument("reranker", help="address of the server, such as 127.0.0.1:50051")
+    parser.add_argument(
+        "--output",
+        default="build/trained-lora",
+        metavar="DIR",
+        help="directory for the model; default: build/trained-lora",
+    )
+    parser.add_argument("--tiny", action="store_true", help="train for two steps of four pairs")
+    options = parser.parse_args(arguments)
+    steps, batch_size = (2, 4) if options.tiny else (20, 32)
+    train(options.reranker, options.output, steps, batch_size)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m examples.train_lora", description=__doc__)
-    parser.add_argument("reranker", help="address of the server, such as 127.0.0.1:50051")
-    parser.add_argument("--tiny", action="store_true", help="train for two steps of four pairs")
-    options = parser.parse_args()
-    steps, batch_size = (2, 4) if options.tiny else (20, 32)
-    train(options.reranker, "build/trained-lora", steps, batch_size)
+    main()

@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 import pytest
@@ -22,6 +23,9 @@ from reranker.v1 import reranker_pb2_grpc as rpc
 from . import models
 from .forked import ForkedProgram
 from .servers import ServerProcess
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 # Two workers finish at about the same time if the longest files begin first.
 _LONGEST = (
@@ -53,6 +57,28 @@ def causal_reranker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bi_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny sentence-transformers model with random weights."""
     return models.build_bi_encoder(tmp_path_factory.mktemp("bi-encoder"))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory for the models of a file's tests."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def shared_model(directory: Path) -> SentenceTransformer:
+    """The student of a file's tests, with dropout."""
+    from .training import student  # imports torch
+
+    return student(directory)
+
+
+@pytest.fixture
+def model(shared_model: SentenceTransformer) -> Iterator[SentenceTransformer]:
+    """The student of a file's tests, dropout off."""
+    shared_model.eval()
+    yield shared_model
+    shared_model.zero_grad()
 
 
 def _server(model: Path) -> Iterator[ServerProcess]:

@@ -11,15 +11,19 @@ import numpy as np
 import pytest
 
 from loss_client.__main__ import main
+from loss_client.client.client import RerankerClient
 from loss_client.compare import training
 from loss_client.compare.evaluation import evaluator_of
-from loss_client.compare.methods import METHODS
+from loss_client.compare.methods import methods_of
 from loss_client.compare.report import Result, report
 from loss_client.rows import RowsError
 
 from .models import build_bi_encoder
 from .servers import ServerProcess
 from .training import texts
+
+METHODS = methods_of(("all",))
+NEAREST = ("filter, nearest", "filter + distillation, nearest")
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +107,65 @@ def test_a_comparison_trains_evaluates_and_goes_on_after_a_stop(
     assert compare(files, cross_encoder_server, output, "--margin", "0.1") == 1
     assert "was begun with margin 0.05, not 0.1" in capsys.readouterr().err
 
+    # A later run adds the nearest pairs, and trains nothing again.
+    trained.clear()
+    trained += [("interrupted", 0)] * 4
+    asked = count_pairs(monkeypatch)
+    nearest = ("--candidates", "all,nearest", "--preselector", str(files / "student"), "--per-anchor", "2")
+    assert compare(files, cross_encoder_server, output, "--seeds", "1", *nearest) == 0
+    assert trained[4:] == [(method, 1) for method in NEAREST]
+    assert asked["grid"] == 0
+    # A batch has 8 anchors and 16 documents: 16 pairs of own documents, 16 preselected and at most 8 random ones. Two
+    # batches of each training are trained on, and a third may have been begun ahead. All pairs would be 128 a batch.
+    assert 2 * 2 * (16 + 16) <= asked["listed"] <= 2 * 3 * (16 + 16 + 8)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["scored_fraction"] for row in rows[1:9]] == [None, None, 1.0, 1.0] * 2
+    assert [row["scored_fraction"] for row in rows[9:]] == [32 / 128] * 2
+    printed = capsys.readouterr().out
+    assert re.search(r"^filter, nearest +\S+ .* 25\.0% ", printed, flags=re.MULTILINE)
+    for method, other in zip(NEAREST, METHODS[2:], strict=True):
+        assert re.search(
+            rf"^{re.escape(f'{method} ')}.*{re.escape(f' {other}, which scores all pairs: ')}", printed, re.M
+        )
+
+
+def count_pairs(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Count the pairs that clients ask for from now on, as grids and in lists."""
+    asked = {"grid": 0, "listed": 0}
+    grid, pairs = RerankerClient.stream_grid, RerankerClient.stream_pairs
+
+    def stream_grid(self: RerankerClient, queries: Any, documents: Any, **options: Any) -> Any:
+        asked["grid"] += len(queries) * len(documents)
+        return grid(self, queries, documents, **options)
+
+    def stream_pairs(self: RerankerClient, queries: Any, documents: Any, query_ids: Any, *ids: Any, **rest: Any) -> Any:
+        asked["listed"] += len(query_ids)
+        return pairs(self, queries, documents, query_ids, *ids, **rest)
+
+    monkeypatch.setattr(RerankerClient, "stream_grid", stream_grid)
+    monkeypatch.setattr(RerankerClient, "stream_pairs", stream_pairs)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--candidates", "near"), "'near': there is no such mode; right are all, nearest"),
+        (("--candidates", "nearest"), "--candidates nearest needs --preselector, or --top-p"),
+        (("--per-anchor", "4"), "--per-anchor goes with --candidates nearest"),
+        (("--candidates", "nearest", "--top-p", "0.9", "--per-anchor", "4"), "--per-anchor goes with --preselector"),
+        (("--candidates", "nearest", "--top-p", "1"), "'1' has to be a number between 0 and 1"),
+        (("--candidates", "nearest", "--preselector", "m", "--per-anchor", "0"), "'0' has to be a number above 0"),
+    ],
+)
+def test_options_of_nearest_pairs_that_do_not_fit_are_refused(
+    flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed = ("--model", "m", "--train", "t", "--eval", "e", "--address", "a:1", "--steps", "1")
+    with pytest.raises(SystemExit, match="2"):
+        main(["compare", *needed, *flags])
+    assert message in capsys.readouterr().err
+
 
 def test_the_report_says_what_the_intervals_say() -> None:
     draw = np.random.default_rng(0)
@@ -120,6 +183,23 @@ def test_the_report_says_what_the_intervals_say() -> None:
     equal = [Result(method, 1, list(base[0] + draw.normal(0, 0.1, 200)), 1.0, None) for method in METHODS]
     assert "cannot be told from" in report(equal, list(base[0])).splitlines()[-1]
     assert "200 queries of 1 seed" in report(equal, list(base[0]))
+
+
+def test_the_report_compares_nearest_pairs_with_all_pairs() -> None:
+    draw = np.random.default_rng(0)
+    base = draw.uniform(0, 0.5, 200)
+    gain = {"filter": 0.1, "filter, nearest": 0.08, "filter + distillation, nearest": 0.2}
+    results = [
+        Result(method, 1, list(base + gain.get(method, 0) + draw.normal(0, 0.01, 200)), 1.0, None, 0.25)
+        for method in methods_of(("all", "nearest"))
+    ]
+    printed = report(results, list(base)).splitlines()
+    assert printed[-2].startswith("filter, nearest is worse than filter, which scores all pairs: -0.0")
+    assert printed[-1].startswith("filter + distillation, nearest is better than filter + distillation, which scores")
+    alone = [one for one in results if one.method in methods_of(("nearest",))]
+    assert "all pairs" not in report(alone, list(base))
+    assert [head for head in printed[0].split() if head == "scored"]
+    assert "scored" not in report(results[:4], list(base)).splitlines()[0]
 
 
 def test_held_out_rows_make_queries_and_documents() -> None:

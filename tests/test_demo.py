@@ -19,6 +19,7 @@ from rich.console import Console
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CachedGISTEmbedLoss
 
+from examples import train
 from examples.contenders import CountingGISTEmbedLoss, FilterCounts
 from examples.docstrings import Pair, collect
 from examples.intervals import paired_difference
@@ -27,7 +28,6 @@ from examples.processes import ProcessError
 from examples.report import Result, draw, table, verdict
 from examples.serving import reranker_server
 from examples.student import load_minilm, load_student, mine_triplets, retrieval_evaluator
-from examples.train import train
 from examples.triplets import Judged, lines, striking
 from loss_client.compare.intervals import Interval, ndcg
 
@@ -321,7 +321,7 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_the_short_program_trains_against_a_running_server(bi_encoder_server: ServerProcess, tmp_path: Path) -> None:
-    train(bi_encoder_server.address, str(tmp_path), steps=2, batch_size=4)
+    train.main([bi_encoder_server.address, "--tiny", "--output", str(tmp_path)])
     trained = SentenceTransformer(str(tmp_path), device="cpu")
     text = collect(1, ["stdlib"])[0].summary
     assert not torch.equal(_embed(trained, text), _embed(load_student(), text))

@@ -26,10 +26,10 @@ def test_training_on_two_ranks(bi_encoder_server: ServerProcess, tmp_path: Path)
     # As torchrun does it, except that no interpreter is started for the launcher and for each rank.
     program = f"""
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from examples.train_distributed import train
+from examples.train_distributed import main
 here = dict(rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", run_id="test")
-ranks = elastic_launch(LaunchConfig(1, 1, 2, start_method="fork", **here), train)
-ranks(["{bi_encoder_server.address}"], "trained", 2, 4, 64)
+ranks = elastic_launch(LaunchConfig(1, 1, 2, start_method="fork", **here), main)
+ranks(["{bi_encoder_server.address}", "--tiny", "--output", "trained"])
 """
     done = forked.run([sys.executable, "-c", program], cwd=tmp_path, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -76,8 +76,12 @@ def test_negatives_are_mined_and_trained_on(bi_encoder_server: ServerProcess, tm
     assert differs(SentenceTransformer(str(tmp_path / "model"), device="cpu"))
 
 
-def test_only_the_adapter_is_trained_and_saved(bi_encoder_server: ServerProcess, tmp_path: Path) -> None:
-    trained = train_lora.train(bi_encoder_server.address, str(tmp_path), steps=2, batch_size=4)
+def test_only_the_adapter_is_trained_and_saved(
+    bi_encoder_server: ServerProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = load_student()
+    monkeypatch.setattr(train_lora, "load_student", lambda: trained)
+    train_lora.main([bi_encoder_server.address, "--tiny", "--output", str(tmp_path)])
     assert differs(trained)
     before = load_student()
     after = dict(trained.named_parameters())

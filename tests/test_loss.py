@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 from torch import Tensor, nn
 
-from loss_client.loss import RerankerCachedGISTEmbedLoss
-
+from .losses import make
 from .training import (
     MemoryScorer,
     assert_same_gradients,
@@ -28,7 +26,6 @@ from .training import (
     guide,
     loss_and_gradients,
     random_scores,
-    student,
     texts,
 )
 
@@ -36,30 +33,8 @@ MARGINS = [("absolute", 0.0), ("absolute", 0.3), ("absolute", -0.2), ("relative"
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
 def judge(directory: Path) -> SentenceTransformer:
     return guide(directory)
-
-
-@pytest.fixture(scope="module")
-def shared_model(directory: Path) -> SentenceTransformer:
-    return student(directory)
-
-
-@pytest.fixture
-def model(shared_model: SentenceTransformer) -> Iterator[SentenceTransformer]:
-    """The student, dropout off."""
-    shared_model.eval()
-    yield shared_model
-    shared_model.zero_grad()
-
-
-def make(model: Any, scorer: Any, **options: Any) -> RerankerCachedGISTEmbedLoss:
-    return RerankerCachedGISTEmbedLoss(model, scorer, **{"temperature": 0.05, "score_type": "raw", **options})
 
 
 def masks(

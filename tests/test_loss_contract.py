@@ -6,7 +6,6 @@ import copy
 import json
 import logging
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,37 +22,15 @@ from loss_client.filter.texts import TextReader
 from loss_client.loss import RerankerCachedGISTEmbedLoss
 from reranker.v1 import reranker_pb2 as pb
 
+from .losses import make
 from .models import wordpiece_tokenizer
 from .stub_server import StubServer
 from .training import (
     MemoryScorer,
     features,
     random_scores,
-    student,
     texts,
 )
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def shared_model(directory: Path) -> SentenceTransformer:
-    return student(directory)
-
-
-@pytest.fixture
-def model(shared_model: SentenceTransformer) -> Iterator[SentenceTransformer]:
-    """The student, dropout off."""
-    shared_model.eval()
-    yield shared_model
-    shared_model.zero_grad()
-
-
-def make(model: Any, scorer: Any, **options: Any) -> RerankerCachedGISTEmbedLoss:
-    return RerankerCachedGISTEmbedLoss(model, scorer, **{"temperature": 0.05, "score_type": "raw", **options})
 
 
 def test_a_step_is_asked_for_before_the_model_embeds(model: SentenceTransformer) -> None:

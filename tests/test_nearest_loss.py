@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,8 @@ from loss_client.filter.distillation import Distillation
 from loss_client.filter.nearest import nearest
 from loss_client.loss import RerankerCachedGISTEmbedLoss
 
+from . import losses
+from .losses import CONTRAST
 from .stub_server import Gate, ReceivedChunk, ReceivedStream, StubServer, hash_scores
 from .training import (
     MemoryScorer,
@@ -35,36 +36,12 @@ from .training import (
     guide,
     loss_and_gradients,
     random_scores,
-    student,
     texts,
 )
 
 WAIT_SECONDS = 20.0
 EVERY = 10_000
 """More pairs an anchor than any batch here has."""
-CONTRAST = [
-    {"contrast_anchors": anchors, "contrast_positives": positives, "contrast_filter": by}
-    for anchors, positives in itertools.product([False, True], repeat=2)
-    for by in ["known", "scores"]
-]
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def shared_model(directory: Path) -> SentenceTransformer:
-    return student(directory)
-
-
-@pytest.fixture
-def model(shared_model: SentenceTransformer) -> Iterator[SentenceTransformer]:
-    """The student, dropout off."""
-    shared_model.eval()
-    yield shared_model
-    shared_model.zero_grad()
 
 
 def embed(batch: Sequence[str]) -> NDArray[np.float64]:
@@ -74,8 +51,7 @@ def embed(batch: Sequence[str]) -> NDArray[np.float64]:
 
 def make(model: Any, scorer: Any, **options: Any) -> RerankerCachedGISTEmbedLoss:
     preselector = {"preselector": embed} if options.get("candidates") == "nearest" else {}
-    defaults = {"temperature": 0.05, "score_type": "raw", "mini_batch_size": 5, **preselector}
-    return RerankerCachedGISTEmbedLoss(model, scorer, **{**defaults, **options})
+    return losses.make(model, scorer, **{"mini_batch_size": 5, **preselector, **options})
 
 
 def repeated() -> list[list[str]]:

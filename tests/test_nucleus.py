@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,47 +17,19 @@ from torch import Tensor
 from loss_client.client.errors import RerankerUnavailableError, ScoreError
 from loss_client.filter.nearest import nearest
 from loss_client.filter.nucleus import Shortlist, split, unscored_fraction
-from loss_client.loss import RerankerCachedGISTEmbedLoss
 
+from . import losses
+from .losses import CONTRAST
 from .training import (
     MemoryScorer,
     assert_same_gradients,
     features,
     loss_and_gradients,
     random_scores,
-    student,
     texts,
 )
 
-CONTRAST = [
-    {"contrast_anchors": anchors, "contrast_positives": positives, "contrast_filter": by}
-    for anchors, positives in itertools.product([False, True], repeat=2)
-    for by in ["known", "scores"]
-]
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def shared_model(directory: Path) -> SentenceTransformer:
-    return student(directory)
-
-
-@pytest.fixture
-def model(shared_model: SentenceTransformer) -> Iterator[SentenceTransformer]:
-    """The student, dropout off."""
-    shared_model.eval()
-    yield shared_model
-    shared_model.zero_grad()
-
-
-def make(model: Any, scorer: Any, **options: Any) -> RerankerCachedGISTEmbedLoss:
-    return RerankerCachedGISTEmbedLoss(
-        model, scorer, **{"temperature": 0.05, "score_type": "raw", "mini_batch_size": 5, **options}
-    )
+make = partial(losses.make, mini_batch_size=5)
 
 
 def masses(logits: Tensor, decided: Tensor, masked: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:

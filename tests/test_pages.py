@@ -149,7 +149,7 @@ def test_the_tables_of_a_million_rows_have_the_figures_of_the_plan() -> None:
     step, steps = 0.73 / 512 * 768, -(-1_000_000 // 256)
     cost, readme = (DOCS / "cost.md").read_text(), (ROOT / "README.md").read_text()
     for name, rate in (("MiniLM-L6", 38_559), ("ettin-150m", 7_568), ("bge-reranker-v2-m3", 4_526)):
-        plan = Plan(Batch(256, 3), step, Speed(rate), 1, Texts(60, 600), 128, steps=steps)
+        plan = Plan(Batch(256, 3), step, Speed(rate), 1, Texts(60, 600), steps=steps)
         near, every = plan.cost(plan.nearest_auto()), plan.cost(plan.all_pairs())
         hours = every.gpu_hours or 0.0
         for mode, found in (("nearest, per_anchor auto", near), ("all", every)):

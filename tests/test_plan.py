@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.proxy import CountingProxy
@@ -16,6 +17,8 @@ from chaos import model
 from chaos.servers import Server
 from loss_client import RerankerClient
 from loss_client.__main__ import main
+from loss_client.client.chunks import grid_chunks, list_chunks
+from loss_client.plan import wire
 from loss_client.plan.advice import advise
 from loss_client.plan.arithmetic import TOP_P_SHARES, Plan, Speed
 from loss_client.plan.batch import Batch
@@ -28,7 +31,7 @@ from .test_packaging import modules_after
 
 DOCS = Path(__file__).parent.parent / "docs"
 RATE = 2000
-ISSUE = Plan(Batch(1024, 2), 0.5, Speed(3000), servers=1, texts=Texts(60, 600), chunk_pairs=128, steps=720)
+ISSUE = Plan(Batch(1024, 2), 0.5, Speed(3000), servers=1, texts=Texts(60, 600), steps=720)
 """Batch of 1,024, half a second a step, 3,000 pairs/s; an hour has 7,200 such steps, an epoch six minutes."""
 ARGUMENTS = ("plan", "--batch", "1024", "--columns", "2", "--step-seconds", "0.5")
 
@@ -148,20 +151,48 @@ def test_bytes_agree_with_those_that_were_measured_for_a_grid_of_a_million_pairs
 
 
 @pytest.mark.parametrize("listed", [False, True])
-def test_bytes_agree_with_those_that_pass_a_proxy(instant: ServerProcess, listed: bool) -> None:
-    source = RandomWords(20, 40)
-    queries, documents = source.queries(128), source.documents(128)
-    pairs = [(query, document) for query in queries for document in documents]
+@pytest.mark.parametrize(("rows", "chunk_pairs"), [(128, 128), (256, None)])
+def test_bytes_agree_with_those_that_pass_a_proxy(
+    instant: ServerProcess, listed: bool, rows: int, chunk_pairs: int | None
+) -> None:
+    source = RandomWords(10, 20)
+    queries, documents = source.queries(rows), source.documents(rows)
+    ids = np.divmod(np.arange(rows**2), rows)
     with CountingProxy(instant.address) as proxy, RerankerClient(proxy.address) as client:
         client.rerank("a query", ["a document"])
         before = proxy.bytes
+        # As the loss asks for them.
         if listed:
-            client.score_pairs(pairs, chunk_pairs=128)
+            client.stream_pairs(queries, documents, *ids, chunk_pairs=chunk_pairs).result()
         else:
-            client.score_grid(queries, documents, chunk_pairs=128)
+            client.stream_grid(queries, documents, chunk_pairs=chunk_pairs).result()
         passed = proxy.bytes - before
-    expected = wire_bytes(Batch(128, 2), source.sizes(), len(pairs), 128, listed)
+    expected = wire_bytes(Batch(rows, 2), source.sizes(), rows**2, chunk_pairs, listed)
     assert passed == pytest.approx(expected, rel=0.05)
+    of_chunks_of_128 = wire_bytes(Batch(rows, 2), source.sizes(), rows**2, 128, listed)
+    assert chunk_pairs or abs(passed - expected) < abs(passed - of_chunks_of_128)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("chunk_pairs", [128, 4096])
+def test_the_bytes_of_equal_chunks_are_those_of_the_chunks_that_are_cut(listed: bool, chunk_pairs: int) -> None:
+    rows, columns = 1000, 2000
+    cut = list_chunks(rows * columns, chunk_pairs) if listed else grid_chunks(rows, columns, chunk_pairs)
+    chunks = list(cut)
+    ids = sum(
+        2 * chunk.pairs if listed else chunk.row_end - chunk.row_begin + chunk.column_end - chunk.column_begin
+        for chunk in chunks
+    )
+    found = wire.list_sizes if listed else wire.grid_sizes
+    assert found(*((rows * columns,) if listed else (rows, columns)), chunk_pairs, chunk_pairs) == (len(chunks), ids)
+
+
+def test_the_bytes_of_a_huge_batch_are_continuous_and_found_at_once() -> None:
+    of_pair = [
+        wire_bytes(Batch(rows, 2), Texts(0, 0), rows**2, None, listed=False) / rows**2 for rows in (11_580, 11_600)
+    ]
+    assert of_pair[1] == pytest.approx(of_pair[0], rel=0.01)
+    wire_bytes(Batch(1 << 20, 9), Texts(0, 0), 8 << 40, None, listed=False)
 
 
 def test_the_advice_takes_all_pairs_where_they_are_scored_in_time() -> None:
@@ -246,7 +277,7 @@ def test_the_report_has_the_modes_and_ends_with_the_advice(capsys: pytest.Captur
     assert main([*ARGUMENTS, "--pairs-per-second", "3000", "--steps-per-epoch", "720"]) == 0
     lines = capsys.readouterr().out.splitlines()
     (everything,) = (line for line in lines if line.startswith("all "))
-    assert everything.split() == ["all", "1,048,576", "350", "s", "350", "s", "700", "5.91", "MB", "69.9"]
+    assert everything.split() == ["all", "1,048,576", "350", "s", "350", "s", "700", "5.19", "MB", "69.9"]
     assert [line.split("  ")[0] for line in lines if "(estimate)" in line] == [
         f"nearest, top_p 0.999, T {temperature} (estimate)" for temperature in (0.01, 0.02, 0.05)
     ]
@@ -334,7 +365,7 @@ ROWS = 1_000_000
 
 def page_row(name: str, rate: int, rows: int, columns: int) -> str:
     train = SECONDS_OF_TEXT * rows * columns
-    plan = Plan(Batch(rows, columns), train, Speed(rate), 1, Texts(60, 600), 128, steps=math.ceil(ROWS / rows))
+    plan = Plan(Batch(rows, columns), train, Speed(rate), 1, Texts(60, 600), steps=math.ceil(ROWS / rows))
     everything, nearest = plan.cost(plan.all_pairs()), plan.cost(plan.nearest(16))
     top_p = plan.cost(plan.top_p()[1])
     extra = plan.nearest_auto().per_anchor
@@ -375,7 +406,7 @@ def test_the_report_of_the_page_is_that_of_the_command(capsys: pytest.CaptureFix
 def test_top_p_alone_is_slower_than_the_nearest_pairs_in_every_row_of_the_table() -> None:
     for _, rate in RERANKERS:
         for rows in (256, 1024, 4096):
-            plan = Plan(Batch(rows, 2), SECONDS_OF_TEXT * rows * 2, Speed(rate), 1, Texts(60, 600), 128)
+            plan = Plan(Batch(rows, 2), SECONDS_OF_TEXT * rows * 2, Speed(rate), 1, Texts(60, 600))
             assert plan.cost(plan.top_p()[1]).step_seconds > plan.cost(plan.nearest(16)).step_seconds
 
 

@@ -9,6 +9,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+STREAM_CHUNK_PAIRS = 128
+"""Most pairs of the first and the last chunks of a job whose rows are read as they arrive."""
+
+MOST_CHUNK_PAIRS = 4096
+"""Most pairs of the chunks in the middle of a large job.
+
+A chunk costs the client 0.4 ms of processor time and a pair in it 0.05 us: beyond this number little is gained.
+"""
+
 # Rows of a chunk. More rows would need fewer ids on the wire, but the first row would be complete later.
 _BAND_ROWS = 8
 # A chunk that may grow has at most this share of the pairs before it, and of those after it: the first rows arrive as

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from loss_client.client import kinds, ready
 from loss_client.client.addresses import parse_addresses
 from loss_client.client.calls import Calls
+from loss_client.client.chunks import STREAM_CHUNK_PAIRS
 from loss_client.client.credentials import Pem, make_credentials
 from loss_client.client.endpoints import ChannelSettings
 from loss_client.client.job import Ids, pair_grid, pair_list
@@ -28,7 +29,6 @@ from loss_client.client.turns import ModelPin, ServerState
 from loss_client.former_names import accept_former_names
 from reranker.v1 import reranker_pb2 as pb
 
-_STREAM_CHUNK_PAIRS = 128  # of jobs whose rows are read as they arrive
 _WHOLE_CHUNK_PAIRS = 1024  # of jobs that are read as a whole
 
 
@@ -225,7 +225,7 @@ class RerankerClient:
         """
         asked = pair_list(queries, documents, query_ids, document_ids, bands)
         return self._calls.begin(
-            asked, _STREAM_CHUNK_PAIRS, chunk_pairs, recurring=recurring, pin=pin, step=step, **options
+            asked, STREAM_CHUNK_PAIRS, chunk_pairs, recurring=recurring, pin=pin, step=step, **options
         )
 
     def score_grid(
@@ -275,7 +275,7 @@ class RerankerClient:
             errors.
         """
         asked = pair_grid(queries, documents)
-        return self._calls.begin(asked, _STREAM_CHUNK_PAIRS, chunk_pairs, pin=pin, step=step, **options)
+        return self._calls.begin(asked, STREAM_CHUNK_PAIRS, chunk_pairs, pin=pin, step=step, **options)
 
     def one_model(self) -> OneModel:
         """Return a view of this client for one training step: its jobs get all their scores from one model, or fail.

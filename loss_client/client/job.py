@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from loss_client.client.chunks import MOST_CHUNK_PAIRS
 from loss_client.client.memory import ScoreMemory
 from loss_client.client.queue import Place
 from loss_client.client.scores import ScoreMatrix
@@ -17,9 +18,6 @@ from loss_client.client.turns import ModelPin
 from reranker.v1 import reranker_pb2 as pb
 
 Ids = Sequence[int] | NDArray[np.integer[Any]]
-
-# A chunk costs the client 0.4 ms of processor time and a pair in it 0.05 us: beyond 4,096 pairs little is gained.
-_MOST_CHUNK_PAIRS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +60,7 @@ class Job:
         priority: The priority that the server is asked for.
         chunk_pairs: Most pairs of a chunk; None: as many as the server prefers.
         usual_pairs: Most pairs of the first chunks, if neither the caller nor the server names a number. Those in the
-            middle of a large job have up to ``_MOST_CHUNK_PAIRS``.
+            middle of a large job have up to ``MOST_CHUNK_PAIRS``.
         timeout: Seconds without finished work after which the job fails; see ``Patience``.
         stall_timeout: Seconds without a sign of life after which an attempt ends. None: the default of ``Patience``.
         pin: The model that the scores have to come from.
@@ -94,7 +92,7 @@ class Job:
 
     def most_pairs_per_chunk(self, preferred: int = 0) -> int:
         """Return the most pairs of any chunk; see ``pairs_per_chunk``."""
-        return self.chunk_pairs or preferred or max(self.usual_pairs, _MOST_CHUNK_PAIRS)
+        return self.chunk_pairs or preferred or max(self.usual_pairs, MOST_CHUNK_PAIRS)
 
 
 def pair_grid(queries: Sequence[str], documents: Sequence[str]) -> Pairs:

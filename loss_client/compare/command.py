@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import math
+import json
 import sys
 import tempfile
-from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
+from loss_client.client.addresses import parse_addresses
 from loss_client.client.client import RerankerClient
 from loss_client.client.errors import RerankerError
-from loss_client.client.scores import ScoreType
-from loss_client.compare.methods import METHODS
+from loss_client.compare.methods import WITH_ALL_PAIRS, methods_of
 from loss_client.compare.report import Result, report
+from loss_client.flags import (
+    add_addresses,
+    add_command,
+    add_overwrite,
+    add_scoring,
+    fraction,
+    positive,
+    read_modes,
+    whole,
+)
+from loss_client.plan.arithmetic import Candidates
 from loss_client.rows import Row, Rows, RowsError
 from loss_client.score.output import Output, OutputError
 
@@ -31,41 +42,39 @@ and each model is evaluated by retrieval:
   filter                 RerankerCachedGISTEmbedLoss
   filter + distillation  the same with Distillation()
 
+With --candidates nearest, the last two score the nearest pairs only. With --candidates all,nearest they are trained in
+both ways, and the report says whether scoring the nearest pairs only costs quality.
+
 Rows of --train hold an anchor, a positive and any mined negatives, rows of --eval a query, a relevant document (or a
 list of them) and any others: the columns of text count, in their order. Documents of all rows of --eval are searched
 for each query. Files are JSON lines, CSV, TSV, Parquet, or directories that datasets saved.
 
-A comparison that was stopped goes on with the next training when the same command is given again.
+A comparison that was stopped goes on with the next training when the same command is given again. --seeds and the
+options of nearest pairs may change from run to run: only the trainings that are not yet in --output run.
 
   python -m loss_client compare --model microsoft/mpnet-base --train train.jsonl --eval held_out.jsonl \\
       --address gpu1:50051 --steps 500 --batch-size 128 --bf16 --output comparison.jsonl
-"""
-EPILOG = """\
-exit status: 0 after a report, 1 after a failure, 130 after an interrupt, 2 for wrong arguments.
-Tokens and certificates are taken from the client's variables: RERANKER_CLIENT_TOKEN, RERANKER_CLIENT_TLS_CA, ...
+  python -m loss_client compare --model microsoft/mpnet-base --train train.jsonl --eval held_out.jsonl \\
+      --address gpu1:50051 --steps 500 --batch-size 128 --bf16 --output comparison.jsonl \\
+      --candidates all,nearest --preselector sentence-transformers/all-MiniLM-L6-v2 --per-anchor 16
 """
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to the subcommands of a parser."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = add_command(
+        commands,
         "compare",
-        help="train with and without a reranker, and compare the models",
+        run,
+        summary="train with and without a reranker, and compare the models",
         description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        success="after a report",
     )
     parser.add_argument("--model", required=True, metavar="DIR|NAME", help="SentenceTransformer to start from")
     parser.add_argument("--train", type=Path, required=True, metavar="PATH", help="rows to train on")
     parser.add_argument("--eval", type=Path, required=True, metavar="PATH", help="held-out rows")
     parser.add_argument("--corpus", type=Path, metavar="PATH", help="rows with more documents to search")
-    parser.add_argument(
-        "--address",
-        action="append",
-        required=True,
-        metavar="HOST:PORT",
-        help="the server; grpcs://HOST:PORT for TLS; may be given several times",
-    )
+    add_addresses(parser)
     parser.add_argument(
         "--output",
         type=Path,
@@ -73,27 +82,47 @@ def add_parser(commands: Any) -> None:
         metavar="FILE",
         help="results of each training; default: comparison.jsonl",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists, instead of going on")
+    add_overwrite(parser, "--output")
     training = parser.add_argument_group("training")
-    training.add_argument("--seeds", type=_whole, default=3, metavar="N", help="trainings of a method; default: 3")
-    training.add_argument("--steps", type=_whole, required=True, metavar="N", help="steps of a training")
-    training.add_argument("--batch-size", type=_whole, default=64, metavar="B", help="anchors of a batch; default: 64")
+    training.add_argument("--seeds", type=whole(), default=3, metavar="N", help="trainings of a method; default: 3")
+    training.add_argument("--steps", type=whole(), required=True, metavar="N", help="steps of a training")
+    training.add_argument("--batch-size", type=whole(), default=64, metavar="B", help="anchors of a batch; default: 64")
     training.add_argument(
-        "--mini-batch-size", type=_whole, default=32, metavar="N", help="texts embedded at a time; default: 32"
+        "--mini-batch-size", type=whole(), default=32, metavar="N", help="texts embedded at a time; default: 32"
     )
-    training.add_argument("--learning-rate", type=_positive, default=2e-5, help="default: 2e-5")
-    training.add_argument("--temperature", type=_positive, default=0.02, help="of all losses; default: 0.02")
+    training.add_argument("--learning-rate", type=positive, default=2e-5, help="default: 2e-5")
+    training.add_argument("--temperature", type=positive, default=0.02, help="of all losses; default: 0.02")
     training.add_argument("--bf16", action="store_true", help="train in bfloat16")
     reranker = parser.add_argument_group("reranker")
     reranker.add_argument("--margin", type=float, default=0.05, help="of the filter; default: 0.05")
-    reranker.add_argument(
-        "--score-type", choices=get_args(ScoreType), default="probability", help='"raw" for a bi-encoder'
+    add_scoring(reranker)
+    nearest = parser.add_argument_group("nearest pairs")
+    nearest.add_argument(
+        "--candidates",
+        type=_candidates,
+        default=("all",),
+        metavar="MODES",
+        help="pairs that the filter has scored: all, nearest, or both with a comma; default: all",
     )
-    reranker.add_argument("--instruction", metavar="TEXT", help="the task in words; default: the served model's own")
-    reranker.add_argument(
-        "--max-length", type=_whole, metavar="TOKENS", help="longest input; default: the server's own"
+    nearest.add_argument(
+        "--preselector",
+        metavar="DIR|NAME|HOST:PORT",
+        help="small SentenceTransformer, or served bi-encoder, that chooses the nearest pairs",
     )
-    parser.set_defaults(run=run, parser=parser)
+    nearest.add_argument(
+        "--per-anchor",
+        type=_per_anchor,
+        metavar="K",
+        help='pairs an anchor that the preselector chooses, or "auto": as many as are scored while a step trains; '
+        "default: auto",
+    )
+    nearest.add_argument(
+        "--top-p",
+        type=fraction,
+        metavar="P",
+        help="share of each anchor's softmax denominator that pairs with a score hold, such as 0.999; default: the "
+        "preselector's pairs alone",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -106,6 +135,7 @@ def run(options: argparse.Namespace) -> int:
         0 after a report, 1 after a failure. Wrong arguments exit with 2.
     """
     parser: argparse.ArgumentParser = options.parser
+    _check_nearest(parser, options)
     try:
         train = _columns(Rows(options.train))
         held_out, corpus = Rows(options.eval), Rows(options.corpus) if options.corpus else None
@@ -121,6 +151,17 @@ def run(options: argparse.Namespace) -> int:
         except (RowsError, OutputError, RerankerError, OSError) as error:
             print(f"loss_client compare: {error}", file=sys.stderr)
     return 1
+
+
+def _check_nearest(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    given = [name for name in ("preselector", "per_anchor", "top_p") if getattr(options, name) is not None]
+    if "nearest" not in options.candidates:
+        if given:
+            parser.error(f"--{given[0].replace('_', '-')} goes with --candidates nearest, or all,nearest")
+    elif options.preselector is None and options.top_p is None:
+        parser.error("--candidates nearest needs --preselector, or --top-p")
+    elif options.preselector is None and options.per_anchor is not None:
+        parser.error("--per-anchor goes with --preselector, which chooses these pairs")
 
 
 def _run(
@@ -139,6 +180,7 @@ def _run(
 
     names = training.Recipe.__slots__
     recipe = training.Recipe(**{name: getattr(options, name) for name in names})
+    nearest = training.Nearest(options.preselector, options.per_anchor or "auto", options.top_p)
     evaluator = evaluator_of(held_out.read(), corpus.read() if corpus else ())
     dataset = Dataset.from_list(train)
     if len(dataset) < options.batch_size:
@@ -146,8 +188,11 @@ def _run(
     _say(f"{len(dataset):,} rows to train on; {len(evaluator.queries):,} queries, {len(evaluator.corpus):,} documents")
     files = {name: str(path and path.absolute()) for name, path in vars(options).items() if name in _FILES}
     settings = {"model": options.model, **files, **asdict(recipe)}
-    with Output(options.output, settings, options.overwrite) as output, tempfile.TemporaryDirectory() as directory:
-        found = {(row["method"], row["seed"]): row for row in Rows(options.output).read()} if output.written else {}
+    with ExitStack() as resources:
+        output = resources.enter_context(Output(options.output, settings, options.overwrite))
+        directory = resources.enter_context(tempfile.TemporaryDirectory())
+        # The settings of the nearest pairs are those of a row, so that another run may change them.
+        found = {_key(row): row for row in Rows(options.output).read()} if output.written else {}
         output.use(fingerprint)
         if output.fingerprint != fingerprint:
             raise OutputError(
@@ -159,23 +204,51 @@ def _run(
             output.write([row])
             return row
 
-        untrained = found.get((_UNTRAINED, 0))
+        untrained = found.get((_UNTRAINED, 0, "null"))
         if untrained is None:
             ndcg = evaluator.by_query(SentenceTransformer(options.model))
             untrained = keep({"method": _UNTRAINED, "seed": 0, "ndcg": ndcg})
+        reranking = training.Reranking(client, nearest, _preselector(options.preselector, resources))
         results = []
         for seed in range(1, options.seeds + 1):
-            for method in METHODS:
-                row = found.get((method, seed))
+            for method in methods_of(options.candidates):
+                of_method = {"nearest": asdict(nearest)} if method in WITH_ALL_PAIRS else {}
+                row = found.get(_key({"method": method, "seed": seed, **of_method}))
                 if row is None:
                     _say(f"seed {seed} of {options.seeds}: {method}")
-                    made = training.train(options.model, method, seed, dataset, recipe, client, Path(directory))
-                    row = keep(
-                        asdict(Result(method, seed, evaluator.by_query(made.model), made.seconds, made.masked_fraction))
-                    )
-                results.append(Result(**row))
+                    made = training.train(options.model, method, seed, dataset, recipe, reranking, Path(directory))
+                    ndcg = evaluator.by_query(made.model)
+                    result = Result(method, seed, ndcg, made.seconds, made.masked_fraction, made.scored_fraction)
+                    row = keep({**asdict(result), **of_method})
+                results.append(Result(**{name: value for name, value in row.items() if name != "nearest"}))
         print(report(results, untrained["ndcg"]))
     return 0
+
+
+def _key(row: Row) -> tuple[str, int, str]:
+    """Return what tells the trainings of one output apart: method, seed, and settings of the nearest pairs as JSON."""
+    return row["method"], row["seed"], json.dumps(row.get("nearest"), sort_keys=True)
+
+
+def _preselector(given: str | None, resources: ExitStack) -> Any:
+    """Return a client if an address is given, and a SentenceTransformer if a directory or a name is."""
+    from sentence_transformers import SentenceTransformer
+
+    if given is None:
+        return None
+    if Path(given).exists() or not _is_address(given):
+        return SentenceTransformer(given)
+    client = resources.enter_context(RerankerClient(given))
+    client.wait_until_ready(_READY_SECONDS)
+    return client
+
+
+def _is_address(text: str) -> bool:
+    try:
+        parse_addresses(text)
+    except ValueError:
+        return False
+    return True
 
 
 _FILES = ("train", "eval", "corpus")
@@ -205,19 +278,9 @@ def _say(text: str) -> None:
     print(f"loss_client compare: {text}", file=sys.stderr, flush=True)
 
 
-def _number(kind: Callable[[str], float], text: str, rule: str) -> float:
-    try:
-        number = kind(text)
-    except ValueError:
-        number = 0
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} has to be {rule}")
-    return number
+def _candidates(text: str) -> tuple[Candidates, ...]:
+    return read_modes(text, get_args(Candidates))
 
 
-def _whole(text: str) -> int:
-    return int(_number(int, text, "a whole number, 1 or more"))
-
-
-def _positive(text: str) -> float:
-    return _number(float, text, "a number above 0")
+def _per_anchor(text: str) -> float | Literal["auto"]:
+    return "auto" if text == "auto" else positive(text)

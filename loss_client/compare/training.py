@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,16 @@ from transformers import PrinterCallback, set_seed
 
 from loss_client.client.client import RerankerClient
 from loss_client.client.scores import ScoreType
-from loss_client.compare.methods import DISTILLATION, FILTER, HARDNESS, HARDNESS_STRENGTH, Method
+from loss_client.compare.methods import (
+    DISTILLATION,
+    HARDNESS,
+    HARDNESS_STRENGTH,
+    WITH_ALL_PAIRS,
+    WITHOUT_RERANKER,
+    Method,
+)
 from loss_client.filter.distillation import Distillation
+from loss_client.filter.nearest.nearest import PerAnchor
 from loss_client.loss import RerankerCachedGISTEmbedLoss
 from loss_client.trainer import RerankerTrainer
 
@@ -51,6 +59,30 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True)
+class Nearest:
+    """Settings of the methods that score the nearest pairs only; see the loss's arguments of the same names."""
+
+    preselector: str | None
+    per_anchor: PerAnchor
+    top_p: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Reranking:
+    """What the methods with a reranker need.
+
+    Attributes:
+        client: Client of the reranker.
+        nearest: Settings of the methods that score the nearest pairs only.
+        preselector: Client of a served preselector, or its model; ``None`` without a preselector.
+    """
+
+    client: RerankerClient
+    nearest: Nearest
+    preselector: RerankerClient | SentenceTransformer | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Trained:
     """A trained model.
 
@@ -58,15 +90,17 @@ class Trained:
         model: The model.
         seconds: Time of the training, without loading and evaluation.
         masked_fraction: Fraction of the negatives that the filter dropped; ``None`` without a filter.
+        scored_fraction: Fraction of the pairs of a batch that were scored; ``None`` without a filter.
     """
 
     model: SentenceTransformer
     seconds: float
     masked_fraction: float | None
+    scored_fraction: float | None
 
 
 def train(
-    name: str, method: Method, seed: int, dataset: Any, recipe: Recipe, client: RerankerClient, directory: Path
+    name: str, method: Method, seed: int, dataset: Any, recipe: Recipe, reranking: Reranking, directory: Path
 ) -> Trained:
     """Train a model. Trainings with the same seed have the same batches in the same order.
 
@@ -76,7 +110,7 @@ def train(
         seed: Seed of the batches and of dropout; 1 or more, because sentence-transformers' samplers ignore 0.
         dataset: A data set with columns of text: anchor, positive and any negatives.
         recipe: Settings of the training.
-        client: Client of the reranker.
+        reranking: Clients and settings of the methods with a reranker.
         directory: Directory for the trainer.
     """
     set_seed(seed)
@@ -96,19 +130,21 @@ def train(
         disable_tqdm=True,
         seed=seed,
     )
-    loss = _loss(method, model, recipe, client)
+    loss = _loss(method, model, recipe, reranking)
     trainer = RerankerTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss)
     trainer.remove_callback(PrinterCallback)
     began = time.monotonic()
     trainer.train()
-    seconds, masked = time.monotonic() - began, None
+    seconds, masked, scored = time.monotonic() - began, None, None
     if isinstance(loss, RerankerCachedGISTEmbedLoss):
-        masked = loss.statistics.masked_negatives / max(loss.statistics.negatives, 1)
-    return Trained(model, seconds, masked)
+        counts = loss.statistics
+        masked = counts.masked_negatives / max(counts.negatives, 1)
+        scored = counts.pairs / max(counts.pairs + counts.skipped_pairs, 1)
+    return Trained(model, seconds, masked, scored)
 
 
-def _loss(method: Method, model: SentenceTransformer, recipe: Recipe, client: RerankerClient) -> nn.Module:
-    if method not in (FILTER, DISTILLATION):
+def _loss(method: Method, model: SentenceTransformer, recipe: Recipe, reranking: Reranking) -> nn.Module:
+    if method in WITHOUT_RERANKER:
         hardness: dict[str, Any] = {"hardness_mode": "in_batch_negatives", "hardness_strength": HARDNESS_STRENGTH}
         unfiltered: nn.Module = CachedMultipleNegativesRankingLoss(
             model,
@@ -117,14 +153,18 @@ def _loss(method: Method, model: SentenceTransformer, recipe: Recipe, client: Re
             **(hardness if method == HARDNESS else {}),
         )
         return unfiltered
+    nearest: dict[str, Any] = {}
+    if method in WITH_ALL_PAIRS:
+        nearest = {**asdict(reranking.nearest), "preselector": reranking.preselector, "candidates": "nearest"}
     return RerankerCachedGISTEmbedLoss(
         model,
-        client,
+        reranking.client,
         temperature=recipe.temperature,
         mini_batch_size=recipe.mini_batch_size,
         margin=recipe.margin,
         score_type=recipe.score_type,
         instruction=recipe.instruction,
         reranker_max_length=recipe.max_length,
-        distillation=Distillation() if method == DISTILLATION else None,
+        distillation=Distillation() if WITH_ALL_PAIRS.get(method, method) == DISTILLATION else None,
+        **nearest,
     )

@@ -115,7 +115,7 @@ class Plan:
         speed: Speed of one server. Several servers are assumed to be as fast as their number times one server.
         servers: Servers that there are.
         texts: Sizes of the texts.
-        chunk_pairs: Pairs of a chunk.
+        chunk_pairs: Most pairs of a chunk, if the server prefers a number; None: as many as the client takes by itself.
         steps: Steps of an epoch; None if they are not known.
 
     Raises:
@@ -127,7 +127,7 @@ class Plan:
     speed: Speed
     servers: int
     texts: Texts
-    chunk_pairs: int
+    chunk_pairs: int | None = None
     steps: int | None = None
 
     def __post_init__(self) -> None:

@@ -6,12 +6,12 @@ import argparse
 import math
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 from loss_client.client.client import RerankerClient
 from loss_client.client.errors import RerankerError
+from loss_client.flags import add_command, add_max_length, names, positive, read_modes, whole
 from loss_client.plan import report
 from loss_client.plan.advice import advise
 from loss_client.plan.arithmetic import Candidates, Cost, Plan, Speed
@@ -19,7 +19,6 @@ from loss_client.plan.batch import Batch
 from loss_client.plan.measure import Measurement, measure
 from loss_client.plan.texts import RandomWords, TextSource, read_rows
 
-_CHUNK_PAIRS = 128  # of the loss, if the server prefers no number
 _ANSWER_SECONDS = 10.0
 _QUERY_WORDS, _DOCUMENT_WORDS, _COLUMNS = 10, 100, 2
 
@@ -31,44 +30,42 @@ servers that are needed so that no step waits, bytes, and GPU hours an epoch. Th
   python -m loss_client plan --batch 1024 --step-seconds 0.5 --pairs-per-second 3000 --rows 1000000
   python -m loss_client plan --batch 256 --step-seconds 0.7 --address gpu1:50051 --texts train.jsonl --servers 4
 """
-EPILOG = """\
-exit status: 0 after a report, 1 if the server cannot be measured, 2 for wrong arguments.
-Tokens and certificates are taken from the client's variables: RERANKER_CLIENT_TOKEN, RERANKER_CLIENT_TLS_CA, ...
-"""
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to the subcommands of a parser."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = add_command(
+        commands,
         "plan",
-        help="measure a reranker, and say what each mode of the loss costs",
+        run,
+        summary="measure a reranker, and say what each mode of the loss costs",
         description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        success="after a report",
+        failure="if the server cannot be measured",
     )
     training = parser.add_argument_group("training")
-    training.add_argument("--batch", type=_count(), required=True, metavar="B", help="rows of a batch (of one rank)")
+    training.add_argument("--batch", type=whole(), required=True, metavar="B", help="rows of a batch (of one rank)")
     training.add_argument(
         "--step-seconds",
-        type=_positive,
+        type=positive,
         required=True,
         metavar="T",
         help="seconds of a training step without a reranker, for example with CachedMultipleNegativesRankingLoss",
     )
     training.add_argument(
         "--columns",
-        type=_count(2),
+        type=whole(2),
         metavar="C",
         help=f"columns of a row: anchor, positive, mined negatives; default: those of --texts, or {_COLUMNS}",
     )
-    training.add_argument("--ranks", type=_count(), default=1, metavar="W", help="training processes; default: 1")
+    training.add_argument("--ranks", type=whole(), default=1, metavar="W", help="training processes; default: 1")
     training.add_argument(
         "--gather-across-devices", action="store_true", help="the loss compares anchors with the documents of all ranks"
     )
     epoch = training.add_mutually_exclusive_group()
-    epoch.add_argument("--steps-per-epoch", type=_count(), metavar="N", help="steps of an epoch, for its GPU hours")
+    epoch.add_argument("--steps-per-epoch", type=whole(), metavar="N", help="steps of an epoch, for its GPU hours")
     epoch.add_argument(
-        "--rows", type=_count(), metavar="N", help="rows of the training set, instead; default: those of --texts"
+        "--rows", type=whole(), metavar="N", help="rows of the training set, instead; default: those of --texts"
     )
     training.add_argument(
         "--candidates",
@@ -79,7 +76,7 @@ def add_parser(commands: Any) -> None:
     )
     training.add_argument(
         "--per-anchor",
-        type=_positive,
+        type=positive,
         default=16.0,
         metavar="K",
         help='pairs an anchor beyond its own documents with candidates="nearest"; default: 16',
@@ -88,16 +85,14 @@ def add_parser(commands: Any) -> None:
     speed = server.add_mutually_exclusive_group(required=True)
     speed.add_argument("--address", metavar="HOST:PORT", help="the server to measure; grpcs://HOST:PORT for TLS")
     speed.add_argument("--target", dest="address", action=_FormerFlag, help=argparse.SUPPRESS)
-    speed.add_argument("--pairs-per-second", type=_positive, metavar="X", help="its speed, instead of a measurement")
+    speed.add_argument("--pairs-per-second", type=positive, metavar="X", help="its speed, instead of a measurement")
     server.add_argument(
-        "--servers", type=_count(), default=1, metavar="N", help="such servers that there are or may be; default: 1"
+        "--servers", type=whole(), default=1, metavar="N", help="such servers that there are or may be; default: 1"
     )
     server.add_argument(
-        "--seconds", type=_positive, default=5.0, metavar="S", help="seconds to measure, roughly; default: 5"
+        "--seconds", type=positive, default=5.0, metavar="S", help="seconds to measure, roughly; default: 5"
     )
-    server.add_argument(
-        "--max-length", type=_count(), metavar="TOKENS", help="longest input; default: the server's own limit"
-    )
+    add_max_length(server)
     texts = parser.add_argument_group("texts")
     texts.add_argument(
         "--texts",
@@ -106,16 +101,15 @@ def add_parser(commands: Any) -> None:
         help="rows of the training set as JSON objects, the query's column first; or a directory that datasets saved",
     )
     texts.add_argument(
-        "--query-words", type=_count(), metavar="N", help=f"words of a query, without --texts; default: {_QUERY_WORDS}"
+        "--query-words", type=whole(), metavar="N", help=f"words of a query, without --texts; default: {_QUERY_WORDS}"
     )
     texts.add_argument(
         "--document-words",
-        type=_count(),
+        type=whole(),
         metavar="N",
         help=f"words of a document, without --texts; default: {_DOCUMENT_WORDS}",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(run=run, parser=parser)
 
 
 class _FormerFlag(argparse.Action):
@@ -164,7 +158,7 @@ def run(options: argparse.Namespace) -> int:
         speed=Speed(options.pairs_per_second) if measured is None else measured.speed,
         servers=options.servers,
         texts=source.sizes(),
-        chunk_pairs=(measured and measured.chunk_pairs) or _CHUNK_PAIRS,
+        chunk_pairs=(measured and measured.chunk_pairs) or None,
         steps=options.steps_per_epoch or (math.ceil(rows / batch.anchors) if rows else None),
     )
     write = report.as_json if options.json else report.as_text
@@ -187,37 +181,7 @@ def _costs(plan: Plan, options: argparse.Namespace) -> list[Cost]:
     return [plan.cost(mode) for mode in modes]
 
 
-def _count(least: int = 1) -> Callable[[str], int]:
-    """Make a type of arguments: whole numbers from ``least`` on."""
-
-    def read(text: str) -> int:
-        try:
-            number = int(text.replace(",", "").replace("_", ""))
-        except ValueError:
-            number = least - 1
-        if number < least:
-            raise argparse.ArgumentTypeError(f"{text!r} has to be a whole number, {least} or more")
-        return number
-
-    return read
-
-
-def _positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} has to be a number above 0")
-    return number
-
-
-def _candidates(text: str) -> tuple[str, ...]:
-    given = [name.strip() for name in text.split(",")]
-    if "mass" in given:
+def _candidates(text: str) -> tuple[Candidates, ...]:
+    if "mass" in (given := names(text)):
         warnings.warn('"mass" is now a part of "nearest", with top_p.', FutureWarning, stacklevel=2)
-    names = tuple(dict.fromkeys("nearest" if name == "mass" else name for name in given))
-    if unknown := [name for name in names if name not in get_args(Candidates)]:
-        right = ", ".join(get_args(Candidates))
-        raise argparse.ArgumentTypeError(f"{', '.join(map(repr, unknown))}: there is no such mode; right are {right}")
-    return names
+    return read_modes(",".join("nearest" if name == "mass" else name for name in given), get_args(Candidates))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
+from itertools import islice
 
+from loss_client.client.chunks import MOST_CHUNK_PAIRS, STREAM_CHUNK_PAIRS, grid_chunks, list_chunks
 from loss_client.plan.batch import Batch
 
 # Before each message: the length prefix of gRPC and the header of an HTTP/2 frame.
@@ -12,8 +15,8 @@ _FRAME_BYTES = 5 + 9
 _SCORE_BYTES = 4
 # Usage of a chunk: pairs and tokens as varints of two and three bytes, and two times of eight bytes, with their tags.
 _USAGE_BYTES = 2 + (1 + 2) + (1 + 3) + 2 * (1 + 8)
-# Rows of a chunk of a grid.
-_BAND_ROWS = 8
+# Chunks of a larger job are all as large as they may be, but for less than a hundredth of them.
+_MANY_PAIRS = 1 << 27
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,7 @@ class Texts:
     document_bytes: float
 
 
-def wire_bytes(batch: Batch, texts: Texts, pairs: int, chunk_pairs: int, listed: bool, streams: int = 1) -> int:
+def wire_bytes(batch: Batch, texts: Texts, pairs: int, chunk_pairs: int | None, listed: bool, streams: int = 1) -> int:
     """Return the bytes of a step, both directions together, with one server and TLS off.
 
     Each stream carries each text once. A chunk names its texts by ids: a grid each text of the chunk once, a list both
@@ -39,28 +42,45 @@ def wire_bytes(batch: Batch, texts: Texts, pairs: int, chunk_pairs: int, listed:
         batch: Sizes of the step.
         texts: Sizes of the texts.
         pairs: Pairs of the step, of all ranks.
-        chunk_pairs: Most pairs of a chunk.
+        chunk_pairs: Most pairs of a chunk. None: few for the first and the last rows and more between them, as the
+            client sends them if neither the server nor the caller names a number.
         listed: Whether chunks list pairs; otherwise the pairs are a grid of all queries and documents.
         streams: Streams of one rank.
     """
     of_rank = pairs / batch.ranks
-    chunk_pairs = min(chunk_pairs, math.ceil(of_rank))
     count = batch.rows + batch.documents
+    first, most = (chunk_pairs, chunk_pairs) if chunk_pairs else (STREAM_CHUNK_PAIRS, MOST_CHUNK_PAIRS)
+    if of_rank > _MANY_PAIRS:
+        first = most
     if listed:
-        chunks = math.ceil(of_rank / chunk_pairs)
-        ids = 2 * of_rank
+        chunks, ids = list_sizes(math.ceil(of_rank), first, most)
     else:
-        height = max(min(_BAND_ROWS, math.isqrt(chunk_pairs)), chunk_pairs // batch.documents)
-        height = min(height, batch.rows)
-        bands = math.ceil(batch.rows / height)
-        parts = math.ceil(batch.documents / (chunk_pairs // height))
-        chunks = bands * parts
-        ids = batch.rows * parts + batch.documents * bands
+        chunks, ids = grid_sizes(batch.rows, batch.documents, first, most)
     sent = batch.rows * _text_bytes(texts.query_bytes) + batch.documents * _text_bytes(texts.document_bytes)
     id_bytes = ids * _mean_varint_bytes(count)
     per_chunk = ids / chunks * _mean_varint_bytes(count), of_rank / chunks * _SCORE_BYTES
     messages = chunks * (_request_bytes(per_chunk[0], chunks) + _reply_bytes(per_chunk[1], chunks))
     return round(batch.ranks * (streams * sent + id_bytes + messages + of_rank * _SCORE_BYTES))
+
+
+@cache
+def list_sizes(pairs: int, first: int, most: int) -> tuple[int, int]:
+    """Return the number of chunks of a list of pairs, and the number of ids in all of them; see ``list_chunks``."""
+    chunks = math.ceil(pairs / most) if first == most else sum(1 for _ in list_chunks(pairs, first, most=most))
+    return chunks, 2 * pairs
+
+
+@cache
+def grid_sizes(rows: int, columns: int, first: int, most: int) -> tuple[int, int]:
+    """Return the number of chunks of a grid, and the number of ids in all of them; see ``grid_chunks``."""
+    if first != most:
+        chunks = list(grid_chunks(rows, columns, first, most=most))
+        sides = (chunk.row_end - chunk.row_begin + chunk.column_end - chunk.column_begin for chunk in chunks)
+        return len(chunks), sum(sides)
+    (chunk, *_) = islice(grid_chunks(rows, columns, most), 1)
+    height = chunk.row_end
+    bands, parts = math.ceil(rows / height), math.ceil(columns / (most // height))
+    return bands * parts, rows * parts + columns * bands
 
 
 def _request_bytes(id_bytes: float, chunks: int) -> float:

@@ -10,12 +10,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from loss_client.client.client import RerankerClient
 from loss_client.client.errors import RerankerError
 from loss_client.client.options import JobOptions
-from loss_client.client.scores import ScoreType
+from loss_client.flags import add_addresses, add_command, add_overwrite, add_scoring, names, read_number, whole
 from loss_client.rows import Row, Rows, RowsError
 from loss_client.score import promote
 from loss_client.score.output import Output, OutputError
@@ -41,34 +41,25 @@ a row, they are repeated; if none is left, positives of other rows are taken.
       --document-column candidates --score-type raw
   python -m loss_client score mined/ promoted/ --address gpu1:50051 --promote 0.1
 """
-EPILOG = """\
-exit status: 0 when all rows are written, 1 after a failure, 130 after an interrupt, 2 for wrong arguments.
-Tokens and certificates are taken from the client's variables: RERANKER_CLIENT_TOKEN, RERANKER_CLIENT_TLS_CA, ...
-"""
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to the subcommands of a parser."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = add_command(
+        commands,
         "score",
-        help="add a reranker's scores to the rows of a file",
+        run,
+        summary="add a reranker's scores to the rows of a file",
         description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        success="when all rows are written",
     )
     parser.add_argument("input", type=Path, metavar="INPUT", help="file or directory with the rows")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="file of JSON lines; with --promote, a directory")
-    parser.add_argument(
-        "--address",
-        action="append",
-        required=True,
-        metavar="HOST:PORT",
-        help="the server; grpcs://HOST:PORT for TLS; may be given several times",
-    )
+    add_addresses(parser)
     parser.add_argument(
         "--promote", type=_margin, metavar="MARGIN", help="make positives of negatives that score above the positive"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists, instead of going on")
+    add_overwrite(parser, "OUTPUT")
     columns = parser.add_argument_group("columns")
     columns.add_argument(
         "--query-column", metavar="NAME", help='column of the query; default: "query", with --promote "anchor"'
@@ -81,7 +72,7 @@ def add_parser(commands: Any) -> None:
     )
     columns.add_argument(
         "--negative-columns",
-        type=_names,
+        type=names,
         metavar="NAMES",
         help='with --promote, columns of the negatives, with commas; default: those that begin with "negative"',
     )
@@ -89,22 +80,17 @@ def add_parser(commands: Any) -> None:
         "--score-column", metavar="NAME", help='column for the scores; default: "score", or "scores" for a list'
     )
     scoring = parser.add_argument_group("scoring")
-    scoring.add_argument("--instruction", metavar="TEXT", help="the task in words; default: the served model's own")
-    scoring.add_argument("--max-length", type=_count, metavar="TOKENS", help="longest input; default: the server's own")
-    scoring.add_argument(
-        "--score-type", choices=get_args(ScoreType), default="probability", help="default: probability"
-    )
+    add_scoring(scoring)
     scoring.add_argument(
         "--batch-pairs",
-        type=_count,
+        type=whole(),
         default=_BATCH_PAIRS,
         metavar="N",
         help=f"pairs of a batch; default: {_BATCH_PAIRS}",
     )
     scoring.add_argument(
-        "--in-flight", type=_count, default=_IN_FLIGHT, metavar="N", help=f"batches in flight; default: {_IN_FLIGHT}"
+        "--in-flight", type=whole(), default=_IN_FLIGHT, metavar="N", help=f"batches in flight; default: {_IN_FLIGHT}"
     )
-    parser.set_defaults(run=run, parser=parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -258,24 +244,4 @@ def _check_directory(options: argparse.Namespace) -> None:
 
 
 def _margin(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} has to be a number, 0 or more, in units of the scores")
-    return number
-
-
-def _count(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} has to be a whole number, 1 or more")
-    return number
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    return read_number(text, lambda found: 0 <= found < math.inf, "a number, 0 or more, in units of the scores")

@@ -138,7 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     texts = parser.add_mutually_exclusive_group()
     texts.add_argument("--document-words", type=int, default=100, metavar="N", help="words of a document; default: 100")
     texts.add_argument("--texts", type=Path, metavar="FILE", help="text file, a document on each line, instead")
-    parser.add_argument("--max-length", type=int, metavar="TOKENS", help="longest input; default: the server's own")
+    parser.add_argument(
+        "--max-length", type=int, metavar="TOKENS", help="longest input, in tokens; default: the server's own limit"
+    )
     parser.add_argument("--streams", type=int, default=1, metavar="N", help="streams at a time; default: 1")
     parser.add_argument(
         "--chunk-pairs",

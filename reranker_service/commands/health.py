@@ -36,10 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="HOST:PORT; if not given, 127.0.0.1 and the port of RERANKER_HEALTH_PORT, RERANKER_PORT or 50051",
     )
     parser.add_argument(
-        "--tls-ca", type=Path, help="PEM file of the authorities that sign the server's certificate; turns TLS on"
+        "--tls-ca", type=Path, metavar="FILE", help="PEM file of the authorities that TLS trusts; turns TLS on"
     )
     parser.add_argument(
-        "--timeout", type=float, default=_TIMEOUT_SECONDS, help="seconds that the answer may take (default: 5)"
+        "--timeout",
+        type=float,
+        default=_TIMEOUT_SECONDS,
+        metavar="SECONDS",
+        help=f"seconds that the answer may take; default: {_TIMEOUT_SECONDS:g}",
     )
     options = parser.parse_args(arguments)
     try:
