@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from sentence_transformers import SentenceTransformer
 
 from loss_client.__main__ import main
 from loss_client.client.client import RerankerClient
-from loss_client.compare import training
+from loss_client.compare import command, training
 from loss_client.compare.evaluation import evaluator_of
 from loss_client.compare.methods import methods_of
 from loss_client.compare.report import Result, report
@@ -165,6 +167,17 @@ def test_options_of_nearest_pairs_that_do_not_fit_are_refused(
     with pytest.raises(SystemExit, match="2"):
         main(["compare", *needed, *flags])
     assert message in capsys.readouterr().err
+
+
+def test_a_preselector_is_an_address_a_directory_or_a_name(files: Path, cross_encoder_server: ServerProcess) -> None:
+    with ExitStack() as resources:
+        served = command._preselector(cross_encoder_server.address, resources)
+        assert isinstance(served, RerankerClient)
+        assert served.model_info().fingerprint
+        local = command._preselector(str(files / "student"), resources)
+        assert isinstance(local, SentenceTransformer)
+        with pytest.raises(OSError, match="--preselector no/model is no address, and no model"):
+            command._preselector("no/model", resources)
 
 
 def test_the_report_says_what_the_intervals_say() -> None:

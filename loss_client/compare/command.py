@@ -237,7 +237,10 @@ def _preselector(given: str | None, resources: ExitStack) -> Any:
     if given is None:
         return None
     if Path(given).exists() or not _is_address(given):
-        return SentenceTransformer(given)
+        try:
+            return SentenceTransformer(given)
+        except OSError as error:
+            raise OSError(f"--preselector {given} is no address, and no model that can be loaded: {error}") from error
     client = resources.enter_context(RerankerClient(given))
     client.wait_until_ready(_READY_SECONDS)
     return client
