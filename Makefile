@@ -33,7 +33,7 @@ SITE_TOOLS := build/site-tools/.installed
 CLIENT_TESTS := $(addprefix tests/test_,chunks.py addresses.py scores.py memory.py client.py client_failures.py)
 
 .PHONY: help install proto serve demo bench bench-loss bench-scaling bench-ray quality envoy chaos fuzz test node docs \
-    reference lint audit compat compat-release release-check lock clean
+    images reference lint audit compat compat-release release-check lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,16 @@ bench-loss: $(STUBS) ## Measure what a training step with the loss costs (ARGS="
 
 bench-scaling: $(STUBS) ## Measure 1 to 32 servers, directly and behind Envoy, and a partition between hosts (ARGS="--only direct")
 	$(BIN)/python -m benchmarks.scaling $(ARGS)
+
+# The version is that of `pip install .` here: the build of an image has no Git metadata. Podman's own format drops HEALTHCHECK.
+images: ## Build the server's image with docker or podman (DEVICE=cpu|cuda ARGS="--secret id=pip.conf,src=pip.conf")
+	@engine=$$(command -v docker || command -v podman) || { echo "Skipped: neither docker nor podman is here"; exit 0; }; \
+	version=$$($(PYTHON) -m pip install --quiet --dry-run --ignore-installed --no-deps --report - . | \
+	    $(PYTHON) -c 'import json, sys; print(json.load(sys.stdin)["install"][0]["metadata"]["version"])'); \
+	format=; case $$engine in *podman) format="--format docker";; esac; \
+	echo "Building reranker-$(DEVICE), version $$version, with $$engine: some minutes"; \
+	"$$engine" build $$format --file deploy/images/Dockerfile --build-arg DEVICE=$(DEVICE) --build-arg VERSION="$$version" \
+	    --tag reranker-$(DEVICE) $(ARGS) .
 
 # In an environment of its own beside the pinned one, which has no Ray.
 bench-ray: $(STUBS) ## Measure replicas behind Ray Serve, with a rolling update in mid-job; installs ray[serve] into build/ray

@@ -1,6 +1,6 @@
 """Files of ``deploy``: manifests against Kubernetes' schemas, images, the compose file, and Envoy's limits.
 
-No cluster and no container engine runs here; ``test_envoy`` runs Envoy's configuration.
+No cluster and no container engine runs here. ``make images`` builds an image, ``test_envoy`` runs Envoy with its file.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from reranker_service.settings import Settings, variable_errors
 
@@ -170,6 +172,23 @@ def test_the_image_runs_as_the_user_of_the_manifests_and_copies_what_exists() ->
     assert all((ROOT / name).exists() for name in copied)
     assert '["python", "-m", "reranker_service.commands.health"]' in text
     assert not re.search(r"https?://|--(extra-)?index-url", text)
+
+
+@pytest.mark.parametrize("extra", ["server", "vllm"])
+def test_the_image_gets_the_dependencies_of_the_package(extra: str) -> None:
+    (code,) = re.findall(r'python -c "(.+?)" "\$extras"', DOCKERFILE.read_text(), re.DOTALL)
+    extras = {"server", extra}
+    command = [sys.executable, "-c", code.replace("\\\n", ""), " ".join(sorted(extras))]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    found = sorted(map(str, map(Requirement, result.stdout.splitlines())))
+    package = [Requirement(one) for one in metadata.requires("reranker-grpc") or ()]
+    wanted = {
+        f"{one.name}{one.specifier}"
+        for one in package
+        if one.name != "reranker-grpc"
+        and (one.marker is None or any(one.marker.evaluate({"extra": e}) for e in extras))
+    }
+    assert found == sorted(wanted)
 
 
 def test_the_compose_file_fits_the_server_and_the_dashboard() -> None:
