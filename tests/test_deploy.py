@@ -198,6 +198,7 @@ def test_the_compose_file_fits_the_server_and_the_dashboard() -> None:
     server = services["reranker"]
     assert variable_errors(server["environment"].items()) == []
     assert (folder / server["build"]["context"] / server["build"]["dockerfile"]).resolve() == DOCKERFILE
+    assert json.dumps(server["healthcheck"]["test"][1:]) in DOCKERFILE.read_text()
     assert float(server["stop_grace_period"].removesuffix("s")) > graceful_seconds()
     for service in services.values():
         for port in service["ports"]:
@@ -207,6 +208,8 @@ def test_the_compose_file_fits_the_server_and_the_dashboard() -> None:
                 assert (folder / volume.split(":")[0]).is_file()
     (job,) = read(folder / "prometheus.yaml")["scrape_configs"]
     assert job["static_configs"] == [{"targets": [f"reranker:{server['environment']['RERANKER_METRICS_PORT']}"]}]
+    (kept,) = (volume for volume in services["prometheus"]["volumes"] if not volume.startswith("."))
+    assert f"--storage.tsdb.path={kept.split(':')[1]}" in services["prometheus"]["command"]
     (source,) = read(folder / "grafana" / "datasources.yaml")["datasources"]
     assert source["url"] == "http://prometheus:9090"
     (provider,) = read(folder / "grafana" / "dashboards.yaml")["providers"]
