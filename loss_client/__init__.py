@@ -80,7 +80,12 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    try:
+        module = importlib.import_module(_LAZY[name])
+    except ModuleNotFoundError as error:
+        message = f"{name} needs the package {error.name}; install 'reranker-grpc[train]'"
+        raise ModuleNotFoundError(message, name=error.name) from error
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

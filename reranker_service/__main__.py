@@ -11,9 +11,12 @@ import threading
 import time
 from importlib import metadata
 
-import structlog
-from pydantic import ValidationError
-from pydantic_settings import CliApp, SettingsError
+try:
+    import structlog
+    from pydantic import ValidationError
+    from pydantic_settings import CliApp, SettingsError
+except ModuleNotFoundError as error:
+    sys.exit(f"reranker-service: the package {error.name} is missing; install 'reranker-grpc[server]'")
 
 from .former_names import take_former_names
 from .observing.logs import configure_logs

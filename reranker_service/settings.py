@@ -89,8 +89,8 @@ class Settings(BaseSettings):
     )
     insecure_network: bool = Field(
         False,
-        description="listen beyond this machine without TLS and tokens, and without mutual TLS: whoever reaches the "
-        "port may use the server and read what others send",
+        description="listen beyond this machine without TLS and tokens, and without mutual TLS: every program that "
+        "reaches the port may use the server and read what others send",
     )
     reflection: bool = Field(
         False,

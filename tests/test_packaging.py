@@ -46,6 +46,28 @@ def test_the_server_needs_no_training_dependency() -> None:
     assert "vllm" not in loaded, "it takes long, and is imported by a server that is to start it"
 
 
+@pytest.mark.parametrize(
+    ("missing", "statement", "message"),
+    [
+        (
+            "structlog",
+            "import reranker_service.__main__",
+            "reranker-service: the package structlog is missing; install 'reranker-grpc[server]'",
+        ),
+        (
+            "sentence_transformers",
+            "from loss_client import RerankerTrainer",
+            "RerankerTrainer needs the package sentence_transformers; install 'reranker-grpc[train]'",
+        ),
+    ],
+)
+def test_a_side_that_is_not_installed_names_its_extra(missing: str, statement: str, message: str) -> None:
+    program = f"import sys; sys.modules[{missing!r}] = None; {statement}"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].removeprefix("ModuleNotFoundError: ") == message
+
+
 def test_a_server_that_listens_has_not_yet_imported_what_takes_long() -> None:
     loaded = modules_after("import reranker_service.__main__, reranker_service.server", {"torch"})
     assert not loaded & {"transformers", "prometheus_client", "opentelemetry"}

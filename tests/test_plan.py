@@ -209,6 +209,12 @@ def test_the_advice_takes_the_nearest_pairs_where_all_take_too_long() -> None:
     assert slow.startswith("Take 3 servers or more for candidates=")
 
 
+def test_the_advice_for_a_bi_encoder_is_all_pairs_because_no_mode_takes_less_time() -> None:
+    served = replace(ISSUE, speed=Speed(100, by_text=True))
+    assert advise(served, ("all", "nearest"), 16).startswith('Take 41 servers for candidates="all":')
+    assert advise(served, ("nearest",), 16).startswith("Take 41 servers or more for candidates=")
+
+
 def test_the_advice_keeps_to_the_modes_that_are_compared() -> None:
     assert advise(ISSUE, ("all",), 16).startswith('Take 700 servers for candidates="all":')
     fast = replace(ISSUE, speed=Speed(1e7))

@@ -522,7 +522,7 @@ def test_the_commands_of_the_documentation_work(cross_encoder: Path, tmp_path: P
     with ServerProcess(*flags, "--model", str(cross_encoder), module="tests.holding") as server:
         address = server.address.replace("0.0.0.0", "127.0.0.1")
         assert "level=warning" not in "\n".join(server.lines)
-        command = calling.replace(".venv/bin/grpcurl", str(GRPCURL)).replace("127.0.0.1:50051", address)
+        command = calling.replace("grpcurl", str(GRPCURL), 1).replace("127.0.0.1:50051", address)
         called = subprocess.run(
             ["bash", "-euc", command], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
         )
