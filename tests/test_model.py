@@ -215,6 +215,14 @@ def test_models_that_are_not_there(name: str, message: str) -> None:
         read_model(name)
 
 
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.build_bert_cross_encoder(tmp_path)
+    # As for a user who does not own the file; root reads every file whatever its mode.
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).suffix != ".safetensors")
+    with pytest.raises(UnsupportedModelError, match=r"model\.safetensors can't be read by the user .*chmod a\+r"):
+        read_model(str(model))
+
+
 def test_a_shorter_length_for_the_engine_is_a_shorter_length_for_requests(cross_encoder: Path) -> None:
     def lengths(**settings: Any) -> tuple[int, int]:
         spec = choose_model(Settings(model=str(cross_encoder), **settings))

@@ -6,6 +6,7 @@ No weights are loaded here. From the hub the settings come first, and the weight
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 _SETTINGS = ["*.json", "*.txt", "*.model", "*.jinja"]
+_OF_A_MODEL = frozenset({".json", ".txt", ".model", ".jinja", ".safetensors", ".bin", ".py"})
 _OTHER_FORMATS = ["onnx/*", "openvino/*", "original/*", "consolidated*"]
 
 
@@ -130,6 +132,7 @@ def _directory(model: str, revision: str | None, patterns: list[str]) -> Path:
             raise UnsupportedModelError(
                 f"--revision {revision} is for a model on the hub, and {model!r} is a directory"
             )
+        _check_readable(path)
         return path
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise UnsupportedModelError(f"{model!r} is neither a directory nor a hub name of the form 'owner/model'")
@@ -143,6 +146,16 @@ def _directory(model: str, revision: str | None, patterns: list[str]) -> Path:
             f"{model!r} is no directory, and its download from the hub failed ({type(error).__name__}: {error}); if "
             "the hub cannot be reached, give the directory of a downloaded model"
         ) from error
+
+
+def _check_readable(directory: Path) -> None:
+    """Refuse a directory with a file that this process may not read: the libraries would say that there is none."""
+    for path in directory.rglob("*"):
+        if path.suffix in _OF_A_MODEL and path.is_file() and not os.access(path, os.R_OK):
+            raise UnsupportedModelError(
+                f"{path} can't be read by the user of this process (save_pretrained writes weights for their owner "
+                "alone); let every user read it: chmod a+r"
+            )
 
 
 def _unsupported(config: PreTrainedConfig, architecture: str, has_modules: bool) -> str | None:
