@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from ..models import ModelSpec, TokenSequence, UnsupportedModelError
+from .formats import in_one_format
 from .head import head_in_float32, widen_output
 
 # Largest difference, relative to the largest number, between a padded input and the same without padding.
@@ -217,6 +218,7 @@ def _load(spec: ModelSpec, dtype: torch.dtype) -> Any:
                     model_name_or_path, config=config, output_loading_info=True, weights_only=True, **options
                 )
                 check_weights(spec, report, headless=encodes)
+                in_one_format(model, dtype)
             return merge_adapter(spec, model)
 
     def with_checks(base: type) -> type:

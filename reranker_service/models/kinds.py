@@ -183,6 +183,12 @@ def bi_encoder(files: ModelFiles, spec: ModelSpec) -> ModelSpec:
     """
     if spec.architecture.endswith("ForSequenceClassification"):
         raise files.refuse(f"{spec.architecture} has a classification head, and a bi-encoder has none")
+    similarity = files.family.get("similarity_fn_name")
+    if similarity not in (None, "cosine", "dot"):
+        raise files.refuse(
+            f'similarity_fn_name = "{similarity}" in config_sentence_transformers.json is not supported; a bi-encoder '
+            "that is served compares embeddings by cosine or dot"
+        )
     folders = dict(files.modules)
     saved = sorted(files.path.glob("sentence_*_config.json")) if files.modules else []
     transformer = read_json(saved[0]) if saved else {}
