@@ -113,9 +113,12 @@ class LibraryModel:
         self._constants: dict[str, Any] = {"modality": "message" if has_messages else "text"}
         if module.transformer_task in ("text-generation", "any-to-any"):
             self._constants["logits_to_keep"] = 1
-        # Models that find the last token by the padding's id refuse batches without one.
+        # Models that find the last token by the padding's id refuse batches without one. Classifiers of encoder and
+        # decoder refuse batches whose texts have different numbers of end tokens in them.
         pads = getattr(module.config.get_text_config(), "pad_token_id", None) is not None
+        pads = pads and not getattr(module.config, "is_encoder_decoder", False)
         self._pads = self._tokenizer.pad_token_id is not None and pads
+        self._empty = _one_token(self._tokenizer)
         self._pads_rightly = True
         self._dtype = dtype
         try:
@@ -154,6 +157,8 @@ class LibraryModel:
         """Scores, shape ``(n,)``, or embeddings, shape ``(n, dim)``, on the device."""
         if not self._pads and len(sequences) > 1:
             return torch.cat([self([sequence]) for sequence in sequences])
+        # A pair of empty texts has no tokens if the tokenizer adds none.
+        sequences = [sequence if len(sequence.ids) else self._empty for sequence in sequences]
         lengths = np.array([len(sequence.ids) for sequence in sequences])
         if not self._pads_rightly and len(set(lengths.tolist())) > 1:
             order = np.argsort(lengths, kind="stable")
@@ -166,8 +171,7 @@ class LibraryModel:
                 (np.arange(len(sequence.ids)) >= sequence.first_segment).astype(int).tolist() for sequence in sequences
             ]
         if self._pads:
-            # A pair of empty texts has no tokens if the tokenizer adds none.
-            longest = max(1, int(lengths.max()))
+            longest = int(lengths.max())
             features = dict(self._tokenizer.pad(rows, padding="max_length", max_length=longest, return_tensors="pt"))
         else:
             features = {name: torch.tensor(values) for name, values in rows.items()}
@@ -186,6 +190,13 @@ class LibraryModel:
                 f"{self._spec.name} gives {scores.shape[1:]} numbers a pair; a reranker gives one"
             )
         return cast(torch.Tensor, scores[:, 0])
+
+
+def _one_token(tokenizer: Any) -> TokenSequence:
+    """The input of a pair or a text without tokens: one token that is no padding."""
+    named = (tokenizer.bos_token_id, tokenizer.eos_token_id, 0, 1)
+    token = next(one for one in named if one is not None and one != tokenizer.pad_token_id)
+    return TokenSequence(np.array([token], dtype=np.int32), 1)
 
 
 def _load(spec: ModelSpec, dtype: torch.dtype) -> Any:
@@ -207,18 +218,15 @@ def _load(spec: ModelSpec, dtype: torch.dtype) -> Any:
         ) -> Any:
             options = {**model_kwargs, "dtype": dtype}
             encodes = transformer_task == "feature-extraction"
-            if encodes and getattr(config, "is_encoder_decoder", False):
-                # The library loads the encoder alone.
-                model: Any = super()._load_model(
-                    model_name_or_path, transformer_task, config, backend, is_peft_model, **options
-                )
-            else:
+            options |= {"output_loading_info": True, "weights_only": True}
+            # Of an encoder-decoder such as T5 the library loads the encoder alone.
+            loaded: Any = self._load_encoder_only_model(model_name_or_path, config, **options) if encodes else None
+            if loaded is None:
                 auto: Any = TRANSFORMER_TASK_TO_AUTO_MODEL[transformer_task]
-                model, report = auto.from_pretrained(
-                    model_name_or_path, config=config, output_loading_info=True, weights_only=True, **options
-                )
-                check_weights(spec, report, headless=encodes)
-                in_one_format(model, dtype)
+                loaded = auto.from_pretrained(model_name_or_path, config=config, **options)
+            model, report = loaded
+            check_weights(spec, report, headless=encodes)
+            in_one_format(model, dtype)
             return merge_adapter(spec, model)
 
     def with_checks(base: type) -> type:
