@@ -125,7 +125,9 @@ def test_a_chain_whose_pooling_leaves_out_the_prompt_is_refused(tmp_path: Path) 
     pooling = model / "1_Pooling" / "config.json"
     pooling.write_text(json.dumps({**json.loads(pooling.read_text()), "include_prompt": False}))
     read_model(str(model))  # without a prompt there is nothing to leave out
-    with pytest.raises(UnsupportedModelError, match=r"leaves out the prompt \(include_prompt = false\) is not supported"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"leaves out the prompt \(include_prompt = false\) is not supported"
+    ):
         read_model(str(model), prompts={"query": "query: "})
 
 

@@ -64,6 +64,8 @@ class ModelFiles:
         root = _directory(model, revision, _SETTINGS + ["*.py"] * trust_remote_code)
         modules = _modules(root, trust_remote_code)
         path = root / modules[0][1] if modules else root
+        if trust_remote_code:
+            _fetch_code(path)
         config = _config(path, trust_remote_code)
         family = read_json(root / "config_sentence_transformers.json")
         architecture = (config.architectures or ["a model of unknown architecture"])[0]
@@ -202,6 +204,18 @@ def _modules(root: Path, trust_remote_code: bool) -> list[tuple[str, str]]:
 def _module_name(reference: str) -> str:
     """Class name of a module of sentence-transformers; the whole reference of any other."""
     return reference.rpartition(".")[2] if reference.startswith("sentence_transformers.") else reference
+
+
+def _fetch_code(path: Path) -> None:
+    """Download the Python code that config.json names in other repositories; transformers reads it from the cache.
+
+    Raises:
+        UnsupportedModelError: The hub cannot be reached, and the cache lacks the code.
+    """
+    named = read_json(path / "config.json").get("auto_map") or {}
+    references = [str(one) for value in named.values() for one in (value if isinstance(value, list) else [value])]
+    for repository in sorted({one.partition("--")[0] for one in references if "--" in one}):
+        _directory(repository, None, ["*.py"])
 
 
 def _config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
