@@ -52,6 +52,7 @@ DECODERS: dict[str, dict[str, object]] = {
     "llama": {"num_key_value_heads": 1},
     "gemma": {"num_key_value_heads": 1, "head_dim": 16},
     "gemma2": {"num_key_value_heads": 1, "head_dim": 16, "final_logit_softcapping": 2.0, "sliding_window": 64},
+    "eurobert": {"num_key_value_heads": 1},  # no decoder, but with the tokenizer of one
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256},
 }
 """Kinds of decoder, with what their configurations need beside the usual."""
@@ -159,8 +160,9 @@ def build_dense_bi_encoder(directory: Path) -> Path:
 def build_t5_bi_encoder(directory: Path) -> Path:
     """A SentenceTransformer of T5's encoder, as sentence-t5 is."""
     torch.manual_seed(0)
-    tokenizer = models.unigram_tokenizer()
-    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    tokenizer = models.wordpiece_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.sep_token_id}
     sizes = {"d_model": 32, "num_layers": 1, "num_heads": 2, "d_ff": 48, "d_kv": 16}
     config = AutoConfig.for_model("t5", vocab_size=len(tokenizer), **sizes, **ids)
     plain = models.save(AutoModel.from_config(config), tokenizer, directory / "plain")

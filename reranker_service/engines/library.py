@@ -118,7 +118,8 @@ class LibraryModel:
         pads = getattr(module.config.get_text_config(), "pad_token_id", None) is not None
         pads = pads and not getattr(module.config, "is_encoder_decoder", False)
         self._pads = self._tokenizer.pad_token_id is not None and pads
-        self._empty = _one_token(self._tokenizer)
+        # The input in place of one without tokens; None if it is padded like any other, as by the library.
+        self._empty = None if self._pads else _one_token(self._tokenizer)
         self._pads_rightly = True
         self._dtype = dtype
         try:
@@ -145,6 +146,13 @@ class LibraryModel:
                 tolerance = _TOLERANCE if self._dtype == torch.float32 else _TOLERANCE_16_BITS
                 scale = alone.abs().max().clamp(min=1)
                 self._pads_rightly = bool((alone - together).abs().max() <= tolerance * scale)
+                nothing = TokenSequence(np.empty(0, dtype=np.int32), 0)
+                try:
+                    computes_nothing = bool(self([inputs[1], nothing])[1].isfinite().all())
+                except _LOADING_ERRORS:
+                    computes_nothing = False
+                if not computes_nothing:
+                    self._empty = _one_token(self._tokenizer)
         if not self._pads_rightly:
             log.info("padding changes this model's numbers: a batch has inputs of one length", model=self._spec.name)
 
@@ -157,8 +165,8 @@ class LibraryModel:
         """Scores, shape ``(n,)``, or embeddings, shape ``(n, dim)``, on the device."""
         if not self._pads and len(sequences) > 1:
             return torch.cat([self([sequence]) for sequence in sequences])
-        # A pair of empty texts has no tokens if the tokenizer adds none.
-        sequences = [sequence if len(sequence.ids) else self._empty for sequence in sequences]
+        if self._empty is not None:
+            sequences = [sequence if len(sequence.ids) else self._empty for sequence in sequences]
         lengths = np.array([len(sequence.ids) for sequence in sequences])
         if not self._pads_rightly and len(set(lengths.tolist())) > 1:
             order = np.argsort(lengths, kind="stable")
@@ -171,7 +179,8 @@ class LibraryModel:
                 (np.arange(len(sequence.ids)) >= sequence.first_segment).astype(int).tolist() for sequence in sequences
             ]
         if self._pads:
-            longest = int(lengths.max())
+            # A pair of empty texts has no tokens if the tokenizer adds none.
+            longest = max(1, int(lengths.max()))
             features = dict(self._tokenizer.pad(rows, padding="max_length", max_length=longest, return_tensors="pt"))
         else:
             features = {name: torch.tensor(values) for name, values in rows.items()}
