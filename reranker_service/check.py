@@ -212,7 +212,8 @@ def _library_scores(spec: ModelSpec, say: Say) -> NDArray[np.float32] | None:
     encoder.max_seq_length = spec.default_length
     pairs = [(query, one) for one in documents]
     raw = encoder.predict(pairs, prompt=spec.query_prompt, activation_fn=torch.nn.Identity(), batch_size=1)
-    return np.asarray(raw, dtype=np.float32)
+    # A model with modules of its own may give a column.
+    return np.asarray(raw, dtype=np.float32).reshape(len(pairs))
 
 
 def _merge(spec: ModelSpec, model: Any) -> None:

@@ -52,6 +52,7 @@ DECODERS: dict[str, dict[str, object]] = {
     "llama": {"num_key_value_heads": 1},
     "gemma": {"num_key_value_heads": 1, "head_dim": 16},
     "gemma2": {"num_key_value_heads": 1, "head_dim": 16, "final_logit_softcapping": 2.0, "sliding_window": 64},
+    "eurobert": {"num_key_value_heads": 1},  # no decoder, but with the tokenizer of one
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256},
 }
 """Kinds of decoder, with what their configurations need beside the usual."""
@@ -154,3 +155,29 @@ def build_dense_bi_encoder(directory: Path) -> Path:
     prompts = {"query": "query: ", "document": "text: "}
     SentenceTransformer(modules=modules, device="cpu", prompts=prompts).save_pretrained(str(directory / "saved"))
     return directory / "saved"
+
+
+def build_t5_bi_encoder(directory: Path) -> Path:
+    """A SentenceTransformer of T5's encoder, as sentence-t5 is."""
+    torch.manual_seed(0)
+    tokenizer = models.wordpiece_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.sep_token_id}
+    sizes = {"d_model": 32, "num_layers": 1, "num_heads": 2, "d_ff": 48, "d_kv": 16}
+    config = AutoConfig.for_model("t5", vocab_size=len(tokenizer), **sizes, **ids)
+    plain = models.save(AutoModel.from_config(config), tokenizer, directory / "plain")
+    modules = [Transformer(str(plain)), Pooling(32, pooling_mode="mean"), Dense(32, 24)]
+    SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(directory / "saved"))
+    return directory / "saved"
+
+
+def build_bart_classifier(directory: Path) -> Path:
+    """A classifier of encoder and decoder, which reads the last end token of its input."""
+    torch.manual_seed(0)
+    tokenizer = models.roberta_tokenizer()
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    sizes: dict[str, Any] = {"d_model": 32, "max_position_embeddings": 128, "init_std": 0.3, "num_labels": 1}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_layers": 1, f"{side}_attention_heads": 2, f"{side}_ffn_dim": 48}
+    config = AutoConfig.for_model("bart", vocab_size=len(tokenizer), **sizes, **ids)
+    return models.save(AutoModelForSequenceClassification.from_config(config), tokenizer, directory)

@@ -120,6 +120,17 @@ def test_chains_that_make_no_single_score_are_refused(tmp_path: Path) -> None:
         read_model(str(model))
 
 
+def test_a_chain_whose_pooling_leaves_out_the_prompt_is_refused(tmp_path: Path) -> None:
+    model = build(tmp_path)
+    pooling = model / "1_Pooling" / "config.json"
+    pooling.write_text(json.dumps({**json.loads(pooling.read_text()), "include_prompt": False}))
+    read_model(str(model))  # without a prompt there is nothing to leave out
+    with pytest.raises(
+        UnsupportedModelError, match=r"leaves out the prompt \(include_prompt = false\) is not supported"
+    ):
+        read_model(str(model), prompts={"query": "query: "})
+
+
 def test_a_module_without_weights_is_refused(tmp_path: Path) -> None:
     model = build(tmp_path)
     (sorted(model.glob("*_Dense"))[-1] / "model.safetensors").unlink()

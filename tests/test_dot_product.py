@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense
 
 from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
+from reranker_service.engines.torch_engine import TorchEngine
 from reranker_service.engines.vllm_arguments import check_supported
-from reranker_service.models import UnsupportedModelError, read_model
+from reranker_service.models import TextLayout, UnsupportedModelError, make_layout, read_model
 from tests import models, references
 from tests.servers import ServerProcess
 from tests.test_model import edit
@@ -49,6 +53,35 @@ def test_raw_scores_are_dot_products_and_probabilities_are_refused(tmp_path: Pat
 
 def test_normalized_embeddings_have_cosines_whatever_the_similarity(tmp_path: Path) -> None:
     assert read_model(str(build(tmp_path, normalize=True))).normalized is True
+
+
+@pytest.mark.parametrize("change", ["truncated", "widened"])
+def test_embeddings_that_change_after_their_normalization_have_dot_products(change: str, tmp_path: Path) -> None:
+    model = build(tmp_path / "plain", normalize=True)
+    if change == "truncated":
+        edit(model / "config_sentence_transformers.json", truncate_dim=16)
+    else:
+        base = SentenceTransformer(str(model), device="cpu")
+        model = tmp_path / "saved"
+        modules = [*base, Dense(models.HIDDEN, 16)]
+        SentenceTransformer(modules=modules, device="cpu", similarity_fn_name="dot").save_pretrained(str(model))
+    spec = read_model(str(model))
+    assert (spec.normalized, spec.library_model) == (False, True)
+    layout = make_layout(spec)
+    assert isinstance(layout, TextLayout)
+    texts = [document for _, document in references.pairs(4)]
+    inputs = [layout.single(one, spec.default_length)[0] for one in layout.encode_documents(texts)]
+
+    async def embed() -> NDArray[np.float32]:
+        engine = TorchEngine(spec)
+        await engine.start()
+        try:
+            return await engine.run(inputs)
+        finally:
+            await engine.close()
+
+    found = asyncio.run(embed())
+    np.testing.assert_allclose(found, SentenceTransformer(str(model), device="cpu").encode_document(texts), atol=1e-5)
 
 
 def test_vllm_refuses_dot_products(tmp_path: Path) -> None:

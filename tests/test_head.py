@@ -17,8 +17,7 @@ from tests import families, models
 from tests.test_chain import build as build_chain
 
 DOCUMENTS = [f"Document {number} is about {'many ' * (number % 7)}things." for number in range(150)]
-# The code of DeBERTa's first version in transformers does not run in 16 bits.
-ENCODERS = sorted(models.OTHER_ENCODERS.keys() - {"deberta"})
+ENCODERS = sorted(models.OTHER_ENCODERS)
 MODELS: dict[str, Callable[[Path], Path]] = {
     "bert": models.build_bert_cross_encoder,
     "xlm-roberta": models.build_xlm_roberta_cross_encoder,

@@ -135,9 +135,10 @@ def change_config(**changes: object):
 
 def change_modules(*kinds: str):
     def change(model: Path) -> None:
-        modules = [{"idx": 0, "name": "0", "path": "", "type": "a.Transformer"}]
+        modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
         for number, kind in enumerate(kinds, 1):
-            modules.append({"idx": number, "name": str(number), "path": f"{number}_{kind}", "type": f"a.{kind}"})
+            reference = kind if "." in kind else f"sentence_transformers.models.{kind}"
+            modules.append({"idx": number, "name": str(number), "path": f"{number}_{kind}", "type": reference})
         (model / "modules.json").write_text(json.dumps(modules))
 
     return change
@@ -152,6 +153,10 @@ def other_answers(model: Path) -> None:
     edit(model / "config_sentence_transformers.json", model_type="CrossEncoder")
     (model / "1_LogitScore").mkdir()
     edit(model / "1_LogitScore" / "config.json", true_token_id=5, false_token_id=6)
+
+
+def other_similarity(model: Path) -> None:
+    edit(model / "config_sentence_transformers.json", similarity_fn_name="euclidean")
 
 
 CROSS, CAUSAL, BI = models.build_bert_cross_encoder, models.build_qwen3_reranker, models.build_bi_encoder
@@ -170,7 +175,9 @@ CROSS, CAUSAL, BI = models.build_bert_cross_encoder, models.build_qwen3_reranker
         (CAUSAL, change_config(architectures=["Qwen3ForTokenClassification"]), "of the family qwen3-reranker are"),
         (CAUSAL, other_answers, "other tokens than 'yes' and 'no'"),
         (BI, change_modules("Normalize"), "no Pooling"),
+        (BI, change_modules("own.Pooling", "Normalize"), "own.Pooling, which is Python code.*--trust-remote-code"),
         (BI, lambda model: edit(model / "sentence_bert_config.json", query_length=8), "query_length = 8"),
+        (BI, other_similarity, 'similarity_fn_name = "euclidean".*not supported.*by cosine or dot'),
         (BI, lambda model: edit(model / "config_sentence_transformers.json", model_type="SparseEncoder"), "Sparse"),
         (BI, lambda model: (model / "modules.json").write_text("[]"), "begins with nothing"),
         (BI, lambda model: (model / "modules.json").write_text("{]"), r"modules\.json can't be read"),

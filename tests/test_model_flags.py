@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from sentence_transformers import CrossEncoder
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from structlog.testing import capture_logs
 from transformers import AutoModelForSequenceClassification, dynamic_module_utils
 
@@ -105,7 +107,7 @@ def test_code_of_a_model_runs_only_if_it_is_trusted(tmp_path: Path, monkeypatch:
     (model / "own.py").write_text(CODE)
     names = {"AutoConfig": "own.OwnConfig", "AutoModelForSequenceClassification": "own.OwnForSequenceClassification"}
     edit(model / "config.json", model_type="own", architectures=["OwnForSequenceClassification"], auto_map=names)
-    with pytest.raises(UnsupportedModelError, match="runs only with --trust-remote-code"):
+    with pytest.raises(UnsupportedModelError, match=r"^model: its config.json can't .* with --trust-remote-code$"):
         loading.choose_model(Settings(model=str(model)))
     with capture_logs() as events:
         spec = loading.choose_model(Settings(model=str(model), trust_remote_code=True))
@@ -116,6 +118,70 @@ def test_code_of_a_model_runs_only_if_it_is_trusted(tmp_path: Path, monkeypatch:
     before = fingerprint(spec, {})
     (model / "own.py").write_text(CODE.replace("2 *", "3 *"))
     assert fingerprint(spec, {}) != before
+
+
+MODULES = """
+from sentence_transformers.base.modules import Module
+from torch import nn
+
+
+class Twice(Module):
+    config_keys = ["width"]
+
+    def __init__(self, width):
+        super().__init__()
+        self.width = width
+        self.linear = nn.Linear(width, 1)
+
+    def forward(self, features, **options):
+        features["scores"] = 2 * self.linear(features["sentence_embedding"])
+        return features
+
+    def save(self, path, *arguments, safe_serialization=True, **options):
+        self.save_config(path)
+        self.save_torch_weights(path, safe_serialization=safe_serialization)
+
+    @classmethod
+    def load(cls, path, subfolder="", **options):
+        places = {"subfolder": subfolder, "local_files_only": True}
+        return cls.load_torch_weights(path, model=cls(**cls.load_config(path, **places)), **places)
+"""
+
+
+def test_modules_of_a_models_own_code_run_only_if_it_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(check, "_be_quiet", lambda: None)
+    for path in (tmp_path / "cache", tmp_path / "code"):
+        monkeypatch.syspath_prepend(path)
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "own_modules.py").write_text(MODULES)
+    twice = importlib.import_module("own_modules").Twice(models.HIDDEN)
+    plain = models.build_bi_encoder(tmp_path / "plain")
+    edit(plain / "config.json", id2label=None, label2id=None)  # two labels by default, for which predict gives a column
+    base = SentenceTransformer(str(plain), device="cpu")
+    model = tmp_path / "model"
+    CrossEncoder(modules=[base[0], base[1], twice], device="cpu").save_pretrained(str(model))
+    (model / "own_modules.py").write_text(MODULES)
+    with pytest.raises(UnsupportedModelError, match=r"names own_modules\.Twice, which is Python code"):
+        read_model(str(model))
+    spec = read_model(str(model), trust_remote_code=True)
+    assert spec.library_model
+    wanted = CrossEncoder(str(model), device="cpu", trust_remote_code=True).predict(
+        PAIRS, activation_fn=torch.nn.Identity()
+    )
+    assert wanted.shape == (len(PAIRS), 1)
+    assert_equal(score(spec, pair_layout(spec), PAIRS), wanted[:, 0])
+    check.main([str(model), "--engine", "torch", "--trust-remote-code"])
+    assert "FAULT: torch float32 differs" not in capsys.readouterr().out
+    with pytest.raises(UnsupportedModelError, match="sentence-transformers runs this model as a whole, which vLLM doe"):
+        check_supported(spec)
+    # The name of a module of the library does not make a class one of the library's.
+    text = (model / "modules.json").read_text()
+    (model / "modules.json").write_text(text.replace(json.loads(text)[0]["type"], "own_modules.Transformer"))
+    with pytest.raises(UnsupportedModelError, match=r"begins with own_modules\.Transformer; the first modu"):
+        read_model(str(model), trust_remote_code=True)
 
 
 class Hub:
@@ -133,6 +199,20 @@ class Hub:
 
     def names(self, model: str, *, revision: str | None) -> list[str]:
         return [str(path.relative_to(self.directory)) for path in self.directory.rglob("*")]
+
+
+def test_code_in_another_repository_is_fetched_if_it_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models.build_bert_cross_encoder(tmp_path)
+    hub = Hub(model, monkeypatch)
+    names = {"AutoConfig": "owner/code--own.Config", "AutoTokenizer": [None, "owner/code--own.Tokenizer"]}
+    edit(model / "config.json", auto_map=names)
+    read_model(str(model))
+    assert not hub.fetched
+    with pytest.raises(UnsupportedModelError, match=r"config\.json can't be used"):  # the cache lacks it
+        read_model(str(model), trust_remote_code=True)
+    assert hub.fetched == [(None, ["*.py"])]
 
 
 def test_a_model_is_judged_before_its_weights_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

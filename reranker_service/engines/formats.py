@@ -15,8 +15,6 @@ Format = Literal["float32", "bfloat16", "float16"]
 
 # As in vLLM, whose reason is numerical instability.
 _NO_FLOAT16 = frozenset({"gemma2", "gemma3", "gemma3_text", "glm4"})
-# The code of transformers does not run in 16 bits; vLLM does not have this model.
-_NO_16_BITS = frozenset({"deberta"})
 _BFLOAT16_CAPABILITY = (8, 0)
 
 
@@ -32,13 +30,25 @@ def auto_format(spec: ModelSpec, bfloat16: bool) -> Format:
         spec: The model.
         bfloat16: Whether the device computes in bfloat16.
     """
-    if spec.model_type in _NO_16_BITS:
-        return "float32"
     usable: list[Format] = ["bfloat16"] if bfloat16 else []
     if spec.model_type not in _NO_FLOAT16:
         usable.insert(0, "float16")
     saved = str(_saved_format(spec)).removeprefix("torch.")
     return next((one for one in usable if one == saved), usable[0] if usable else "float32")
+
+
+def in_one_format(model: Any, dtype: torch.dtype) -> None:
+    """Give all weights the format that a model of transformers was loaded in; changed in place.
+
+    Code that makes a weight in float32 by name keeps it in float32 when it is loaded: two biases of DeBERTa's first
+    version, whose products with others then fail. Models that ask for modules in float32 are left as they are.
+    """
+    kept = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    if not any(getattr(model, name, None) for name in kept):
+        # Buffers keep their format: rotary angles need float32.
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
 
 
 def _saved_format(spec: ModelSpec) -> torch.dtype:

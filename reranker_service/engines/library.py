@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from ..models import ModelSpec, TokenSequence, UnsupportedModelError
+from .formats import in_one_format
 from .head import head_in_float32, widen_output
 
 # Largest difference, relative to the largest number, between a padded input and the same without padding.
@@ -112,9 +113,13 @@ class LibraryModel:
         self._constants: dict[str, Any] = {"modality": "message" if has_messages else "text"}
         if module.transformer_task in ("text-generation", "any-to-any"):
             self._constants["logits_to_keep"] = 1
-        # Models that find the last token by the padding's id refuse batches without one.
+        # Models that find the last token by the padding's id refuse batches without one. Classifiers of encoder and
+        # decoder refuse batches whose texts have different numbers of end tokens in them.
         pads = getattr(module.config.get_text_config(), "pad_token_id", None) is not None
+        pads = pads and not getattr(module.config, "is_encoder_decoder", False)
         self._pads = self._tokenizer.pad_token_id is not None and pads
+        # The input in place of one without tokens; None if it is padded like any other, as by the library.
+        self._empty = None if self._pads else _one_token(self._tokenizer)
         self._pads_rightly = True
         self._dtype = dtype
         try:
@@ -141,6 +146,13 @@ class LibraryModel:
                 tolerance = _TOLERANCE if self._dtype == torch.float32 else _TOLERANCE_16_BITS
                 scale = alone.abs().max().clamp(min=1)
                 self._pads_rightly = bool((alone - together).abs().max() <= tolerance * scale)
+                nothing = TokenSequence(np.empty(0, dtype=np.int32), 0)
+                try:
+                    computes_nothing = bool(self([inputs[1], nothing])[1].isfinite().all())
+                except _LOADING_ERRORS:
+                    computes_nothing = False
+                if not computes_nothing:
+                    self._empty = _one_token(self._tokenizer)
         if not self._pads_rightly:
             log.info("padding changes this model's numbers: a batch has inputs of one length", model=self._spec.name)
 
@@ -153,6 +165,8 @@ class LibraryModel:
         """Scores, shape ``(n,)``, or embeddings, shape ``(n, dim)``, on the device."""
         if not self._pads and len(sequences) > 1:
             return torch.cat([self([sequence]) for sequence in sequences])
+        if self._empty is not None:
+            sequences = [sequence if len(sequence.ids) else self._empty for sequence in sequences]
         lengths = np.array([len(sequence.ids) for sequence in sequences])
         if not self._pads_rightly and len(set(lengths.tolist())) > 1:
             order = np.argsort(lengths, kind="stable")
@@ -187,6 +201,13 @@ class LibraryModel:
         return cast(torch.Tensor, scores[:, 0])
 
 
+def _one_token(tokenizer: Any) -> TokenSequence:
+    """The input of a pair or a text without tokens: one token that is no padding."""
+    named = (tokenizer.bos_token_id, tokenizer.eos_token_id, 0, 1)
+    token = next(one for one in named if one is not None and one != tokenizer.pad_token_id)
+    return TokenSequence(np.array([token], dtype=np.int32), 1)
+
+
 def _load(spec: ModelSpec, dtype: torch.dtype) -> Any:
     from sentence_transformers import CrossEncoder, SentenceTransformer
     from sentence_transformers.base.modules import Transformer
@@ -206,17 +227,15 @@ def _load(spec: ModelSpec, dtype: torch.dtype) -> Any:
         ) -> Any:
             options = {**model_kwargs, "dtype": dtype}
             encodes = transformer_task == "feature-extraction"
-            if encodes and getattr(config, "is_encoder_decoder", False):
-                # The library loads the encoder alone.
-                model: Any = super()._load_model(
-                    model_name_or_path, transformer_task, config, backend, is_peft_model, **options
-                )
-            else:
+            options |= {"output_loading_info": True, "weights_only": True}
+            # Of an encoder-decoder such as T5 the library loads the encoder alone.
+            loaded: Any = self._load_encoder_only_model(model_name_or_path, config, **options) if encodes else None
+            if loaded is None:
                 auto: Any = TRANSFORMER_TASK_TO_AUTO_MODEL[transformer_task]
-                model, report = auto.from_pretrained(
-                    model_name_or_path, config=config, output_loading_info=True, weights_only=True, **options
-                )
-                check_weights(spec, report, headless=encodes)
+                loaded = auto.from_pretrained(model_name_or_path, config=config, **options)
+            model, report = loaded
+            check_weights(spec, report, headless=encodes)
+            in_one_format(model, dtype)
             return merge_adapter(spec, model)
 
     def with_checks(base: type) -> type:

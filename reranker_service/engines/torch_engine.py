@@ -28,7 +28,7 @@ from .answers import answer_head, answer_scores, narrow_to_answers
 from .base import EngineDeadError
 from .chain import ModuleChain
 from .checks import EngineMemoryError, finite
-from .formats import auto_format, has_bfloat16
+from .formats import auto_format, has_bfloat16, in_one_format
 from .head import head_in_float32
 from .library import LibraryModel, check_weights, merge_adapter
 from .packed import (
@@ -213,6 +213,7 @@ class TorchEngine:
             ) from error
         # Pooling happens here, so a bi-encoder's own pooler is not needed; sentence-transformers does not save it.
         check_weights(spec, report, headless=loader is AutoModel)
+        in_one_format(model, _DTYPES[self.dtype])
         model = merge_adapter(spec, model)
         self._padding = model.config.pad_token_id or 0
         model = model.eval().requires_grad_(False)

@@ -44,7 +44,9 @@ def check_supported(spec: ModelSpec) -> None:
     if spec.adapter is not None:
         raise UnsupportedModelError(f"{spec.name}: its --adapter is merged by the torch engine only")
     if spec.library_model:
-        raise UnsupportedModelError(f"{spec.name}: sentence-transformers runs it, in the torch engine")
+        raise UnsupportedModelError(
+            f"{spec.name}: sentence-transformers runs this model as a whole, which vLLM does not; use the torch engine"
+        )
     if spec.answers is not None and spec.architecture not in _ANSWERING:
         raise UnsupportedModelError(f"{spec.name}: vLLM reads no answers of {spec.architecture}; use the torch engine")
     if spec.chain and spec.answers is None:

@@ -34,7 +34,8 @@ class ModelFiles:
         model: The name or directory that the user gave; error messages begin with it.
         root: The model's directory.
         path: The directory with configuration, weights and tokenizer: ``root`` or a folder in it.
-        modules: Class name and folder of each sentence-transformers module; empty for a plain transformers model.
+        modules: Name and folder of each sentence-transformers module; empty for a plain transformers model. The name
+            of a class of the library has no dots; that of a class of the model's own code is "file.Class".
         family: Settings of the whole model, as sentence-transformers saved them.
         config: The configuration of the transformers model.
         architecture: The class that the weights were saved from.
@@ -63,8 +64,10 @@ class ModelFiles:
             UnsupportedModelError: There is no such model, or one of its files can't be used.
         """
         root = _directory(model, revision, _SETTINGS + ["*.py"] * trust_remote_code)
-        modules = _modules(root)
+        modules = _modules(root, trust_remote_code)
         path = root / modules[0][1] if modules else root
+        if trust_remote_code:
+            _fetch_code(path)
         config = _config(path, trust_remote_code)
         family = read_json(root / "config_sentence_transformers.json")
         architecture = (config.architectures or ["a model of unknown architecture"])[0]
@@ -187,20 +190,45 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _modules(root: Path) -> list[tuple[str, str]]:
-    """Class name and folder of each sentence-transformers module; empty for a plain transformers model."""
+def _modules(root: Path, trust_remote_code: bool) -> list[tuple[str, str]]:
+    """Name and folder of each sentence-transformers module; see ``ModelFiles.modules``."""
     path = root / "modules.json"
     if not path.is_file():
         return []
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-        modules = [(str(entry["type"]).rpartition(".")[2], str(entry["path"])) for entry in entries]
+        modules = [(_module_name(str(entry["type"])), str(entry["path"])) for entry in entries]
     except (ValueError, KeyError, TypeError) as error:
         raise UnsupportedModelError(f"modules.json can't be read: {error!r}") from error
     if not modules or modules[0][0] != "Transformer":
         first = modules[0][0] if modules else "nothing"
-        raise UnsupportedModelError(f"modules.json begins with {first}; the first module must be Transformer")
+        raise UnsupportedModelError(
+            f"modules.json begins with {first}; the first module must be the Transformer of sentence-transformers"
+        )
+    foreign = [name for name, _ in modules if "." in name]
+    if foreign and not trust_remote_code:
+        raise UnsupportedModelError(
+            f"modules.json names {', '.join(foreign)}, which is Python code of the model; it runs only with "
+            "--trust-remote-code"
+        )
     return modules
+
+
+def _module_name(reference: str) -> str:
+    """Class name of a module of sentence-transformers; the whole reference of any other."""
+    return reference.rpartition(".")[2] if reference.startswith("sentence_transformers.") else reference
+
+
+def _fetch_code(path: Path) -> None:
+    """Download the Python code that config.json names in other repositories; transformers reads it from the cache.
+
+    Raises:
+        UnsupportedModelError: The hub cannot be reached, and the cache lacks the code.
+    """
+    named = read_json(path / "config.json").get("auto_map") or {}
+    references = [str(one) for value in named.values() for one in (value if isinstance(value, list) else [value])]
+    for repository in sorted({one.partition("--")[0] for one in references if "--" in one}):
+        _directory(repository, None, ["*.py"])
 
 
 def _config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
@@ -217,8 +245,11 @@ def _config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        hint = ""
         if not trust_remote_code and '"auto_map"' in (path / "config.json").read_text(encoding="utf-8"):
-            hint = "; it needs Python code of its own directory, which runs only with --trust-remote-code"
-        raise UnsupportedModelError(f"{path.name}: its config.json can't be used: {error}{hint}") from error
+            # The library's message names an argument of its own functions.
+            raise UnsupportedModelError(
+                f"{path.name}: its config.json can't be used without Python code that the model brings along, which "
+                "runs only with --trust-remote-code"
+            ) from error
+        raise UnsupportedModelError(f"{path.name}: its config.json can't be used: {error}") from error
     return cast("PreTrainedConfig", config)

@@ -148,7 +148,21 @@ def _chain(files: ModelFiles, spec: ModelSpec) -> ModelSpec:
             'Pooling, and a Dense with module_output_name "scores" and one output feature'
         )
     spec = _with_settings(files, spec)
+    _pooling(files, spec.query_prompt)
     return replace(spec, chain=tuple(chain)) if known and _is_usual(files) else _by_library(files, spec)
+
+
+def _pooling(files: ModelFiles, prompt: str) -> dict[str, Any]:
+    """Settings of the Pooling module; empty for a model without one.
+
+    Raises:
+        UnsupportedModelError: It leaves out the prompt, and there is one.
+    """
+    folders = dict(files.modules)
+    pooling = read_json(files.root / folders["Pooling"] / "config.json") if "Pooling" in folders else {}
+    if prompt and not pooling.get("include_prompt", True):
+        raise files.refuse("pooling that leaves out the prompt (include_prompt = false) is not supported")
+    return pooling
 
 
 def causal_reranker(files: ModelFiles, spec: ModelSpec) -> ModelSpec:
@@ -158,10 +172,10 @@ def causal_reranker(files: ModelFiles, spec: ModelSpec) -> ModelSpec:
         UnsupportedModelError: It is something else.
     """
     names = [name for name, _ in files.modules]
-    if names != ["Transformer", "LogitScore"] or not spec.architecture.endswith("ForCausalLM"):
+    if names != ["Transformer", "LogitScore"]:
         raise files.refuse(
             f"{spec.architecture} with {', '.join(names) or 'no modules.json'} is no causal reranker; needed is a "
-            f"*ForCausalLM with the modules Transformer and LogitScore, or --family {' or '.join(FAMILIES)}"
+            f"causal language model with the modules Transformer and LogitScore, or --family {' or '.join(FAMILIES)}"
         )
     score = read_json(files.root / dict(files.modules)["LogitScore"] / "config.json")
     answers = score.get("true_token_id"), score.get("false_token_id")
@@ -183,6 +197,12 @@ def bi_encoder(files: ModelFiles, spec: ModelSpec) -> ModelSpec:
     """
     if spec.architecture.endswith("ForSequenceClassification"):
         raise files.refuse(f"{spec.architecture} has a classification head, and a bi-encoder has none")
+    similarity = files.family.get("similarity_fn_name")
+    if similarity not in (None, "cosine", "dot"):
+        raise files.refuse(
+            f'similarity_fn_name = "{similarity}" in config_sentence_transformers.json is not supported; a bi-encoder '
+            "that is served compares embeddings by cosine or dot"
+        )
     folders = dict(files.modules)
     saved = sorted(files.path.glob("sentence_*_config.json")) if files.modules else []
     transformer = read_json(saved[0]) if saved else {}
@@ -193,23 +213,25 @@ def bi_encoder(files: ModelFiles, spec: ModelSpec) -> ModelSpec:
     usual = prompts.get(files.family.get("default_prompt_name"))
     query = prompts.get("query", usual) or ""
     document = next((prompts[name] for name in ("document", "passage", "corpus") if name in prompts), usual) or ""
-    pooling = read_json(files.root / folders["Pooling"] / "config.json") if "Pooling" in folders else {}
-    if (query or document) and not pooling.get("include_prompt", True):
-        raise files.refuse("pooling that leaves out the prompt (include_prompt = false) is not supported")
+    pooling = _pooling(files, query or document)
     modes = pooling.get("pooling_mode") or [name for key, name in _LEGACY_POOLINGS.items() if pooling.get(key)]
     modes = [modes] if isinstance(modes, str) else list(modes) or ["mean"]
+    dimensions = files.family.get("truncate_dim")
+    ends_normalized = bool(files.modules) and files.modules[-1][0] == "Normalize" and dimensions is None
     spec = replace(
         spec,
         default_length=min(spec.max_length, int(transformer.get("max_seq_length") or spec.default_length)),
         query_prompt=query,
         document_prompt=document,
-        dimensions=files.family.get("truncate_dim"),
-        normalized=spec.saved.similarity != "dot" or "Normalize" in folders,
+        dimensions=dimensions,
+        normalized=similarity != "dot" or ends_normalized,
         lower_case=bool(transformer.get("do_lower_case")),
     )
     known = len(modes) == 1 and modes[0] in _POOLINGS and set(folders) <= {"Transformer", "Pooling", "Normalize"}
-    # Without normalization, a multiple of the mean is another vector.
-    known = known and (spec.normalized or modes[0] != "mean_sqrt_len_tokens")
+    # Without normalization at the end, a multiple of the mean is another vector, and so is one normalized before.
+    known = known and (spec.normalized or (modes[0] != "mean_sqrt_len_tokens" and "Normalize" not in folders))
+    # An empty text has no tokens if the tokenizer adds none.
+    known = known and (not files.modules or files.tokenizer.num_special_tokens_to_add() > 0)
     if known and ("Pooling" in folders or not folders) and spec.model_type in ENCODERS | {"qwen3"}:
         return replace(spec, pooling=_POOLINGS[modes[0]])
     if not files.modules:
