@@ -69,12 +69,16 @@ def test_embeddings_on_vllm_at_any_length(default_server: ServerProcess, max_len
 
 def test_the_call_by_hand_runs_as_it_stands(default_server: ServerProcess, tmp_path: Path) -> None:
     """Only the address is replaced by that of a running server."""
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / ".venv" / "bin" / "grpcurl").symlink_to(GRPCURL)
     call = next(block.text for block in blocks(DOCS / "serving.md", "sh") if "grpcurl" in block.text)
     call = call.replace(ADDRESS, default_server.address)
     result = subprocess.run(
-        ["bash", "-euc", call], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
+        ["bash", "-euc", call],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": f"{Path(GRPCURL).parent}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     results = json.loads(result.stdout)["results"]

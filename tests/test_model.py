@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -155,8 +156,8 @@ def other_answers(model: Path) -> None:
     edit(model / "1_LogitScore" / "config.json", true_token_id=5, false_token_id=6)
 
 
-def other_similarity(model: Path) -> None:
-    edit(model / "config_sentence_transformers.json", similarity_fn_name="euclidean")
+def other_similarity(name: object) -> Callable[[Path], None]:
+    return lambda model: edit(model / "config_sentence_transformers.json", similarity_fn_name=name)
 
 
 CROSS, CAUSAL, BI = models.build_bert_cross_encoder, models.build_qwen3_reranker, models.build_bi_encoder
@@ -177,7 +178,8 @@ CROSS, CAUSAL, BI = models.build_bert_cross_encoder, models.build_qwen3_reranker
         (BI, change_modules("Normalize"), "no Pooling"),
         (BI, change_modules("own.Pooling", "Normalize"), "own.Pooling, which is Python code.*--trust-remote-code"),
         (BI, lambda model: edit(model / "sentence_bert_config.json", query_length=8), "query_length = 8"),
-        (BI, other_similarity, 'similarity_fn_name = "euclidean".*not supported.*by cosine or dot'),
+        (BI, other_similarity("euclidean"), 'similarity_fn_name = "euclidean".*not supported.*by cosine or dot'),
+        (BI, other_similarity(7), 'similarity_fn_name = "7".*not supported.*by cosine or dot'),
         (BI, lambda model: edit(model / "config_sentence_transformers.json", model_type="SparseEncoder"), "Sparse"),
         (BI, lambda model: (model / "modules.json").write_text("[]"), "begins with nothing"),
         (BI, lambda model: (model / "modules.json").write_text("{]"), r"modules\.json can't be read"),
