@@ -185,7 +185,7 @@ class VllmEngine:
         pending: list[RequestOutputCollector] = []
         values: list[NDArray[np.float32]] = []
         try:
-            # encode would need a task for each request: add_request took 0.71 of its processor time in this process.
+            # encode would need a task for each request: add_request takes about 0.8 of its processor time.
             for request_id, sequence in requests:
                 if self._spec.kind == "bi-encoder":
                     params = PoolingParams(task="embed")
