@@ -194,7 +194,19 @@ def test_a_server_without_streams_is_left_out_of_a_job_that_has_others() -> None
 
 def test_most_documents_go_to_one_server() -> None:
     queries, documents = numbered_texts("query", 256), numbered_texts("document", 256)
-    servers = [StubServer(on_chunk=at_speed(0.01)) for _ in range(4)]
+
+    def once_all_have_streams() -> Script:
+        answer_in_turn = at_speed(0.01)
+
+        async def answer(stream: ReceivedStream, chunk: ReceivedChunk) -> None:
+            # On a busy machine the others can have done all work before a server's stream opens.
+            for server in servers:
+                await asyncio.to_thread(server.wait_for, lambda server=server: server.streams)
+            await answer_in_turn(stream, chunk)
+
+        return answer
+
+    servers = [StubServer(on_chunk=once_all_have_streams()) for _ in range(4)]
     with servers[0], servers[1], servers[2], servers[3]:
         with RerankerClient([server.target for server in servers], timeout=WAIT_SECONDS) as client:
             check(client.stream_grid(queries, documents, chunk_pairs=128), queries, documents)
