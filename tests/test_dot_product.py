@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense
 
 from reranker.v1 import reranker_pb2 as pb
 from reranker.v1 import reranker_pb2_grpc as rpc
-from reranker_service.engines.torch_engine import TorchEngine
 from reranker_service.engines.vllm_arguments import check_supported
 from reranker_service.models import TextLayout, UnsupportedModelError, make_layout, read_model
 from tests import models, references
+from tests.computing import compute
 from tests.servers import ServerProcess
 from tests.test_model import edit
 
@@ -72,15 +70,7 @@ def test_embeddings_that_change_after_their_normalization_have_dot_products(chan
     texts = [document for _, document in references.pairs(4)]
     inputs = [layout.single(one, spec.default_length)[0] for one in layout.encode_documents(texts)]
 
-    async def embed() -> NDArray[np.float32]:
-        engine = TorchEngine(spec)
-        await engine.start()
-        try:
-            return await engine.run(inputs)
-        finally:
-            await engine.close()
-
-    found = asyncio.run(embed())
+    found = compute(spec, inputs)
     np.testing.assert_allclose(found, SentenceTransformer(str(model), device="cpu").encode_document(texts), atol=1e-5)
 
 

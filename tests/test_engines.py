@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from reranker_service.engines import Engine, EngineDeadError, EngineMemoryError, NonFiniteScoreError
@@ -28,6 +27,7 @@ from reranker_service.models import (
 )
 
 from . import models, references
+from .computing import compute
 
 TOLERANCE = 1e-5
 
@@ -40,18 +40,6 @@ def inputs(
     queries = layout.encode_queries([query for query, _ in texts], instruction)
     documents = layout.encode_documents([document for _, document in texts])
     return layout.join(queries, documents, max_length or spec.default_length)
-
-
-def compute(spec: ModelSpec, sequences: Sequence[TokenSequence], **options: object) -> NDArray[np.float32]:
-    async def work() -> NDArray[np.float32]:
-        engine = TorchEngine(spec, threads=1, **options)  # type: ignore[arg-type]
-        await engine.start()
-        try:
-            return await engine.run(sequences)
-        finally:
-            await engine.close()
-
-    return asyncio.run(work())
 
 
 @pytest.mark.parametrize("max_length", [None, 24])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +16,6 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from structlog.testing import capture_logs
 from transformers import AutoTokenizer
 
-from reranker_service.engines.torch_engine import TorchEngine
 from reranker_service.models import (
     ModelSpec,
     PairLayout,
@@ -30,6 +28,7 @@ from reranker_service.models.one_by_one import PairByPairLayout
 from reranker_service.models.templated import TemplateLayout
 
 from . import families, models, references
+from .computing import compute
 from .test_engines import TOLERANCE
 from .test_model import edit
 
@@ -48,15 +47,7 @@ def score(spec: ModelSpec, layout: PairLayout, pairs: list[tuple[str, str]], **o
     queries = layout.encode_queries([query for query, _ in pairs], instruction, length)
     inputs = layout.join(queries, layout.encode_documents([document for _, document in pairs], length), length)
 
-    async def work() -> NDArray[np.float32]:
-        engine = TorchEngine(spec, **options)
-        await engine.start()
-        try:
-            return await engine.run(inputs)
-        finally:
-            await engine.close()
-
-    return asyncio.run(work())
+    return compute(spec, inputs, **options)
 
 
 def pair_layout(spec: ModelSpec) -> PairLayout:
@@ -211,14 +202,6 @@ def test_other_bi_encoders_give_the_numbers_of_the_library(build: Callable[[Path
     encoded = [*layout.encode_queries(queries, None), *layout.encode_documents(documents)]
     inputs = [layout.single(one, spec.default_length)[0] for one in encoded]
 
-    async def work() -> NDArray[np.float32]:
-        engine = TorchEngine(spec)
-        await engine.start()
-        try:
-            return await engine.run(inputs)
-        finally:
-            await engine.close()
-
     reference = SentenceTransformer(str(model), device="cpu")
     wanted = np.concatenate(
         [
@@ -226,7 +209,7 @@ def test_other_bi_encoders_give_the_numbers_of_the_library(build: Callable[[Path
             reference.encode_document(documents, normalize_embeddings=True),
         ]
     )
-    assert np.abs(asyncio.run(work()) - wanted).max() < TOLERANCE
+    assert np.abs(compute(spec, inputs) - wanted).max() < TOLERANCE
 
 
 def test_mxbai_rerank_v2(tmp_path: Path) -> None:

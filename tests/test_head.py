@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from reranker_service.engines.torch_engine import TorchEngine
 from reranker_service.models import make_layout, read_model
 from tests import families, models
+from tests.computing import compute
 from tests.test_chain import build as build_chain
 
 DOCUMENTS = [f"Document {number} is about {'many ' * (number % 7)}things." for number in range(150)]
@@ -37,15 +36,7 @@ def scores(model: Path, dtype: str) -> NDArray[np.float32]:
     queries = layout.encode_queries(["a query"] * len(DOCUMENTS), layout.default_instruction)
     inputs = layout.join(queries, layout.encode_documents(DOCUMENTS), spec.default_length)
 
-    async def work() -> NDArray[np.float32]:
-        engine = TorchEngine(spec, dtype=dtype, device="cpu")
-        await engine.start()
-        try:
-            return np.concatenate([await engine.run(inputs[start : start + 75]) for start in (0, 75)])
-        finally:
-            await engine.close()
-
-    return asyncio.run(work())
+    return compute(spec, inputs, dtype=dtype, device="cpu")
 
 
 @pytest.mark.parametrize("name", MODELS)

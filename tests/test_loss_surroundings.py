@@ -58,16 +58,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def shared_model(directory: Path) -> SentenceTransformer:
-    return student(directory)
-
-
 @pytest.fixture
 def model(shared_model: SentenceTransformer) -> SentenceTransformer:
     """Return a new student, dropout off."""

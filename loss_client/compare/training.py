@@ -69,7 +69,7 @@ class Nearest:
 
 @dataclass(frozen=True, slots=True)
 class Reranking:
-    """What the methods with a reranker need.
+    """Clients and settings of the methods with a reranker.
 
     Attributes:
         client: Client of the reranker.
